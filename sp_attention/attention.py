@@ -1,0 +1,177 @@
+"""What a kernel is asked: one attention over a whole sequence for some heads, and a description of its mask.
+
+The contract of a kernel: exactly this attention, or a reason not to do it. It never sees a process group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Derived = TypeVar("Derived")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens [start, stop) that attend among themselves only; just the keys [first, last) are real."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which key each query may see: every given condition must hold.
+
+    Query i stands at key position `key_length - query_length + i`.
+
+    causal: a query sees itself and what is before it.
+    window: with `causal`, the number of keys a query may see, itself included.
+    documents: [B, Sk] integers that never decrease along a row; a query sees its own document only.
+    padding: [B, Sk] bool, True for real keys.
+    explicit: [1|B, 1|H, Sq, Sk] bool, True = attend. A float tensor is one that the user gave to the model; it is
+        added to the scores, and reaches kernels as `Request.bias`.
+    """
+
+    batch: int
+    query_length: int
+    key_length: int
+    device: torch.device
+    causal: bool = True
+    window: int | None = None
+    documents: Tensor | None = None
+    padding: Tensor | None = None
+    explicit: Tensor | None = None
+    _derived: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.window is not None and not self.causal:
+            raise ValueError("a window is defined for causal masks only")
+
+    def allows(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether key position `key` may be seen by query position `query`: int64 indices that broadcast → bool.
+
+        The signature of transformers' mask functions. The result broadcasts to the indices' common shape.
+        """
+        result = torch.ones((), dtype=torch.bool, device=self.device)
+        if self.causal:
+            result = result & (key <= query)
+        if self.window is not None:
+            result = result & (key > query - self.window)
+        if self.documents is not None:
+            result = result & (self.documents[batch, query] == self.documents[batch, key])
+        if self.padding is not None:
+            result = result & self.padding[batch, key]
+        return result
+
+    def dense(self) -> Tensor:
+        """The mask as a bool tensor [1|B, 1|H, Sq, Sk], True = attend. Quadratic in memory; built once per mask."""
+        return self.once("dense", self._dense)
+
+    def _dense(self) -> Tensor:
+        by_row = self.documents is not None or self.padding is not None
+        batch = torch.arange(self.batch if by_row else 1, device=self.device)[:, None, None, None]
+        key = torch.arange(self.key_length, device=self.device)[None, None, None, :]
+        query = key[..., self.key_length - self.query_length :].transpose(2, 3)
+        result = self.allows(batch, torch.zeros_like(batch), query, key)
+        result = result.expand(batch.shape[0], 1, self.query_length, self.key_length)
+        if self.explicit is None:
+            return result
+        if self.explicit.dtype != torch.bool:
+            raise ValueError("an additive mask has no bool form; see Request.bias")
+        return result & self.explicit
+
+    def once(self, name: object, derive: Callable[[], Derived]) -> Derived:
+        """What a kernel derives from the mask, under a name of its choice: computed once, then kept with the mask.
+
+        A model builds its masks once per forward, so this is how a kernel avoids repeating work in every layer.
+        """
+        if name not in self._derived:
+            self._derived[name] = derive()
+        result: Derived = self._derived[name]
+        return result
+
+    @property
+    def segments(self) -> tuple[tuple[Segment, ...], ...] | None:
+        """The rows cut into documents with their real keys; a single row when all rows are alike.
+
+        None when that does not describe the mask: an explicit tensor, queries that are fewer than the keys, or
+        padding in the middle of a document's real keys. Reads documents and padding back to the host, once.
+        """
+        return self.once("segments", self._segments)
+
+    def _segments(self) -> tuple[tuple[Segment, ...], ...] | None:
+        if self.explicit is not None or self.query_length != self.key_length:
+            return None
+        length = self.key_length
+        if self.documents is None and self.padding is None:
+            return ((Segment(0, length, 0, length),),)
+        documents = torch.zeros(self.batch, length) if self.documents is None else self.documents.cpu()
+        real = torch.ones(self.batch, length, dtype=torch.bool) if self.padding is None else self.padding.cpu()
+        rows = []
+        for row in range(self.batch):
+            edges = [0, *((documents[row].diff() != 0).nonzero()[:, 0] + 1).tolist(), length]
+            segments = []
+            for start, stop in zip(edges, edges[1:], strict=False):
+                seen = real[row, start:stop].nonzero()[:, 0] + start
+                first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (start, start)
+                if last - first != len(seen):
+                    return None
+                segments.append(Segment(start, stop, first, last))
+            rows.append(tuple(segments))
+        return (rows[0],) if all(row == rows[0] for row in rows) else tuple(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One attention for a kernel: whole sequence, some heads.
+
+    query: [B, Sq, h, D], key: [B, Sk, hkv, D], value: [B, Sk, hkv, Dv]; strided views, last dim dense, one float
+        dtype; h is a multiple of hkv and query head i uses KV head i // (h // hkv).
+    scale: factor on the scores. softcap: scores become softcap * tanh(scores / softcap), before the mask.
+    sinks: [h], a score per head that takes part in the softmax and has no value.
+    bias: [1|B, 1|h, Sq, Sk] float, added to the scaled scores. dropout: probability, on the attention weights.
+    module: the model's attention module, for kernels that are transformers' own functions; its parameters, and what
+        it knows of heads, are of all heads.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Mask
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: float = 0.0
+    module: nn.Module | None = None
+
+
+def _refuses_nothing(request: Request) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel on a device, offered by a plugin.
+
+    device: a torch device type ("cpu", "cuda", "npu", …), or "any".
+    kernel: the name that `enable(model, backend=...)` knows it by.
+    attend: the kernel: a request → [B, Sq, h, Dv]. It must not keep or change what it gets. A query that may see no
+        key yields zeros.
+    priority: `backend="auto"` takes the highest among the available kernels of a device.
+    unavailable: None, or the reason why this kernel cannot be used here, with the cure.
+    refuses: None for a request that `attend` does exactly, or the reason why it will not. Called in every layer
+        before `attend`: it must not read tensor values.
+    """
+
+    device: str
+    kernel: str
+    attend: Callable[[Request], Tensor]
+    priority: int = 0
+    unavailable: str | None = None
+    refuses: Callable[[Request], str | None] = _refuses_nothing

@@ -1,0 +1,203 @@
+"""The Ulysses core: trade sequence for heads and back, gather, slice; uneven everywhere, with gradients.
+
+Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv 2309.14509), section 3; their N is our S, their P is our P. Unlike
+there, neither S nor the heads need be divisible by P, and q, k and v travel in one all-to-all.
+
+Gradients follow one rule: the gradient of a tensor that a rank holds a part of is P times the true one, and the mean
+over ranks of the gradient of a tensor that every rank holds whole is the true one. The mean over ranks that data
+parallel engines take of parameter gradients then gives the single-process gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sp_attention.layout import HeadPlan, Span, spans
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks that share a sequence, seen from one of them; `rank` counts inside the group."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+    def span(self, length: int) -> Span:
+        """My span of a sequence of `length` tokens."""
+        return spans(length, self.size)[self.rank]
+
+
+def seq_to_head(
+    query: Tensor, key: Tensor, value: Tensor, length: int, plan: HeadPlan, peers: Peers
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, s, H, D], [B, s, Hkv, D], [B, s, Hkv, Dv] → [B, S, h, D], [B, S, hkv, D], [B, S, hkv, Dv].
+
+    One float dtype for all three, kept. `length` is S. The results are strided views of one buffer. One collective,
+    whose gradient is one collective; the gradient of a KV head that several ranks hold is the sum of theirs.
+    Raises ValueError on every rank when shapes, length and plan disagree.
+    """
+    held = (plan.query[-1].stop, plan.kv[-1].stop, plan.kv[-1].stop)
+    for tensor, heads in zip((query, key, value), held, strict=True):
+        if tensor.shape[1:3] != (len(peers.span(length)), heads) or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"a tensor {tensor.dtype} {list(tensor.shape)} does not fit {len(peers.span(length))} of {length} "
+                f"tokens, {heads} heads and {query.dtype}"
+            )
+    result: tuple[Tensor, Tensor, Tensor] = _SeqToHead.apply(query, key, value, length, plan, peers)
+    return result
+
+
+def head_to_seq(out: Tensor, plan: HeadPlan, peers: Peers) -> Tensor:
+    """[B, S, h, Dv] → [B, s, H, Dv], contiguous: the inverse of `seq_to_head` for what the kernel returns."""
+    if out.shape[2] != len(plan.query[peers.rank]):
+        raise ValueError(f"an output {list(out.shape)} does not hold this rank's {len(plan.query[peers.rank])} heads")
+    result: Tensor = _HeadToSeq.apply(out, plan, peers)
+    return result
+
+
+def gather(part: Tensor, length: int, peers: Peers, dim: int = 1) -> Tensor:
+    """My span along `dim` → the whole tensor of `length` along `dim`, on every rank. Bit-equal on all ranks."""
+    result: Tensor = _Gather.apply(part, length, peers, dim)
+    return result
+
+
+def sum_over_ranks(part: Tensor, peers: Peers) -> Tensor:
+    """The sum of each rank's `part`, the same bits on every rank."""
+    result: Tensor = _SumOverRanks.apply(part, peers)
+    return result
+
+
+class _SeqToHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, length: int, plan: HeadPlan, peers: Peers
+    ) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.peers = plan, peers
+        return _to_heads((query, key, value), (plan.query, plan.kv, plan.kv), length, peers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        return (*_to_sequence(grads, (plan.query, plan.kv, plan.kv), ctx.peers), None, None, None)
+
+
+class _HeadToSeq(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, plan: HeadPlan, peers: Peers) -> Tensor:
+        ctx.plan, ctx.peers, ctx.length = plan, peers, out.shape[1]
+        return _to_sequence((out,), (plan.query,), peers)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_to_heads((grad,), (ctx.plan.query,), ctx.length, ctx.peers), None, None)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, length: int, peers: Peers, dim: int) -> Tensor:
+        ctx.peers, ctx.dim = peers, dim
+        cut = spans(length, peers.size)
+        rows = part.movedim(dim, 0)
+        # All spans travel at the length of the longest, since all-gather wants equal shapes.
+        padded = rows.new_zeros(len(cut[0]), *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        received = [torch.empty_like(padded) for _ in cut]
+        dist.all_gather(received, padded, group=peers.group)
+        whole = torch.cat([span_of[: len(span)] for span_of, span in zip(received, cut, strict=True)])
+        return whole.movedim(0, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # A reduce-scatter of uneven spans: each rank gets its span of every rank's gradient and adds them up.
+        peers, rows = ctx.peers, grad.movedim(ctx.dim, 0).contiguous()
+        cut = spans(rows.shape[0], peers.size)
+        mine = len(cut[peers.rank])
+        received = rows.new_empty(peers.size * mine, *rows.shape[1:])
+        sizes = [len(span) for span in cut]
+        dist.all_to_all_single(received, rows, [mine] * peers.size, sizes, group=peers.group)
+        return received.unflatten(0, (peers.size, mine)).sum(0).movedim(0, ctx.dim), None, None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, peers: Peers) -> Tensor:
+        ctx.size = peers.size
+        total = part.clone()
+        dist.all_reduce(total, group=peers.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Every rank holds the same sum, hence the same gradient: their sum needs no collective.
+        return grad * ctx.size, None
+
+
+def _to_heads(
+    tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], length: int, peers: Peers
+) -> tuple[Tensor, ...]:
+    """[B, s, H, D] each → [B, S, h, D] each, in one all-to-all; `plans` has each rank's heads of each tensor.
+
+    Token-major rows with all of a rank's heads side by side: what arrives is one [S, B, width] buffer in order, of
+    which the results are views, so nothing is unpacked.
+    """
+    batch, mine = tensors[0].shape[:2]
+    widths = _widths(tensors, plans, peers)
+    in_sizes = [mine * batch * width for width in widths]
+    out_sizes = [len(span) * batch * widths[peers.rank] for span in spans(length, peers.size)]
+    send = tensors[0].new_empty(sum(in_sizes))
+    for rank, chunk in enumerate(send.split(in_sizes)):
+        columns = _columns(chunk.view(mine, batch, widths[rank]), tensors, plans, rank)
+        for tensor, plan, column in zip(tensors, plans, columns, strict=True):
+            column.copy_(tensor[:, :, plan[rank].start : plan[rank].stop])
+    received = send.new_empty(sum(out_sizes))
+    dist.all_to_all_single(received, send, out_sizes, in_sizes, group=peers.group)
+    return _columns(received.view(length, batch, widths[peers.rank]), tensors, plans, peers.rank)
+
+
+def _to_sequence(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], peers: Peers) -> tuple[Tensor, ...]:
+    """[B, S, h, D] each → [B, s, H, D] each, in one all-to-all; heads that several ranks hold are added up."""
+    batch, length = tensors[0].shape[:2]
+    cut = spans(length, peers.size)
+    mine, widths = len(cut[peers.rank]), _widths(tensors, plans, peers)
+    rows = [tensor.transpose(0, 1).flatten(2) for tensor in tensors]
+    send = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 2)
+    in_sizes = [len(span) * batch * send.shape[2] for span in cut]
+    out_sizes = [mine * batch * width for width in widths]
+    received = send.new_empty(sum(out_sizes))
+    dist.all_to_all_single(received, send.view(-1), out_sizes, in_sizes, group=peers.group)
+    shared = [any(left.stop > right.start for left, right in pairwise(plan)) for plan in plans]
+    results = tuple(
+        (tensor.new_zeros if adds else tensor.new_empty)((batch, mine, plan[-1].stop, tensor.shape[3]))
+        for tensor, plan, adds in zip(tensors, plans, shared, strict=True)
+    )
+    for rank, chunk in enumerate(received.split(out_sizes)):
+        columns = _columns(chunk.view(mine, batch, widths[rank]), tensors, plans, rank)
+        for result, plan, adds, column in zip(results, plans, shared, columns, strict=True):
+            heads = result[:, :, plan[rank].start : plan[rank].stop]
+            heads.add_(column) if adds else heads.copy_(column)
+    return results
+
+
+def _widths(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], peers: Peers) -> list[int]:
+    """For each rank, the numbers that one token sends it: its heads of each tensor, side by side."""
+    pairs = list(zip(tensors, plans, strict=True))
+    return [sum(len(plan[rank]) * tensor.shape[3] for tensor, plan in pairs) for rank in range(peers.size)]
+
+
+def _columns(
+    rows: Tensor, tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], rank: int
+) -> tuple[Tensor, ...]:
+    """Views [B, n, heads, D] of rows [n, B, width]: a rank's heads of each tensor."""
+    shapes = [(len(plan[rank]), tensor.shape[3]) for tensor, plan in zip(tensors, plans, strict=True)]
+    parts = rows.split([heads * size for heads, size in shapes], 2)
+    return tuple(part.unflatten(2, shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True))

@@ -1,0 +1,70 @@
+"""Who holds which tokens and who computes which heads: integers only."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens or heads: [start, stop)."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Which heads each rank computes.
+
+    `query[rank]` are the query heads of a rank; together they are all heads, once each. `kv[rank]` are the key/value
+    heads those query heads attend to; a KV head whose group of query heads spans two ranks appears on both.
+    """
+
+    query: tuple[Span, ...]
+    kv: tuple[Span, ...]
+    queries_per_kv: int
+
+    def kv_of_query(self, rank: int) -> tuple[int, ...]:
+        """For each of this rank's query heads, the place of its KV head among this rank's KV heads."""
+        return tuple(head // self.queries_per_kv - self.kv[rank].start for head in _heads(self.query[rank]))
+
+    def is_grouped(self, rank: int) -> bool:
+        """Whether query head i uses KV head i // (h // hkv), the order that grouped-query kernels assume."""
+        if not len(self.query[rank]):
+            return True
+        size, rest = divmod(len(self.query[rank]), len(self.kv[rank]))
+        return not rest and all(kv == i // size for i, kv in enumerate(self.kv_of_query(rank)))
+
+
+@lru_cache(maxsize=1024)
+def spans(length: int, ranks: int) -> tuple[Span, ...]:
+    """Cut `length` tokens (or heads) into `ranks` neighbouring spans whose sizes differ by at most one."""
+    size, extra = divmod(length, ranks)
+    edges = accumulate((size + (rank < extra) for rank in range(ranks)), initial=0)
+    return tuple(Span(start, stop) for start, stop in pairwise(edges))
+
+
+@lru_cache(maxsize=1024)
+def head_plan(query_heads: int, kv_heads: int, ranks: int) -> HeadPlan:
+    """Share out `query_heads` over `ranks` so that sizes differ by at most one, each with the KV heads it needs.
+
+    No divisibility is asked of `ranks`; with more ranks than heads the last ranks compute none.
+    Raises ValueError when `kv_heads` does not divide `query_heads`, as grouped-query attention demands.
+    """
+    if kv_heads < 1 or query_heads % kv_heads:
+        raise ValueError(f"{query_heads} query heads cannot share {kv_heads} key/value heads evenly")
+    group = query_heads // kv_heads
+    query = spans(query_heads, ranks)
+    kv = tuple(
+        Span(heads.start // group, (heads.stop - 1) // group + 1) if len(heads) else Span(kv_heads, kv_heads)
+        for heads in query
+    )
+    return HeadPlan(query, kv, group)
+
+
+def _heads(span: Span) -> range:
+    return range(span.start, span.stop)

@@ -1,0 +1,47 @@
+"""The causal language-model loss of a whole batch, from logits of this rank's span only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sp_attention.exchange import Peers, sum_over_ranks
+
+
+def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[..., Tensor]:
+    """A model's `loss_function` that takes logits of the whole sequence or of this rank's span of it.
+
+    `whole` is transformers' ForCausalLMLoss, which whole logits are given to. For a span the labels are shifted at
+    global length first, so that the last token of a span keeps its target; then each rank sums over its own targets
+    and the sum of all is divided by what transformers divides by: the number of targets in the whole batch, or
+    `num_items_in_batch`. The result is the same on every rank, and NaN where transformers' is.
+    """
+
+    def loss(
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """logits [B, S | s, V], labels and shift_labels [B, S] int64 → a float32 scalar."""
+        targets = shift_labels if shift_labels is not None else labels
+        if targets is None or logits.shape[1] == targets.shape[1]:
+            return whole(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        if shift_labels is None:
+            targets = F.pad(targets, (0, 1), value=ignore_index)[:, 1:]
+        targets = targets.to(logits.device)
+        count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        span = peers.span(targets.shape[1])
+        mine = F.cross_entropy(
+            logits.float().reshape(-1, vocab_size),
+            targets[:, span.start : span.stop].reshape(-1),
+            ignore_index=ignore_index,
+            reduction="sum",
+        )
+        return sum_over_ranks(mine, peers) / (count.to(mine.device) if isinstance(count, Tensor) else count)
+
+    return loss

@@ -1,0 +1,133 @@
+"""(device, kernel) → backend, from the plugins that are installed, broken ones included."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+import pluggy
+
+from sp_attention import hookspecs
+from sp_attention.attention import Backend
+from sp_attention.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point of the group `sp_attention`; in text, the distribution it comes from, its version and name."""
+
+    point: EntryPoint
+
+    @property
+    def is_ours(self) -> bool:
+        return self.point.dist is not None and self.point.dist.name == "sp-attention"
+
+    def __str__(self) -> str:
+        dist = self.point.dist
+        return f"{dist.name} {dist.version} ({self.point.name})" if dist else self.point.name
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A backend and the plugin it comes from; `problem` is why it cannot be used, None when it can."""
+
+    backend: Backend
+    plugin: str
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin that offers nothing because loading it, or asking it, failed."""
+
+    plugin: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All that the installed plugins offer, sorted by device, kernel and plugin."""
+
+    backends: tuple[Registered, ...]
+    broken: tuple[BrokenPlugin, ...]
+
+
+def load() -> Registry:
+    """Ask every installed plugin for its backends. Nothing a plugin does wrong is raised here."""
+    offers: list[tuple[Plugin, Backend]] = []
+    broken: list[BrokenPlugin] = []
+    for plugin in sorted(map(Plugin, entry_points(group="sp_attention")), key=str):
+        try:
+            offers += [(plugin, backend) for backend in _ask(plugin.point)]
+        except Exception as error:  # a stranger's code: keep the others alive, and keep the reason
+            broken.append(BrokenPlugin(str(plugin), f"{type(error).__name__}: {error}"))
+    offers.sort(key=lambda offer: (offer[1].device, offer[1].kernel, str(offer[0])))
+    entries = (Registered(backend, str(plugin), _problem(plugin, backend, offers)) for plugin, backend in offers)
+    return Registry(tuple(entries), tuple(broken))
+
+
+def find(device: str, kernel: str, registry: Registry | None = None) -> Backend:
+    """The backend of a device type ("cpu", "cuda", …) that `kernel` names; "auto" is the one of highest priority.
+
+    Raises BackendError with the reason when it is unknown, unavailable, offered twice, or its plugin is broken.
+    """
+    registry = registry or load()
+    here = sorted(
+        (entry for entry in registry.backends if entry.backend.device in (device, "any")),
+        key=lambda entry: (entry.backend.device == "any", -entry.backend.priority, entry.backend.kernel),
+    )
+    usable = [entry.backend for entry in here if entry.problem is None]
+    if kernel == "auto":
+        if not usable:
+            raise BackendError(f"no backend can be used on {device}.{_broken(registry)}")
+        return max(usable, key=lambda backend: backend.priority)
+    named = sorted((e for e in here if e.backend.kernel == kernel), key=lambda entry: entry.problem is not None)
+    if not named:
+        elsewhere = sorted({entry.backend.device for entry in registry.backends if entry.backend.kernel == kernel})
+        where = f" (it exists on {', '.join(elsewhere)})" if elsewhere else ""
+        raise BackendError(f"unknown backend {kernel!r} on {device}{where}. {_choices(usable)}{_broken(registry)}")
+    if named[0].problem is not None:
+        raise BackendError(f"backend {kernel!r} on {device} cannot be used: {named[0].problem}. {_choices(usable)}")
+    return named[0].backend
+
+
+def usable(device: str) -> tuple[Backend, ...]:
+    """Every backend that can be used on a device type."""
+    return tuple(e.backend for e in load().backends if e.backend.device in (device, "any") and e.problem is None)
+
+
+def _ask(point: EntryPoint) -> list[Backend]:
+    """Load one plugin and call its hook, by itself so that it cannot disturb the others."""
+    manager = pluggy.PluginManager("sp_attention")
+    manager.add_hookspecs(hookspecs)
+    manager.register(point.load(), name=point.name)
+    manager.check_pending()
+    if not manager.hook.sp_attention_backends.get_hookimpls():
+        raise TypeError(f"{point.value} does not implement the hook sp_attention_backends")
+    return [backend for offered in manager.hook.sp_attention_backends() for backend in _checked(offered, point)]
+
+
+def _checked(offered: object, point: EntryPoint) -> list[Backend]:
+    if not isinstance(offered, Iterable):
+        raise TypeError(f"{point.value} returned {offered!r} instead of backends")
+    backends = list(offered)
+    for backend in backends:
+        if not isinstance(backend, Backend):
+            raise TypeError(f"{point.value} returned {backend!r} among its backends")
+    return backends
+
+
+def _problem(plugin: Plugin, backend: Backend, offers: list[tuple[Plugin, Backend]]) -> str | None:
+    key = (backend.device, backend.kernel)
+    twins = [other for other, offered in offers if (offered.device, offered.kernel) == key]
+    # This library's own kernels cannot be broken by a stranger who takes their name.
+    if len(twins) > 1 and not plugin.is_ours:
+        return f"several plugins offer it, {', '.join(map(str, twins))}: uninstall all but one"
+    return backend.unavailable
+
+
+def _choices(backends: list[Backend]) -> str:
+    return f"Installed kernels that can be used: {', '.join(backend.kernel for backend in backends) or 'none'}."
+
+
+def _broken(registry: Registry) -> str:
+    return "".join(f" Plugin {plugin.plugin} is broken: {plugin.reason}." for plugin in registry.broken)

@@ -1,0 +1,31 @@
+"""Tensors inside the nested tuples, lists and dicts that modules pass to each other, by their path."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+Path = tuple[str | int, ...]
+
+
+def map_leaves(change: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
+    """The same tree with every leaf replaced by `change(path, leaf)`; a leaf is whatever is not a container."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_leaves(change, item, (*path, i)) for i, item in enumerate(tree)))
+    if type(tree) in (tuple, list):
+        return type(tree)(map_leaves(change, item, (*path, i)) for i, item in enumerate(tree))
+    if type(tree) is dict:
+        return {key: map_leaves(change, item, (*path, key)) for key, item in tree.items()}
+    return change(path, tree)
+
+
+def tensors(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor of a tree with its path, model outputs (which are dicts) included."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, item in tree.items():
+            yield from tensors(item, (*path, key))
+    elif isinstance(tree, (tuple, list)):
+        for i, item in enumerate(tree):
+            yield from tensors(item, (*path, i))

@@ -1,0 +1,47 @@
+"""Loss and every gradient of tiny models, sharded over ranks, against one process in float64."""
+
+import pytest
+import torch
+from models import KINDS, MODELS, batch_of
+
+import sp_attention
+from sp_attention.launch import run_ranks
+
+LENGTHS = (32, 33, 7)
+
+
+def compare(name: str) -> dict[str, float]:
+    """For each kind of batch and length, the largest relative error of the loss and of any parameter's gradient."""
+    tiny = MODELS[name]
+    reference, model = tiny.build(), tiny.build()
+    sp_attention.enable(model, backend="sdpa")
+    errors = {}
+    for kind in KINDS:
+        for length in LENGTHS:
+            batch = batch_of(kind, length)
+            for each in (reference, model):
+                each.zero_grad()
+                loss = each(**batch).loss
+                loss.backward()
+                each.last_loss = loss.detach()
+            sp_attention.average_gradients(model)
+            pairs = [(model.last_loss, reference.last_loss)]
+            for (parameter_name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+                assert (ours.grad is None) == (theirs.grad is None), parameter_name
+                if theirs.grad is not None:
+                    pairs.append((ours.grad, theirs.grad))
+            errors[f"{kind}-S{length}"] = max(relative_error(*pair) for pair in pairs)
+    return errors
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    scale = theirs.abs().max().item()
+    return (ours - theirs).abs().max().item() / (scale if scale > 0 else 1.0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4], ids="P{}".format)
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_one_process(name: str, ranks: int) -> None:
+    for errors in run_ranks(ranks, compare, name, timeout=120):
+        wrong = {case: error for case, error in errors.items() if not error < MODELS[name].tolerance}
+        assert not wrong
