@@ -138,16 +138,16 @@ def _install(model: PreTrainedModel, backend: Backend, peers: Peers, undo: ExitS
     names = {id(module): name for name, module in model.named_modules()}
     attention = UlyssesAttention(backend, peers, lambda module: names.get(id(module), type(module).__name__))
     with undisturbed(model):
-        findings = _agreed(lambda: _attend_through(model, attention, key, peers, undo), peers)
+        findings = _rehearsed(lambda: _attend_through(model, attention, key, peers, undo), peers)
         batch = batch_of(model, 2, 4 * peers.size + 1)
         labelled = {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
         is_causal = "labels" in signature(model.forward).parameters and model.loss_function is ForCausalLMLoss
-        whole, whole_labelled = _agreed(lambda: (model(**batch), model(**labelled) if is_causal else None), peers)
+        whole, whole_labelled = _rehearsed(lambda: (model(**batch), model(**labelled) if is_causal else None), peers)
 
         hooks = Hooks(Region(findings.layers, findings.models, key, sharded_loss=False), peers)
         hooks.install()
         undo.callback(hooks.remove)
-        _agreed(lambda: _require_same(model(**batch), whole, f"{type(model).__name__} sharded"), peers)
+        _rehearsed(lambda: _require_same(model(**batch), whole, f"{type(model).__name__} sharded"), peers)
         if is_causal and findings.untrainable is None:
             _set_loss(model, sharded_causal_loss(ForCausalLMLoss, peers), undo)
             hooks.region = replace(hooks.region, sharded_loss=True)
@@ -236,14 +236,25 @@ Result = TypeVar("Result")
 
 
 def _agreed(step: Callable[[], Result], peers: Peers | None) -> Result:
-    """The result of a step; when it fails on any rank, the same error on every rank."""
+    """The result of a step; when it refuses on any rank, the same error on every rank."""
     problem: Exception | None = None
     try:
         result = step()
     except (UnsupportedError, ValueError) as error:
         problem = error
-    except Exception as error:
-        problem = UnsupportedError(f"the rehearsal in enable() failed: {type(error).__name__}: {error}")
-        problem.__cause__ = error
     share_problem(problem, peers)
     return result
+
+
+def _rehearsed(step: Callable[[], Result], peers: Peers) -> Result:
+    """As `_agreed`, for a step that runs the model: an error of the model's own is a reason to refuse it."""
+
+    def guarded() -> Result:
+        try:
+            return step()
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(f"the rehearsal in enable() failed: {type(error).__name__}: {error}") from error
+
+    return _agreed(guarded, peers)

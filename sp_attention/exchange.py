@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sp_attention.layout import HeadPlan, Span, spans
+from sp_attention.layout import HeadPlan, Span, span_of, spans
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Peers:
 
     def span(self, length: int) -> Span:
         """My span of a sequence of `length` tokens."""
-        return spans(length, self.size)[self.rank]
+        return span_of(self.rank, length, self.size)
 
 
 def seq_to_head(

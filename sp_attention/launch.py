@@ -35,22 +35,19 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
     """
     context = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="sp_attention_ranks_") as folder:
-        workers, readers = [], []
+        workers, links = [], []
         with _one_thread_each():
             for rank in range(ranks):
-                reader, writer = context.Pipe(duplex=False)
+                mine, theirs = context.Pipe()
                 worker = context.Process(
-                    target=_work, args=(rank, ranks, folder, writer, timeout, function, args), daemon=True
+                    target=_work, args=(rank, ranks, folder, theirs, timeout, function, args), daemon=True
                 )
                 worker.start()
-                writer.close()
+                theirs.close()
                 workers.append(worker)
-                readers.append(reader)
+                links.append(mine)
         try:
-            results = _collect(workers, readers, Path(folder), monotonic() + timeout)
-            for worker in workers:
-                worker.join(GRACE)
-            return results
+            return _collect(workers, links, Path(folder), monotonic() + timeout)
         finally:
             for worker in workers:
                 worker.kill()
@@ -75,7 +72,7 @@ def _work(
     rank: int,
     ranks: int,
     folder: str,
-    writer: Connection,
+    link: Connection,
     timeout: float,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -91,28 +88,28 @@ def _work(
                 world_size=ranks,
                 timeout=timedelta(seconds=max(timeout * 0.7, 1.0)),
             )
-            writer.send_bytes(pickle.dumps((True, function(*args))))
-            dist.destroy_process_group()
+            link.send_bytes(pickle.dumps((True, function(*args))))
+            # The others may still be in a collective with this rank: wait until the parent has every answer.
+            link.poll(None)
         except BaseException:
-            writer.send_bytes(pickle.dumps((False, traceback.format_exc())))
-            # At once: an orderly end could wait for the other ranks.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
-        faulthandler.unregister(signal.SIGUSR1)
+            link.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: an orderly end could wait for ranks that failed, and torch's threads sometimes abort in it.
+        os._exit(0)
 
 
-def _collect(workers: list[Any], readers: list[Connection], folder: Path, deadline: float) -> list[Any]:
+def _collect(workers: list[Any], links: list[Connection], folder: Path, deadline: float) -> list[Any]:
     """Each rank's result; RanksError as soon as a failure is certain and the grace for the others is over."""
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     while len(results) + len(failures) < len(workers):
-        waiting = {readers[rank]: rank for rank in range(len(workers)) if rank not in results and rank not in failures}
+        waiting = {links[rank]: rank for rank in range(len(workers)) if rank not in results and rank not in failures}
         ready = wait(list(waiting), timeout=max(0.0, deadline - monotonic()))
-        for reader in ready:
-            rank = waiting[reader]  # type: ignore[index]  # wait() returns what it was given
+        for link in ready:
+            rank = waiting[link]  # type: ignore[index]  # wait() returns what it was given
             try:
-                succeeded, answer = pickle.loads(readers[rank].recv_bytes())
+                succeeded, answer = pickle.loads(links[rank].recv_bytes())
             except EOFError:
                 workers[rank].join()
                 succeeded, answer = False, f"exited with code {workers[rank].exitcode} and no result"

@@ -1,8 +1,6 @@
 """Who holds which tokens and who computes which heads: integers only."""
 
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,18 @@ class HeadPlan:
         return not rest and all(kv == i // size for i, kv in enumerate(self.kv_of_query(rank)))
 
 
-@lru_cache(maxsize=1024)
+def span_of(rank: int, length: int, ranks: int) -> Span:
+    """The span of one rank in `spans(length, ranks)`."""
+    size, extra = divmod(length, ranks)
+    start = rank * size + min(rank, extra)
+    return Span(start, start + size + (rank < extra))
+
+
 def spans(length: int, ranks: int) -> tuple[Span, ...]:
     """Cut `length` tokens (or heads) into `ranks` neighbouring spans whose sizes differ by at most one."""
-    size, extra = divmod(length, ranks)
-    edges = accumulate((size + (rank < extra) for rank in range(ranks)), initial=0)
-    return tuple(Span(start, stop) for start, stop in pairwise(edges))
+    return tuple(span_of(rank, length, ranks) for rank in range(ranks))
 
 
-@lru_cache(maxsize=1024)
 def head_plan(query_heads: int, kv_heads: int, ranks: int) -> HeadPlan:
     """Share out `query_heads` over `ranks` so that sizes differ by at most one, each with the KV heads it needs.
 

@@ -24,11 +24,14 @@ from sp_attention.trees import Path, map_leaves
 from sp_attention.ulysses import as_mask
 
 # Arguments of a model's forward whose meaning under sequence parallelism is known.
-COVERED = {
+_COVERED = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "shift_labels",
     "num_items_in_batch", "use_cache", "return_dict", "output_hidden_states", "logits_to_keep",
     "start_positions", "end_positions",
 }  # fmt: skip
+
+# Those that transformers hands down through the layers although only the loss uses them.
+_FOR_THE_LOSS = {"shift_labels", "num_items_in_batch"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Hooks:
             if name.startswith("output_") and name != "output_hidden_states" and value:
                 return f"{name}=True is not covered under sequence parallelism yet: the outputs would be one rank's part"
         for name, value in given.items():
-            if name not in COVERED and not name.startswith("output_"):
+            if name not in _COVERED and not name.startswith("output_"):
                 return f"the argument {name!r} of {type(model).__name__} is not covered under sequence parallelism yet"
         if settings.get("output_hidden_states") and settings.get("return_dict", True) is False:
             return "output_hidden_states needs return_dict=True under sequence parallelism"
@@ -175,7 +178,7 @@ class Hooks:
                     return mask
                 if isinstance(leaf, Cache):
                     return None  # It would hold one rank's part, and the model does not return it.
-                if not isinstance(leaf, Tensor) or length < self.peers.size:
+                if not isinstance(leaf, Tensor) or length < self.peers.size or path[1] in _FOR_THE_LOSS:
                     return leaf
                 dim = layer.arguments.get(path, -1)
                 if dim is None or dim == -1 and length not in leaf.shape:

@@ -1,0 +1,164 @@
+"""What happens around and inside the region, beyond plain loss and gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import MODELS, VOCABULARY, Tiny, batch_of
+from test_parity import relative_error
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+from transformers import PreTrainedModel
+
+import sp_attention
+from sp_attention.launch import run_ranks
+
+Step = Callable[[PreTrainedModel], Any]
+
+
+def compare_steps(tiny: Tiny, step: Step, prepare: Callable[[PreTrainedModel], Any] = lambda model: None) -> float:
+    """The largest relative error of what `step` returns, and of the gradients it leaves, sharded against whole.
+
+    `step` returns tensors to compare; `prepare` is applied to both models, to the sharded one before enable().
+    """
+    reference, model = tiny.build(), tiny.build()
+    prepare(reference)
+    prepare(model)
+    sp_attention.enable(model, backend="sdpa")
+    results = step(reference), step(model)
+    sp_attention.average_gradients(model)
+    pairs = list(zip(*results, strict=True))
+    for theirs, ours in zip(reference.parameters(), model.parameters(), strict=True):
+        assert (theirs.grad is None) == (ours.grad is None)
+        if theirs.grad is not None:
+            pairs.append((theirs.grad, ours.grad))
+    assert all(theirs.shape == ours.shape for theirs, ours in pairs)
+    return max(relative_error(ours, theirs) for theirs, ours in pairs)
+
+
+def loss_step(model: PreTrainedModel, **changes: Any) -> list[torch.Tensor]:
+    loss = model(**batch_of("left-padded", 33) | changes).loss
+    loss.backward()
+    return [loss.detach()]
+
+
+def two_forwards_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    losses = [model(**batch_of(kind, length)).loss for kind, length in (("plain", 33), ("packed", 14))]
+    (losses[0] + 2 * losses[1]).backward()
+    return [loss.detach() for loss in losses]
+
+
+def hidden_states_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    output = model(**batch_of("plain", 33), output_hidden_states=True)
+    (output.loss + sum((state**2).mean() for state in output.hidden_states)).backward()
+    return [output.loss.detach(), *(state.detach() for state in output.hidden_states)]
+
+
+def embeddings_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    # A parameter, so that its gradient is averaged and compared as the others are.
+    model.given = nn.Parameter(torch.randn(2, 33, 48, dtype=torch.float64))
+    batch = batch_of("right-padded", 33)
+    del batch["input_ids"]
+    loss = model(inputs_embeds=model.given, **batch).loss
+    loss.backward()
+    return [loss.detach()]
+
+
+def own_loss_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The user's own loss on whole logits, as they come without labels."""
+    logits = model(batch_of("plain", 33)["input_ids"]).logits
+    torch.nn.functional.cross_entropy(logits[:, -2:].flatten(0, 1), torch.arange(4)).backward()
+    return [logits.detach()]
+
+
+def evaluation_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    model.eval()
+    with torch.no_grad():
+        output = model(**batch_of("left-padded", 33))
+    return [output.loss, output.logits]
+
+
+def accumulation_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    losses = []
+    for kind in ("plain", "prompt-masked"):
+        loss = model(**batch_of(kind, 33), num_items_in_batch=torch.tensor(75)).loss
+        loss.backward()
+        losses.append(loss.detach())
+    return losses
+
+
+def shifted_labels_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    batch = batch_of("plain", 33)
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    loss = model(**batch, shift_labels=shifted).loss
+    loss.backward()
+    return [loss.detach()]
+
+
+def mask_tensor_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    allowed = torch.rand(2, 1, 33, 33, generator=generator) < 0.5
+    allowed |= torch.eye(33, dtype=torch.bool)
+    additive = torch.zeros(2, 1, 33, 33, dtype=torch.float64).masked_fill_(~allowed, torch.finfo(torch.float64).min)
+    losses = [model(**batch_of("plain", 33), attention_mask=mask).loss for mask in (allowed, additive)]
+    sum(losses).backward()
+    return [loss.detach() for loss in losses]
+
+
+def holes_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    mask = torch.ones(2, 33, dtype=torch.int64)
+    mask[0, 9:15] = 0
+    mask[1, ::4] = 0
+    return loss_step(model, attention_mask=mask)
+
+
+def short_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Fewer tokens than ranks: every rank does all of it."""
+    return two_lengths(model, 1, 2)
+
+
+def two_lengths(model: PreTrainedModel, *lengths: int) -> list[torch.Tensor]:
+    outputs = [model(batch_of("plain", length)["input_ids"]).logits for length in lengths]
+    sum(output.sum() for output in outputs).backward()
+    return [output.detach() for output in outputs]
+
+
+STEPS = {
+    step.__name__.removesuffix("_step"): step
+    for step in (
+        loss_step, two_forwards_step, hidden_states_step, embeddings_step, own_loss_step, evaluation_step,
+        accumulation_step, shifted_labels_step, mask_tensor_step, holes_step, short_step,
+    )
+}  # fmt: skip
+
+
+def run_steps() -> dict[str, float]:
+    return {name: compare_steps(MODELS["llama-6q3kv"], step) for name, step in STEPS.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
+    for errors in run_ranks(ranks, run_steps, timeout=120):
+        assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
+def checkpointed(reentrant: bool) -> Callable[[PreTrainedModel], None]:
+    def prepare(model: PreTrainedModel) -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+    return prepare
+
+
+def run_checkpointed(reentrant: bool) -> dict[str, float]:
+    steps = {"one forward": loss_step, "two forwards": two_forwards_step, "hidden states": hidden_states_step}
+    return {name: compare_steps(MODELS["mistral-window5"], step, checkpointed(reentrant)) for name, step in steps.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_layers_that_are_recomputed_in_backward_find_their_own_forward(reentrant: bool) -> None:
+    for errors in run_ranks(2, run_checkpointed, reentrant):
+        assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
