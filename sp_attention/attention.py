@@ -5,6 +5,7 @@ The contract of a kernel: exactly this attention, or a reason not to do it. It n
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -116,7 +117,7 @@ class Mask:
         for row in range(self.batch):
             edges = [0, *((documents[row].diff() != 0).nonzero()[:, 0] + 1).tolist(), length]
             segments = []
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in pairwise(edges):
                 seen = real[row, start:stop].nonzero()[:, 0] + start
                 first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (start, start)
                 if last - first != len(seen):

@@ -50,7 +50,7 @@ def seq_to_head(
                 f"a tensor {tensor.dtype} {list(tensor.shape)} does not fit {len(peers.span(length))} of {length} "
                 f"tokens, {heads} heads and {query.dtype}"
             )
-    result: tuple[Tensor, Tensor, Tensor] = _SeqToHead.apply(query, key, value, length, plan, peers)
+    result: tuple[Tensor, Tensor, Tensor] = _SeqToHead.apply(query, key, value, length, plan, peers)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -58,22 +58,23 @@ def head_to_seq(out: Tensor, plan: HeadPlan, peers: Peers) -> Tensor:
     """[B, S, h, Dv] → [B, s, H, Dv], contiguous: the inverse of `seq_to_head` for what the kernel returns."""
     if out.shape[2] != len(plan.query[peers.rank]):
         raise ValueError(f"an output {list(out.shape)} does not hold this rank's {len(plan.query[peers.rank])} heads")
-    result: Tensor = _HeadToSeq.apply(out, plan, peers)
+    result: Tensor = _HeadToSeq.apply(out, plan, peers)  # type: ignore[no-untyped-call]
     return result
 
 
 def gather(part: Tensor, length: int, peers: Peers, dim: int = 1) -> Tensor:
     """My span along `dim` → the whole tensor of `length` along `dim`, on every rank. Bit-equal on all ranks."""
-    result: Tensor = _Gather.apply(part, length, peers, dim)
+    result: Tensor = _Gather.apply(part, length, peers, dim)  # type: ignore[no-untyped-call]
     return result
 
 
 def sum_over_ranks(part: Tensor, peers: Peers) -> Tensor:
     """The sum of each rank's `part`, the same bits on every rank."""
-    result: Tensor = _SumOverRanks.apply(part, peers)
+    result: Tensor = _SumOverRanks.apply(part, peers)  # type: ignore[no-untyped-call]
     return result
 
 
+# torch has no types for `Function.apply`, hence the ignores above.
 class _SeqToHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -194,9 +195,7 @@ def _widths(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], peers: P
     return [sum(len(plan[rank]) * tensor.shape[3] for tensor, plan in pairs) for rank in range(peers.size)]
 
 
-def _columns(
-    rows: Tensor, tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], rank: int
-) -> tuple[Tensor, ...]:
+def _columns(rows: Tensor, tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], rank: int) -> tuple[Tensor, ...]:
     """Views [B, n, heads, D] of rows [n, B, width]: a rank's heads of each tensor."""
     shapes = [(len(plan[rank]), tensor.shape[3]) for tensor, plan in zip(tensors, plans, strict=True)]
     parts = rows.split([heads * size for heads, size in shapes], 2)

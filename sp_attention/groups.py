@@ -45,7 +45,7 @@ def resolve(group: Group | None, sp_size: int | None, device: torch.device) -> P
 
 def _process_group(group: Group | None) -> dist.ProcessGroup:
     if group is None:
-        return dist.group.WORLD
+        return _world()
     if isinstance(group, dist.ProcessGroup):
         return group
     if isinstance(group, DeviceMesh):
@@ -73,6 +73,13 @@ def _cut_world(sp_size: int) -> dist.ProcessGroup:
         sizes = f"{', '.join(most)} or {last}" if most else last
         raise ValueError(f"{world} processes cannot be cut into groups of {sp_size}; use {sizes}")
     if sp_size == world:
-        return dist.group.WORLD
+        return _world()
+    mine: dist.ProcessGroup
     mine, _ = dist.new_subgroups(sp_size)
     return mine
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None  # a process group was found or started before
+    return world

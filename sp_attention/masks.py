@@ -36,7 +36,7 @@ def describe(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **_: Any,
@@ -68,10 +68,10 @@ def describe(
     )
 
 
-def _parts(function: Callable[..., Tensor]) -> dict[str, Any]:
-    if function is causal_mask_function:
+def _parts(function: Callable[..., Any]) -> dict[str, Any]:
+    if function == causal_mask_function:
         return {"causal": True}
-    if function is bidirectional_mask_function:
+    if function == bidirectional_mask_function:
         return {}
     code = getattr(function, "__code__", None)
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True)) if code is not None else {}

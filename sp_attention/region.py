@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sp_attention.agreement import require_same_batch
-from sp_attention.attention import Mask
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers, gather
 from sp_attention.trees import Path, map_leaves
@@ -99,7 +98,9 @@ class Hooks:
             handle.remove()
         self.handles.clear()
 
-    def _hook(self, module: nn.Module, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None) -> None:
+    def _hook(
+        self, module: nn.Module, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+    ) -> None:
         if before is not None:
             self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
@@ -138,8 +139,10 @@ class Hooks:
         settings = {**{name: value for name, value in vars(model.config).items() if value}, **given}
         for name, value in settings.items():
             if name.startswith("output_") and name != "output_hidden_states" and value:
-                return f"{name}=True is not covered under sequence parallelism yet: the outputs would be one rank's part"
-        for name, value in given.items():
+                return (
+                    f"{name}=True is not covered under sequence parallelism yet: the outputs would be one rank's part"
+                )
+        for name in given:
             if name not in _COVERED and not name.startswith("output_"):
                 return f"the argument {name!r} of {type(model).__name__} is not covered under sequence parallelism yet"
         if settings.get("output_hidden_states") and settings.get("return_dict", True) is False:
@@ -181,15 +184,15 @@ class Hooks:
                 if not isinstance(leaf, Tensor) or length < self.peers.size or path[1] in _FOR_THE_LOSS:
                     return leaf
                 dim = layer.arguments.get(path, -1)
-                if dim is None or dim == -1 and length not in leaf.shape:
+                if dim is None or (dim == -1 and length not in leaf.shape):
                     return leaf
                 if dim >= 0 and leaf.shape[dim] == length:
                     return leaf.narrow(dim, span.start, len(span)).contiguous()
                 if dim >= 0 and leaf.shape[dim] == len(span):
                     return leaf
                 raise UnsupportedError(
-                    f"{layer.name}: the argument {'.'.join(map(str, path[1:]))} {list(leaf.shape)} is not what enable() "
-                    f"saw in its rehearsal; it cannot be cut to {len(span)} of {length} tokens"
+                    f"{layer.name}: the argument {'.'.join(map(str, path[1:]))} {list(leaf.shape)} is not what "
+                    f"enable() saw in its rehearsal; it cannot be cut to {len(span)} of {length} tokens"
                 )
 
             return map_leaves(cut, (args, kwargs))

@@ -52,7 +52,7 @@ class Run:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run what is inside without gradients or checkpointing, and leave modes, buffers and random numbers as they were."""
+    """Run what is inside without gradients or checkpointing; modes, buffers and random numbers stay as they were."""
     training = {module: module.training for module in model.modules()}
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -60,14 +60,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     fork = {} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
     try:
         for module in checkpointed:
-            module.gradient_checkpointing = False
+            module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag, not a module
         with torch.no_grad(), torch.random.fork_rng(**{"devices": [], **fork}):
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
         for module in checkpointed:
-            module.gradient_checkpointing = True
+            module.gradient_checkpointing = True  # type: ignore[assignment]  # a flag, not a module
         with torch.no_grad():
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
@@ -132,7 +132,11 @@ def explore(model: PreTrainedModel, attended: list[nn.Module], ranks: int) -> Fi
     return Findings(
         stack,
         tuple(_layers(layers, names, narrow, wide)),
-        tuple(module for module in model.modules() if isinstance(module, PreTrainedModel) and layers[0] in module.modules()),
+        tuple(
+            module
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and layers[0] in module.modules()
+        ),
         kinds,
         untrainable,
     )
@@ -169,14 +173,16 @@ def _stack(model: nn.Module, attending: list[str]) -> str:
     """The name of the list of modules that holds all that attends."""
     if not attending:
         raise UnsupportedError(
-            f"{type(model).__name__} does not attend through transformers' attention interface, which is not covered yet"
+            f"{type(model).__name__} does not attend through transformers' attention interface; this is not covered yet"
         )
     stacks = set()
     for name in attending:
         parents = [name[:i] for i, letter in enumerate(name) if letter == "."]
         stacks.add(next((parent for parent in parents if isinstance(model.get_submodule(parent), nn.ModuleList)), name))
     if len(stacks) > 1:
-        raise UnsupportedError(f"{type(model).__name__} attends in {', '.join(sorted(stacks))}; only one stack is covered yet")
+        raise UnsupportedError(
+            f"{type(model).__name__} attends in {', '.join(sorted(stacks))}; only one stack is covered yet"
+        )
     return stacks.pop()
 
 
@@ -199,7 +205,8 @@ def _record(
 
     `prove` is told of each right after it, while an engine that shards parameters still has them gathered.
     """
-    run = Run(*batch["input_ids"].shape, {module: [] for module in modules})
+    size, length = batch["input_ids"].shape
+    run = Run(size, length, {module: [] for module in modules})
     proving = False
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -272,9 +279,15 @@ def _layers(layers: list[nn.Module], names: Mapping[nn.Module, str], narrow: Run
         (inputs, output), (other_inputs, other_output) = narrow.calls[layer][0], wide.calls[layer][0]
         results = _dims(name, output, other_output, narrow, wide)
         handed = [tensor for path, tensor in tensors(output) if results[path] is not None]
-        taken = {id(tensor) for _, tensor in tensors(narrow.calls[following][0][0])} if following and narrow.calls[following] else set()
-        if not handed or following is not None and not all(id(tensor) in taken for tensor in handed):
-            raise UnsupportedError(f"{name}: the next layer is not given just what this one returns; this is not covered yet")
+        taken = (
+            {id(tensor) for _, tensor in tensors(narrow.calls[following][0][0])}
+            if following and narrow.calls[following]
+            else set()
+        )
+        if not handed or (following is not None and not all(id(tensor) in taken for tensor in handed)):
+            raise UnsupportedError(
+                f"{name}: the next layer is not given just what this one returns; this is not covered yet"
+            )
         yield Layer(name, layer, _mask_path(name, inputs), _dims(name, inputs, other_inputs, narrow, wide), results)
 
 

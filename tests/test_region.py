@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from models import MODELS, VOCABULARY, Tiny, batch_of
+from models import MODELS, Tiny, batch_of
 from test_parity import relative_error
 from torch import nn
-from torch.distributed.tensor.debug import CommDebugMode
 from transformers import PreTrainedModel
 
 import sp_attention
@@ -154,7 +152,9 @@ def checkpointed(reentrant: bool) -> Callable[[PreTrainedModel], None]:
 
 def run_checkpointed(reentrant: bool) -> dict[str, float]:
     steps = {"one forward": loss_step, "two forwards": two_forwards_step, "hidden states": hidden_states_step}
-    return {name: compare_steps(MODELS["mistral-window5"], step, checkpointed(reentrant)) for name, step in steps.items()}
+    return {
+        name: compare_steps(MODELS["mistral-window5"], step, checkpointed(reentrant)) for name, step in steps.items()
+    }
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -90,13 +90,7 @@ def _attend_row(request: Request, rows: slice, pieces: tuple[Piece, ...]) -> Ten
         at, of = piece.queries, piece.keys
         if at.start > done:
             outputs.append(_nothing_seen(query, value, at.start - done))
-        band = None
-        if piece.pattern == "band":
-            window = request.mask.window
-            band = request.mask.once(
-                ("sdpa band", len(at), len(of), at.start - of.start, query.dtype),
-                lambda at=at, of=of: _band(len(at), len(of), at.start - of.start, window, query),
-            )
+        band = _band(request, at, of) if piece.pattern == "band" else None
         parts = query[:, at.start : at.stop], key[:, of.start : of.stop], value[:, of.start : of.stop]
         outputs.append(_sdpa(*parts, request, mask=band, causal=piece.pattern == "causal"))
         done = at.stop
@@ -109,14 +103,21 @@ def _nothing_seen(query: Tensor, value: Tensor, length: int) -> Tensor:
     return query.new_zeros(query.shape[0], length, query.shape[2], value.shape[3])
 
 
-def _band(queries: int, keys: int, offset: int, window: int, like: Tensor) -> Tensor:
-    """Additive [queries, keys]: 0 where query `offset + i` sees key j, -inf elsewhere.
+def _band(request: Request, queries: Span, keys: Span) -> Tensor:
+    """Additive [queries, keys]: 0 where a query sees a key, -inf elsewhere; pieces of one shape share it.
 
-    Additive from the start, since torch would make an additive copy of a bool mask for every piece it saves.
+    Additive from the start, since torch would make and save an additive copy of a bool mask for every piece.
     """
-    distance = torch.arange(queries, device=like.device)[:, None] + offset - torch.arange(keys, device=like.device)
-    hidden = (distance < 0) | (distance >= window)
-    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+    like, mask = request.query, request.mask
+    window, offset = mask.window, queries.start - keys.start
+    assert window is not None
+
+    def derive() -> Tensor:
+        distance = torch.arange(len(queries))[:, None] + offset - torch.arange(len(keys))
+        hidden = (distance < 0) | (distance >= window)
+        return torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, float("-inf")).to(like.device)
+
+    return mask.once(("sdpa band", len(queries), len(keys), offset, like.dtype), derive)
 
 
 def _attend_densely(request: Request) -> Tensor:

@@ -1,0 +1,30 @@
+"""The command line: `sp-attention`, or `python -m sp_attention`."""
+
+import sys
+
+import click
+
+from sp_attention.cli.backends import backends
+from sp_attention.cli.demo import demo
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sp-attention", message="%(package)s %(version)s")
+def cli() -> None:
+    """Sequence parallelism for the transformers model you already have: exact, or it refuses."""
+
+
+cli.add_command(backends)
+cli.add_command(demo)
+
+
+def main() -> None:
+    """Run the command line; a wrong option is one line on standard error and exit status 2."""
+    try:
+        status = cli.main(prog_name="sp-attention", standalone_mode=False)
+    except click.ClickException as error:
+        print(f"sp-attention: {error.format_message()}", file=sys.stderr)
+        status = error.exit_code
+    except click.Abort:
+        status = 130
+    sys.exit(status)
