@@ -41,7 +41,7 @@ def seq_to_head(
 
     One float dtype for all three, kept. `length` is S. The results are strided views of one buffer. One collective,
     whose gradient is one collective; the gradient of a KV head that several ranks hold is the sum of theirs.
-    Raises ValueError on every rank when shapes, length and plan disagree.
+    Raises ValueError, before anything is sent, when shapes, length and plan disagree.
     """
     held = (plan.query[-1].stop, plan.kv[-1].stop, plan.kv[-1].stop)
     for tensor, heads in zip((query, key, value), held, strict=True):
