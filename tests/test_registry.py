@@ -1,0 +1,121 @@
+"""Plugins: found by entry point, and no plugin can break another."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import STRANGERS
+from models import MODELS, batch_of
+
+import sp_attention
+from sp_attention.errors import BackendError
+from sp_attention.launch import run_ranks
+from sp_attention.registry import find, load
+
+Install = Callable[..., None]
+
+
+def kernels() -> dict[str, str | None]:
+    """What is offered on the CPU, by kernel and plugin, and what speaks against each."""
+    return {f"{entry.backend.kernel} from {entry.plugin}": entry.problem for entry in load().backends}
+
+
+def test_our_own_kernels_come_through_the_hook() -> None:
+    ours = {name.split(" from ")[0] for name in kernels()}
+    assert {"sdpa", "transformers:eager", "transformers:sdpa"} <= ours
+    assert load().broken == ()
+    assert find("cpu", "sdpa").kernel == "sdpa"
+
+
+def test_auto_takes_the_highest_priority_of_the_device() -> None:
+    assert find("cpu", "auto").kernel == "sdpa"
+    assert find("npu", "auto").kernel == "sdpa"
+
+
+def test_an_unknown_kernel_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(BackendError, match=r"unknown backend 'flsh' on cpu\. Installed kernels that can be used: sdpa"):
+        find("cpu", "flsh")
+
+
+def test_a_kernel_that_is_unavailable_is_refused_with_its_reason() -> None:
+    with pytest.raises(BackendError, match=r"'transformers:flex_attention' on cpu cannot be used: its mask does not"):
+        find("cpu", "transformers:flex_attention")
+
+
+def train_with(kernel: str) -> tuple[float, float, str]:
+    """Loss and worst gradient error of a model on another kernel, and which one it says it uses."""
+    reference, model = MODELS["llama-5q1kv"].build(), MODELS["llama-5q1kv"].build()
+    handle = sp_attention.enable(model, backend=kernel)
+    losses = []
+    for each in (reference, model):
+        loss = each(**batch_of("right-padded", 33)).loss
+        loss.backward()
+        losses.append(loss.item())
+    sp_attention.average_gradients(model)
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    error = max(((ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()).item() for ours, theirs in pairs)
+    return abs(losses[1] - losses[0]) / losses[0], error, handle.report()
+
+
+def test_a_third_party_kernel_is_found_by_its_entry_point_and_trains(install: Install) -> None:
+    source = (STRANGERS / "good" / "stranger_good.py").read_text()
+    assert len(source.splitlines()) < 40
+    install("good")
+    for loss_error, gradient_error, report in run_ranks(2, train_with, "written-out"):
+        assert loss_error < 1e-6
+        assert gradient_error < 1e-5
+        assert "kernel 'written-out'" in report
+
+
+@pytest.mark.parametrize("kernel", ["transformers:eager", "transformers:sdpa"])
+def test_transformers_own_functions_train(kernel: str) -> None:
+    for loss_error, gradient_error, _ in run_ranks(2, train_with, kernel):
+        assert loss_error < 1e-6
+        assert gradient_error < 1e-5
+
+
+def test_broken_plugins_are_recorded_and_break_nothing(install: Install) -> None:
+    install("good", "broken_import", "broken_hook", "broken_answer")
+    assert kernels()["written-out from stranger-good 1.0 (good)"] is None
+    reasons = {broken.plugin: broken.reason for broken in load().broken}
+    assert reasons == {
+        "stranger-broken-import 1.0 (broken_import)": "ModuleNotFoundError: No module named "
+        "'package_that_does_not_exist'",
+        "stranger-broken-hook 1.0 (broken_hook)": reasons["stranger-broken-hook 1.0 (broken_hook)"],
+        "stranger-broken-answer 1.0 (broken_answer)": "TypeError: stranger_broken_answer returned 'cuda' among its "
+        "backends",
+    }
+    assert "unknown hook 'sp_attention_backend'" in reasons["stranger-broken-hook 1.0 (broken_hook)"]
+    assert find("cpu", "sdpa").kernel == "sdpa"
+    with pytest.raises(BackendError, match=r"unknown backend 'x'.*broken_import\) is broken: ModuleNotFoundError"):
+        find("cpu", "x")
+
+
+def test_a_reason_is_what_asking_for_the_kernel_raises(install: Install) -> None:
+    install("good")
+    with pytest.raises(BackendError, match=r"backend 'not-here' on cpu cannot be used: it needs a moon; wait for one"):
+        find("cpu", "not-here")
+    with pytest.raises(BackendError, match=r"unknown backend 'written-out' on cuda \(it exists on cpu\)"):
+        find("cuda", "written-out")
+
+
+def test_a_name_taken_twice_is_refused_and_our_own_cannot_be_taken(install: Install) -> None:
+    install("good", "twin")
+    twice = "several plugins offer it, stranger-good 1.0 (good), stranger-twin 1.0 (twin): uninstall all but one"
+    assert kernels()["written-out from stranger-twin 1.0 (twin)"] == twice
+    with pytest.raises(BackendError, match="several plugins offer it, stranger-good 1.0"):
+        find("cpu", "written-out")
+    assert find("cpu", "sdpa").attend.__module__ == "sp_attention.kernels.sdpa"
+
+
+def ask_on_ranks(kernel: str) -> str:
+    with pytest.raises(BackendError) as refusal:
+        sp_attention.enable(MODELS["llama-tied"].build(torch.float32), backend=kernel)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("kernel", ["flsh", "transformers:flash_attention_2"])
+def test_every_rank_gets_the_same_refusal(kernel: str) -> None:
+    first, second = run_ranks(2, ask_on_ranks, kernel)
+    assert first == second
+    assert kernel in first
