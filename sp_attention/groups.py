@@ -1,6 +1,8 @@
 """Which ranks share a sequence: from a size, a process group, a device mesh or an mpu object."""
 
+import atexit
 import os
+import time
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -37,10 +39,24 @@ def resolve(group: Group | None, sp_size: int | None, device: torch.device) -> P
             if sp_size not in (None, 1):
                 raise ValueError(f"sp_size={sp_size} needs {sp_size} processes or more, and this is one: use torchrun")
             return None
-        dist.init_process_group(dist.get_default_backend_for_device(device))
+        start_process_group(device)
     found = _cut_world(sp_size) if sp_size is not None else _process_group(group)
     size = dist.get_world_size(found)
     return Peers(found, dist.get_rank(found), size) if size > 1 else None
+
+
+def start_process_group(device: torch.device) -> None:
+    """Start the default process group that torchrun's environment describes, and end it when the process ends."""
+    dist.init_process_group(dist.get_default_backend_for_device(device))
+    atexit.register(_end_process_group)
+
+
+def _end_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # gloo's threads let go of the last tensors only now, for which they need the interpreter; without this moment they
+    # may find it gone and abort the process (seen with torch 2.13).
+    time.sleep(0.05)
 
 
 def _process_group(group: Group | None) -> dist.ProcessGroup:

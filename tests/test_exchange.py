@@ -186,5 +186,3 @@ def test_shapes_that_do_not_fit_are_an_error_before_anything_is_sent() -> None:
     first = run_ranks(2, check_refusals)[0]
     assert first[1] == "a tensor torch.float64 [1, 3, 2, 2] does not fit 3 of 6 tokens, 2 heads and torch.float32"
     assert first[3] == "an output [1, 3, 4, 2] does not hold this rank's 2 heads"
-
-

@@ -104,7 +104,6 @@ def test_prefix_language_models_are_refused() -> None:
         )
 
 
-
 def described_by(padding: list[list[int]] | None = None, documents: list[list[int]] | None = None) -> Mask:
     rows = padding or documents or [[1] * 6]
     return Mask(

@@ -8,10 +8,13 @@ from sp_attention.cli.backends import backends
 from sp_attention.cli.demo import demo
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sp-attention", message="%(package)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Sequence parallelism for the transformers model you already have: exact, or it refuses."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 cli.add_command(backends)

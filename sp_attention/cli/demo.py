@@ -164,12 +164,14 @@ def _compare_under_torchrun(
     training: "Training", size: int, text: Path | None, console: "Console"
 ) -> Comparison | None:
     """This process is one of the ranks that torchrun started; rank 0 runs the single process before, and compares."""
+    import torch
     import torch.distributed as dist
 
     from sp_attention.cli.text import write_tokens
     from sp_attention.cli.training import train
+    from sp_attention.groups import start_process_group
 
-    dist.init_process_group("gloo")
+    start_process_group(torch.device("cpu"))
     alone = None
     shared: list[Training] = [training]
     if dist.get_rank() == 0:
@@ -181,7 +183,6 @@ def _compare_under_torchrun(
     mine = train(shared[0], lambda step: console.print(f"  step {step}"))
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, mine)
-    dist.destroy_process_group()
     return None if alone is None else _compared(alone, everyone)
 
 

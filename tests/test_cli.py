@@ -1,0 +1,158 @@
+"""The command line as a user runs it: in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import Tiny
+
+SMALL = ["--steps", "3", "--seq", "128", "--layers", "1"]
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, "sp_attention", *arguments]
+    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    # Away from the source tree, so that the installed package runs.
+    options = {"cwd": Path(__file__).parent, "timeout": 300, "env": environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def numbers(out: Path) -> dict[str, object]:
+    return json.loads((out / "demo.json").read_text())
+
+
+def test_demo_compares_trainings_and_writes_plot_and_numbers(tmp_path: Path) -> None:
+    ran = run("demo", *SMALL, "--ranks", "3", "--out", str(tmp_path / "out"))
+    assert ran.returncode == 0, ran.stderr
+    assert "loss, one process" in ran.stdout
+    assert "peak resident memory" in ran.stdout
+    record = numbers(tmp_path / "out")
+    assert record["same"] is True
+    assert record["loss_difference"] < 1e-5
+    assert record["gradient_difference_step_1"] < 1e-4
+    assert len(record["ranks"]) == 3
+    assert all(len(trained["losses"]) == 3 for trained in [record["one_process"], *record["ranks"]])
+    assert all(trained["peak"] > trained["start"] > 0 for trained in record["ranks"])
+    assert record["settings"]["text"] == "pydoc_data.topics"
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_runs_under_torchrun(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    ran = run("demo", *SMALL, "--out", str(tmp_path), launcher=torchrun)
+    assert ran.returncode == 0, ran.stderr
+    assert len(numbers(tmp_path)["ranks"]) == 2
+    assert ran.stdout.count("loss, 2 ranks") == 1
+
+
+def test_demo_takes_a_model_and_a_text_of_the_users(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    Tiny("Qwen2ForCausalLM", {"vocab_size": 256, "max_position_embeddings": 128}).build().save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    text.write_text("It was a dark and stormy night. " * 20)
+    ran = run("demo", *SMALL, "--model", str(folder), "--text", str(text), "--out", str(tmp_path / "out"))
+    assert ran.returncode == 0, ran.stderr
+    settings = numbers(tmp_path / "out")["settings"]
+    assert (settings["model"], settings["text"]) == (str(folder), str(text))
+
+
+def test_demo_on_a_third_party_kernel(tmp_path: Path, install: Callable[..., None]) -> None:
+    install("good")
+    ran = run("demo", *SMALL, "--backend", "written-out", "--out", str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert "kernel written-out" in ran.stdout
+
+
+WRONG_KERNEL = """
+import sp_attention
+from sp_attention.kernels import sdpa
+
+
+def attend(request):
+    return sdpa.attend(request) * (1.02 if request.query.shape[1] > LONGEST else 1.0)
+
+
+@sp_attention.hookimpl
+def sp_attention_backends():
+    return [sp_attention.Backend("cpu", "wrong", attend)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("longest", "message"),
+    [
+        (0, "UnsupportedError: kernel 'wrong' gives other numbers than the model on its own"),
+        (100, "sp-attention: the losses differ by "),
+    ],
+    ids=["found by the rehearsal", "wrong on long sequences only"],
+)
+def test_a_kernel_with_wrong_numbers_is_exit_status_1(
+    longest: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong_kernel.py").write_text(WRONG_KERNEL.replace("LONGEST", str(longest)))
+    dist_info = tmp_path / "wrong_kernel-1.0.dist-info"
+    dist_info.mkdir()
+    (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: wrong-kernel\nVersion: 1.0\n")
+    (dist_info / "entry_points.txt").write_text("[sp_attention]\nwrong = wrong_kernel\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ran = run("demo", *SMALL, "--backend", "wrong", "--out", str(tmp_path / "out"))
+    assert ran.returncode == 1
+    assert message in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--ranks", "1"], "sp-attention: Invalid value for '--ranks': 1 is not in the range x>=2."),
+        (["--ranks", "two"], "sp-attention: Invalid value for '--ranks': 'two' is not a valid integer range."),
+        (["--text", "nowhere.txt"], "sp-attention: Invalid value for '--text': File 'nowhere.txt' does not exist."),
+        (["--model", "nowhere"], "sp-attention: Invalid value for '--model': Directory 'nowhere' does not exist."),
+        (["--backend", "flsh"], "sp-attention: unknown backend 'flsh' on cpu. Installed kernels that can be used: "),
+        (["--speed", "9"], "sp-attention: No such option '--speed'."),
+        (["--steps", "9", "--seq", "99999"], "sp-attention: the text has "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_option_gets_one_clear_line(options: list[str], line: str) -> None:
+    ran = run("demo", *options)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(line)
+    assert ran.stderr.count("\n") == 1
+
+
+def test_fewer_ranks_than_torchrun_started_is_a_wrong_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    ran = run("demo", "--ranks", "2")
+    assert ran.returncode == 2
+    assert ran.stderr == "sp-attention: --ranks 2 does not fit torchrun's 4 processes; leave it out\n"
+
+
+def test_backends_lists_every_kernel_with_its_origin(install: Callable[..., None]) -> None:
+    install("good", "broken_import")
+    ran = run("backends")
+    assert ran.returncode == 0
+    rows = {line.split("│")[2].strip(): line for line in ran.stdout.splitlines() if line.startswith("│")}
+    assert "any" in rows["sdpa"]
+    assert " yes " in rows["sdpa"]
+    assert "sp-attention" in rows["sdpa"]
+    assert "it needs a moon; wait for one to rise" in rows["not-here"]
+    assert "its mask does not travel as a tensor" in rows["transformers:flash_attention_2"]
+    assert "broken plugin: ModuleNotFoundError: No module named 'package_that_does_not_exist'" in rows["-"]
+
+
+def test_help_and_version() -> None:
+    assert "Commands:" in run().stdout
+    assert run("--help").stdout == run().stdout
+    assert run("--version").stdout.startswith("sp-attention 0.")
+    assert "--ranks" in run("demo", "--help").stdout

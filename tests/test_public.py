@@ -1,0 +1,50 @@
+"""The public surface, as a list: a change of it is a change here."""
+
+import inspect
+
+import click
+
+import sp_attention
+from sp_attention.cli import cli
+
+
+def test_public_names() -> None:
+    assert sorted(sp_attention.__all__) == [
+        "Backend",
+        "BackendError",
+        "BatchError",
+        "Handle",
+        "Mask",
+        "Request",
+        "UnsupportedError",
+        "average_gradients",
+        "enable",
+        "hookimpl",
+    ]
+    assert all(hasattr(sp_attention, name) for name in sp_attention.__all__)
+    assert not hasattr(sp_attention, "disable")
+    assert issubclass(sp_attention.UnsupportedError, NotImplementedError)
+    assert sp_attention.__version__.count(".") == 2
+
+
+def test_arguments() -> None:
+    def arguments(function: object) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    assert arguments(sp_attention.enable) == ["model", "backend", "group", "sp_size"]
+    assert arguments(sp_attention.average_gradients) == ["model", "group"]
+    assert arguments(sp_attention.Backend) == ["device", "kernel", "attend", "priority", "unavailable", "refuses"]
+    assert arguments(sp_attention.Request) == [
+        "query", "key", "value", "mask", "scale", "softcap", "sinks", "bias", "dropout", "module",
+    ]  # fmt: skip
+
+
+def test_commands_and_options() -> None:
+    options = {
+        name: [parameter.opts[0] for parameter in command.params if isinstance(parameter, click.Option)]
+        for name, command in cli.commands.items()
+    }
+    assert options == {
+        "backends": [],
+        "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],
+    }
