@@ -25,9 +25,8 @@ def test_importing_brings_no_model_code() -> None:
 def test_works_when_every_kernel_package_is_poisoned(use: str) -> None:
     kernels = ("deepspeed", "flash_attn", "flash_attn_interface", "torch_npu", "kernels")
     poison = f"import sys; sys.modules.update(dict.fromkeys({kernels}))"
-    assert (
-        run(f"{poison}; import sp_attention; from sp_attention import registry; assert {use}; print('fine')") == "fine"
-    )
+    library = "import sp_attention; from sp_attention import registry"
+    assert run(f"{poison}; {library}; assert {use}; print('fine')") == "fine"
 
 
 def test_kernels_are_not_imported_by_importing_the_registry() -> None:
