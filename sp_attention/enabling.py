@@ -54,11 +54,9 @@ class Handle:
         if self.peers is None or self.findings is None or self.region is None:
             return "sp_attention: one rank, so nothing is changed"
         world = dist.get_world_size()
-        groups = f"{world} processes = {world // self.peers.size} groups x {self.peers.size} ranks, "
-        lines = [
-            f"sp_attention: {groups if world % self.peers.size == 0 else ''}"
-            f"each sequence shared by {self.peers.size} ranks, kernel {self.backend.kernel!r}"
-        ]
+        size, kernel = self.peers.size, self.backend.kernel
+        groups = f"{world} processes = {world // size} group{'s' if world > size else ''} x {size} ranks, "
+        lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
         kinds: dict[str, list[str]] = {}
         for layer in self.findings.layers:
             parts = {
@@ -70,7 +68,9 @@ class Handle:
             kinds.setdefault(text, []).append(layer.name.rsplit(".", 1)[-1])
         for text, which in kinds.items():
             lines += [f"  {self.findings.stack}, layers {', '.join(which)}:", text]
-        sharded = "stay sharded in training with labels, whole otherwise" if self.region.sharded_loss else "are whole"
+        sharded = "are whole"
+        if self.region.sharded_loss is not None:
+            sharded = "stay sharded in training with labels, whole otherwise"
         lines.append(f"  logits {sharded}")
         if self.region.untrainable is not None:
             lines.append(f"  training is refused: {self.region.untrainable}")
@@ -139,20 +139,21 @@ def _install(model: PreTrainedModel, backend: Backend, peers: Peers, undo: ExitS
     attention = UlyssesAttention(backend, peers, lambda module: names.get(id(module), type(module).__name__))
     with undisturbed(model):
         findings = _rehearsed(lambda: _attend_through(model, attention, key, peers, undo), peers)
-        batch = batch_of(model, 2, 4 * peers.size + 1)
+        batch = batch_of(model, 2, max(13, 2 * peers.size + 1))
         labelled = {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
         is_causal = "labels" in signature(model.forward).parameters and model.loss_function is ForCausalLMLoss
         whole, whole_labelled = _rehearsed(lambda: (model(**batch), model(**labelled) if is_causal else None), peers)
 
-        hooks = Hooks(Region(findings.layers, findings.models, key, sharded_loss=False), peers)
+        hooks = Hooks(Region(findings.layers, findings.models, key, sharded_loss=None), peers)
         hooks.install()
         undo.callback(hooks.remove)
         _rehearsed(lambda: _require_same(model(**batch), whole, f"{type(model).__name__} sharded"), peers)
         if is_causal and findings.untrainable is None:
-            _set_loss(model, sharded_causal_loss(ForCausalLMLoss, peers), undo)
-            hooks.region = replace(hooks.region, sharded_loss=True)
-            exact = _loss_is_exact(model, labelled, whole_labelled, peers)
-            hooks.region = replace(hooks.region, sharded_loss=all_agree(exact, peers))
+            loss = sharded_causal_loss(ForCausalLMLoss, peers)
+            _set_loss(model, loss, undo)
+            hooks.region = replace(hooks.region, sharded_loss=loss)
+            if not all_agree(_loss_is_exact(model, labelled, whole_labelled, peers), peers):
+                hooks.region = replace(hooks.region, sharded_loss=None)
         hooks.region = replace(hooks.region, untrainable=findings.untrainable)
     return findings, hooks.region
 

@@ -1,9 +1,13 @@
 """The mean of gradients over all ranks, for training loops without an engine that takes it."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+BUCKET = 64 * 2**20
 
 
 def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -24,16 +28,28 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
     device = parameters[0].device
     present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8, device=device)
     dist.all_reduce(present, op=dist.ReduceOp.MAX, group=group)
-    buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter, anywhere in zip(parameters, present.tolist(), strict=True):
         if anywhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            buckets.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
+            kinds.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
     size = dist.get_world_size(group)
-    for grads in buckets.values():
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
+    for bucket in (bucket for grads in kinds.values() for bucket in _buckets(grads)):
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
         dist.all_reduce(flat, group=group)
         flat /= size
-        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        for grad, mean in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
             grad.copy_(mean.view_as(grad))
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbouring gradients in buckets of about BUCKET bytes: few collectives, and little memory beside them."""
+    bucket: list[Tensor] = []
+    size = 0
+    for grad in grads:
+        bucket.append(grad)
+        size += grad.nbytes
+        if size >= BUCKET or grad is grads[-1]:
+            yield bucket
+            bucket, size = [], 0

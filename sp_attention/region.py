@@ -52,14 +52,14 @@ class Region:
     """What is hooked: the layers in the order of their calls, and the models around them, outermost first.
 
     implementation: the key under which transformers knows our attention.
-    sharded_loss: whether logits may stay sharded because the causal loss takes them so.
+    sharded_loss: the loss function that takes logits of this rank's span, None when logits must be whole.
     untrainable: None, or why this model cannot be trained under sequence parallelism.
     """
 
     layers: tuple[Layer, ...]
     models: tuple[PreTrainedModel, ...]
     implementation: str
-    sharded_loss: bool
+    sharded_loss: Callable[..., Tensor] | None
     untrainable: str | None = None
 
 
@@ -117,14 +117,19 @@ class Hooks:
         reason = self._refusal(model, given)
         if reason is not None:
             raise UnsupportedError(reason)
-        self.forward = Forward(
-            model,
-            stays_sharded=self.region.sharded_loss
-            and model is self.region.models[0]
+        self.forward = Forward(model, self._may_stay_sharded(model, given))
+
+    def _may_stay_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
+        """Whether our loss, and nothing but it, will see the logits."""
+        kept = given.get("logits_to_keep")
+        return (
+            model is self.region.models[0]
             and model.training
             and "labels" in given
-            and not isinstance(given.get("logits_to_keep"), Tensor)
-            and not given.get("logits_to_keep"),
+            and (kept is None or (isinstance(kept, int) and kept == 0))
+            # The user may have set another since.
+            and self.region.sharded_loss is not None
+            and model.loss_function is self.region.sharded_loss
         )
 
     def _refusal(self, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
@@ -136,16 +141,14 @@ class Hooks:
                 "a key/value cache (generate(), use_cache=True, past_key_values) is not covered under sequence "
                 "parallelism yet: call handle.disable() before generate(), or pass use_cache=False"
             )
-        settings = {**{name: value for name, value in vars(model.config).items() if value}, **given}
-        for name, value in settings.items():
+        switches = {name: value for name, value in vars(model.config).items() if isinstance(value, bool)} | dict(given)
+        for name, value in switches.items():
             if name.startswith("output_") and name != "output_hidden_states" and value:
-                return (
-                    f"{name}=True is not covered under sequence parallelism yet: the outputs would be one rank's part"
-                )
+                return f"{name}=True is not covered under sequence parallelism yet: it would give one rank's part"
         for name in given:
             if name not in _COVERED and not name.startswith("output_"):
                 return f"the argument {name!r} of {type(model).__name__} is not covered under sequence parallelism yet"
-        if settings.get("output_hidden_states") and settings.get("return_dict", True) is False:
+        if switches.get("output_hidden_states") and switches.get("return_dict") is False:
             return "output_hidden_states needs return_dict=True under sequence parallelism"
         if model.training and torch.is_grad_enabled():
             return self.region.untrainable
@@ -165,6 +168,8 @@ class Hooks:
         """A hidden state as the user may see it; those recorded inside the region are my span only."""
         if state is None or state.shape[1] == length:
             return state
+        if state.shape[1] != len(self.peers.span(length)):
+            raise UnsupportedError(f"a hidden state {list(state.shape)} of {length} tokens is not covered yet")
         return gather(state, length, self.peers)
 
     def _before_layer(self, layer: Layer) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ class Run:
 
     batch: int
     length: int
-    calls: dict[nn.Module, list[tuple[Any, Any]]]
+    calls: dict[nn.Module | None, list[tuple[Any, Any]]]
 
 
 @contextmanager
@@ -179,9 +179,9 @@ def _stack(model: nn.Module, attending: list[str]) -> str:
     for name in attending:
         parents = [name[:i] for i, letter in enumerate(name) if letter == "."]
         stacks.add(next((parent for parent in parents if isinstance(model.get_submodule(parent), nn.ModuleList)), name))
-    if len(stacks) > 1:
+    if len(stacks) > 1 or not isinstance(model.get_submodule(min(stacks)), nn.ModuleList):
         raise UnsupportedError(
-            f"{type(model).__name__} attends in {', '.join(sorted(stacks))}; only one stack is covered yet"
+            f"{type(model).__name__} attends in {', '.join(sorted(stacks))}; one list of layers is what is covered yet"
         )
     return stacks.pop()
 
@@ -279,11 +279,7 @@ def _layers(layers: list[nn.Module], names: Mapping[nn.Module, str], narrow: Run
         (inputs, output), (other_inputs, other_output) = narrow.calls[layer][0], wide.calls[layer][0]
         results = _dims(name, output, other_output, narrow, wide)
         handed = [tensor for path, tensor in tensors(output) if results[path] is not None]
-        taken = (
-            {id(tensor) for _, tensor in tensors(narrow.calls[following][0][0])}
-            if following and narrow.calls[following]
-            else set()
-        )
+        taken = {id(tensor) for call, _ in narrow.calls.get(following, []) for _, tensor in tensors(call)}
         if not handed or (following is not None and not all(id(tensor) in taken for tensor in handed)):
             raise UnsupportedError(
                 f"{name}: the next layer is not given just what this one returns; this is not covered yet"

@@ -15,7 +15,7 @@ from sp_attention import registry
 from sp_attention.attention import Backend, Mask, Request
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers, head_to_seq, seq_to_head
-from sp_attention.layout import head_plan
+from sp_attention.layout import HeadPlan, head_plan
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
 # window, the causal flag and the positions in it.
@@ -65,8 +65,10 @@ class UlyssesAttention:
                 f"{length} tokens, {mine} of them on this rank; cross-attention and filled caches are not covered yet"
             )
         if query.shape[1] == length:
-            return self._attend(request), None
+            self._require_done([request])
+            return self.backend.attend(request), None
         plan = head_plan(query.shape[2], key.shape[2], self.peers.size)
+        self._require_done(_shares(request, plan))
         query, key, value = seq_to_head(query, key, value, length, plan, self.peers)
         if not query.shape[2]:
             # More ranks than heads and none of them here: `value` is empty too, and leads backward to the exchange.
@@ -74,19 +76,21 @@ class UlyssesAttention:
         if not plan.is_grouped(self.peers.rank):
             order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)
             key, value = key.index_select(2, order), value.index_select(2, order)
-        return head_to_seq(self._attend(replace(request, query=query, key=key, value=value)), plan, self.peers), None
+        out = self.backend.attend(replace(request, query=query, key=key, value=value))
+        return head_to_seq(out, plan, self.peers), None
 
-    def _attend(self, request: Request) -> Tensor:
-        reason = self.backend.refuses(request)
-        if reason is None:
-            return self.backend.attend(request)
-        device = request.query.device.type
-        able = [backend.kernel for backend in registry.usable(device) if backend.refuses(request) is None]
-        raise UnsupportedError(
-            f"{self.name_of(request.module)}: kernel {self.backend.kernel!r} on {device} cannot do this: {reason}. "
-            + (f'Use enable(model, backend="{able[0]}"). ' if able else "")
-            + f"Installed kernels that can: {', '.join(able) or 'none'}."
-        )
+    def _require_done(self, requests: list[Request]) -> None:
+        """Raise UnsupportedError unless the backend does every one of the requests exactly."""
+        for request in requests:
+            reason = self.backend.refuses(request)
+            if reason is not None:
+                device = request.query.device.type
+                able = [b.kernel for b in registry.usable(device) if not any(map(b.refuses, requests))]
+                cure = f'Use enable(model, backend="{able[0]}"). ' if able else ""
+                raise UnsupportedError(
+                    f"{self.name_of(request.module)}: kernel {self.backend.kernel!r} on {device} cannot do this: "
+                    f"{reason}. {cure}Installed kernels that can: {', '.join(able) or 'none'}."
+                )
 
     def _refuse_unknown(self, module: nn.Module, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -97,6 +101,28 @@ class UlyssesAttention:
                 f"{self.name_of(module)}: the attention argument {name!r} is not covered under sequence parallelism "
                 "yet, and would be wrong if it were passed on uncut"
             )
+
+
+def _shares(request: Request, plan: HeadPlan) -> list[Request]:
+    """What any rank will ask of its kernel: shapes and dtypes, with no memory behind them and no values.
+
+    All ranks look at the requests of all, so that a kernel that refuses one of them is refused by every rank, before
+    some wait for the others in the exchange.
+    """
+    length = request.mask.query_length
+
+    def shaped(like: Tensor, heads: int) -> Tensor:
+        return like.new_empty(1).expand(like.shape[0], length, heads, like.shape[3])
+
+    shares = dict.fromkeys(
+        (len(query), len(kv) if plan.is_grouped(rank) else len(query))
+        for rank, (query, kv) in enumerate(zip(plan.query, plan.kv, strict=True))
+        if len(query)
+    )
+    return [
+        replace(request, query=shaped(request.query, h), key=shaped(request.key, n), value=shaped(request.value, n))
+        for h, n in shares
+    ]
 
 
 def as_mask(mask: object, name: str) -> Mask:

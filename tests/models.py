@@ -46,6 +46,8 @@ class Tiny:
 MODELS = {
     "llama-6q3kv": Tiny("LlamaForCausalLM"),
     "llama-5q1kv": Tiny("LlamaForCausalLM", {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1}),
+    # With three and four ranks, some compute no heads.
+    "llama-2q1kv": Tiny("LlamaForCausalLM", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "llama-tied": Tiny("LlamaForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
     "qwen2": Tiny("Qwen2ForCausalLM"),
     "mistral-window5": Tiny("MistralForCausalLM", {"sliding_window": 5}),

@@ -285,7 +285,7 @@ def report() -> str:
 
 def test_the_report_says_what_each_part_does() -> None:
     assert run_ranks(2, report)[0].splitlines() == [
-        "sp_attention: 2 processes = 1 groups x 2 ranks, each sequence shared by 2 ranks, kernel 'sdpa'",
+        "sp_attention: 2 processes = 1 group x 2 ranks, each sequence shared by its group, kernel 'sdpa'",
         "  model.layers, layers 0, 1:",
         "    input_layernorm: position-wise",
         "    mlp: position-wise",

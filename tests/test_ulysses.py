@@ -1,0 +1,119 @@
+"""The attention function that models call: what it passes on, and what it refuses, on every rank."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sp_attention.attention import Backend, Mask, Request
+from sp_attention.errors import UnsupportedError
+from sp_attention.exchange import Peers
+from sp_attention.launch import run_ranks
+from sp_attention.ulysses import UlyssesAttention
+
+LENGTH = 9
+MASK = Mask(2, LENGTH, LENGTH, torch.device("cpu"))
+
+
+def unused(request: Request) -> Tensor:
+    raise AssertionError("a request that is refused must not reach the kernel")
+
+
+def attention(attend: Any = unused, refuses: Any = lambda request: None) -> UlyssesAttention:
+    peers = Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    return UlyssesAttention(Backend("cpu", "test", attend, refuses=refuses), peers, lambda module: "layer.attn")
+
+
+def tensors(query_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's span of queries, keys and values, as models pass them: [B, H, s, D]."""
+    span = Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size()).span(LENGTH)
+    return tuple(torch.randn(2, heads, len(span), 4) for heads in (query_heads, kv_heads, kv_heads))
+
+
+def refusal(function: UlyssesAttention, *arguments: Any, **options: Any) -> str:
+    with pytest.raises(UnsupportedError) as refused:
+        function(nn.Module(), *arguments, **options)
+    return str(refused.value)
+
+
+def refuse_two_heads(request: Request) -> str | None:
+    return "it has no taste for two heads" if request.query.shape[2] == 2 else None
+
+
+def refusals() -> dict[str, str]:
+    query, key, value = tensors(5, 1)
+    qkv = (query, key, value)
+    return {
+        # Rank 0 computes three heads and rank 1 two; both must refuse.
+        "share": refusal(attention(refuses=refuse_two_heads), *qkv, MASK),
+        "sinks": refusal(attention(), *qkv, MASK, s_aux=torch.zeros(5)),
+        "unknown": refusal(attention(), *qkv, MASK, flavour="vanilla"),
+        "no mask": refusal(attention(), *qkv, None),
+        "mask by head": refusal(attention(), *qkv, torch.ones(2, 5, LENGTH, LENGTH)),
+        "dtype": refusal(attention(), query.double(), key, value, MASK),
+        "length": refusal(attention(), query[:, :, :-1], key[:, :, :-1], value[:, :, :-1], MASK),
+        "cross": refusal(attention(), query, key[:, :, :-1], value[:, :, :-1], MASK),
+    }
+
+
+def test_refusals_are_those_of_every_rank_and_say_why() -> None:
+    first, second = run_ranks(2, refusals)
+    assert first["share"] == second["share"]
+    assert first["share"].startswith(
+        "layer.attn: kernel 'test' on cpu cannot do this: it has no taste for two heads. "
+        'Use enable(model, backend="sdpa"). Installed kernels that can: sdpa'
+    )
+    for name in ("sinks", "unknown", "no mask", "mask by head", "dtype"):
+        assert first[name] == second[name]
+    assert "the attention argument 's_aux' is not covered" in first["sinks"]
+    assert "the attention argument 'flavour' is not covered" in first["unknown"]
+    assert first["no mask"].startswith("layer.attn: the attention mask is NoneType; masks that transformers' mask")
+    assert "the attention mask is a tensor [2, 5, 9, 9]" in first["mask by head"]
+    assert first["dtype"] == ("query, key and value have different dtypes: torch.float64, torch.float32, torch.float32")
+    assert "4 queries attend to 4 keys in a sequence of 9 tokens, 5 of them on this rank" in first["length"]
+    assert "5 queries attend to 4 keys in a sequence of 9 tokens" in first["cross"]
+
+
+def seen_by_kernels() -> list[tuple[Any, ...]]:
+    """Shapes, scale and mask that a kernel is given inside and outside the region."""
+    seen = []
+
+    def attend(request: Request) -> Tensor:
+        shapes = tuple(tuple(tensor.shape) for tensor in (request.query, request.key, request.value))
+        seen.append((*shapes, request.scale, request.mask is MASK))
+        return request.query
+
+    query, key, value = tensors(5, 1)
+    attention(attend)(nn.Module(), query, key, value, MASK, scaling=0.5)
+    whole = torch.randn(2, 5, LENGTH, 4)
+    attention(attend)(nn.Module(), whole, whole, whole, MASK)
+    attention(attend)(nn.Module(), *tensors(8, 4), MASK, sliding_window=3, position_ids=torch.zeros(1))
+    attention(attend)(nn.Module(), *tensors(6, 2), MASK, use_cache=None, output_attentions=False)
+    return seen
+
+
+def test_kernels_are_given_whole_sequences_and_some_heads() -> None:
+    for rank, seen in enumerate(run_ranks(2, seen_by_kernels)):
+        heads = (3, 2)[rank]
+        assert seen[0] == ((2, 9, heads, 4), (2, 9, 1, 4), (2, 9, 1, 4), 0.5, True)
+        assert seen[1] == (*[(2, 9, 5, 4)] * 3, 0.5, True)
+        assert seen[2] == ((2, 9, 4, 4), (2, 9, 2, 4), (2, 9, 2, 4), 0.5, True)
+        assert seen[3] == ((2, 9, 3, 4), (2, 9, 1, 4), (2, 9, 1, 4), 0.5, True)
+
+
+def uneven_groups() -> list[tuple[int, ...]]:
+    seen = []
+
+    def attend(request: Request) -> Tensor:
+        seen.append((request.query.shape[2], request.key.shape[2]))
+        return request.query
+
+    attention(attend)(nn.Module(), *tensors(6, 2), MASK)
+    return seen
+
+
+def test_a_torn_group_gets_a_kv_head_for_each_query_head() -> None:
+    # 6 heads, 3 to a KV head, on 4 ranks: heads 0-1, 2-3, 4, 5; the second rank's two belong to different groups.
+    assert run_ranks(4, uneven_groups) == [[(2, 1)], [(2, 2)], [(1, 1)], [(1, 1)]]
