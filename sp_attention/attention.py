@@ -167,7 +167,7 @@ class Backend:
     priority: `backend="auto"` takes the highest among the available kernels of a device.
     unavailable: None, or the reason why this kernel cannot be used here, with the cure.
     refuses: None for a request that `attend` does exactly, or the reason why it will not. Called in every layer
-        before `attend`: it must not read tensor values.
+        before anything is sent, on every rank with the shapes of all ranks: tensor values must not be read.
     """
 
     device: str

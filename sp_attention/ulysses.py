@@ -104,7 +104,7 @@ class UlyssesAttention:
 
 
 def _shares(request: Request, plan: HeadPlan) -> list[Request]:
-    """What any rank will ask of its kernel: shapes and dtypes, with no memory behind them and no values.
+    """What any rank will ask of its kernel: shapes, dtypes and a dense last dim, without memory or values of their own.
 
     All ranks look at the requests of all, so that a kernel that refuses one of them is refused by every rank, before
     some wait for the others in the exchange.
@@ -112,7 +112,7 @@ def _shares(request: Request, plan: HeadPlan) -> list[Request]:
     length = request.mask.query_length
 
     def shaped(like: Tensor, heads: int) -> Tensor:
-        return like.new_empty(1).expand(like.shape[0], length, heads, like.shape[3])
+        return like.new_empty(like.shape[3]).expand(like.shape[0], length, heads, -1)
 
     shares = dict.fromkeys(
         (len(query), len(kv) if plan.is_grouped(rank) else len(query))

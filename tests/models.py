@@ -50,6 +50,9 @@ MODELS = {
     "llama-2q1kv": Tiny("LlamaForCausalLM", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "llama-tied": Tiny("LlamaForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
     "qwen2": Tiny("Qwen2ForCausalLM"),
+    "qwen2-window5": Tiny(
+        "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    ),
     "mistral-window5": Tiny("MistralForCausalLM", {"sliding_window": 5}),
     "qwen3": Tiny("Qwen3ForCausalLM"),
     "gemma": Tiny("GemmaForCausalLM", {"num_attention_heads": 4, "num_key_value_heads": 1}),

@@ -254,6 +254,24 @@ def test_a_layer_has_two_collectives_in_forward_and_two_in_backward() -> None:
         assert backward == {"c10d.alltoall_base_": 6}
 
 
+def caches() -> tuple[list[bool], list[str], int]:
+    """Whether attention saw a cache in a forward that did not ask for one, and what the forward returned."""
+    model, seen = LLAMA.build(), []
+    sp_attention.enable(model, backend="sdpa")
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["past_key_values"] is not None), with_kwargs=True
+    )
+    output = model(batch_of("plain", 33)["input_ids"])
+    return seen, list(output), len(model(batch_of("plain", 33)["input_ids"], return_dict=False))
+
+
+def test_no_cache_of_one_rank_is_filled_or_returned() -> None:
+    # The configuration says use_cache=True, as it does by default.
+    assert LLAMA.build().config.use_cache
+    assert run_ranks(2, caches) == [([False], ["logits"], 1)] * 2
+
+
 def copies() -> bool:
     model, reference = LLAMA.build(), LLAMA.build()
     handle = sp_attention.enable(model, backend="sdpa")

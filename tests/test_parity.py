@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import KINDS, MODELS, batch_of
 
 import sp_attention
 from sp_attention.launch import run_ranks
+from sp_attention.layout import span_of
 
 LENGTHS = (32, 33, 7)
 
@@ -19,13 +21,16 @@ def compare(name: str) -> dict[str, float]:
     for kind in KINDS:
         for length in LENGTHS:
             batch = batch_of(kind, length)
+            losses = []
             for each in (reference, model):
                 each.zero_grad()
-                loss = each(**batch).loss
-                loss.backward()
-                each.last_loss = loss.detach()
+                output = each(**batch)
+                output.loss.backward()
+                losses.append(output.loss.detach())
+            # The loss came from logits of this rank's span.
+            assert output.logits.shape[1] == len(span_of(dist.get_rank(), length, dist.get_world_size()))
             sp_attention.average_gradients(model)
-            pairs = [(model.last_loss, reference.last_loss)]
+            pairs = [(losses[1], losses[0])]
             for (parameter_name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
                 assert (ours.grad is None) == (theirs.grad is None), parameter_name
                 if theirs.grad is not None:
