@@ -269,7 +269,7 @@ def caches() -> tuple[list[bool], list[str], int]:
 def test_no_cache_of_one_rank_is_filled_or_returned() -> None:
     # The configuration says use_cache=True, as it does by default.
     assert LLAMA.build().config.use_cache
-    assert run_ranks(2, caches) == [([False], ["logits"], 1)] * 2
+    assert run_ranks(2, caches) == [([False, False], ["logits"], 1)] * 2
 
 
 def copies() -> bool:
