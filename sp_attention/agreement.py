@@ -31,11 +31,11 @@ def share_problem(problem: Exception | None, peers: Peers | None) -> None:
         raise first
 
 
-def all_agree(holds: bool, peers: Peers) -> bool:
-    """Whether `holds` is true on every rank."""
-    answers: list[bool] = [False] * peers.size
-    dist.all_gather_object(answers, holds, group=peers.group)
-    return all(answers)
+def first_reason(reason: str | None, peers: Peers) -> str | None:
+    """The first reason that any rank has, on every rank; None when none has one."""
+    reasons: list[str | None] = [None] * peers.size
+    dist.all_gather_object(reasons, reason, group=peers.group)
+    return next((found for found in reasons if found is not None), None)
 
 
 def require_same_batch(arguments: Mapping[str, Any], peers: Peers, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from sp_attention.agreement import all_agree, share_problem
+from sp_attention.agreement import first_reason, share_problem
 from sp_attention.attention import Backend
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
@@ -68,10 +68,9 @@ class Handle:
             kinds.setdefault(text, []).append(layer.name.rsplit(".", 1)[-1])
         for text, which in kinds.items():
             lines += [f"  {self.findings.stack}, layers {', '.join(which)}:", text]
-        sharded = "are whole"
-        if self.region.sharded_loss is not None:
-            sharded = "stay sharded in training with labels, whole otherwise"
-        lines.append(f"  logits {sharded}")
+        loss = self.region.sharded_loss
+        logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
+        lines.append(f"  logits {logits}")
         if self.region.untrainable is not None:
             lines.append(f"  training is refused: {self.region.untrainable}")
         return "\n".join(lines)
@@ -144,7 +143,7 @@ def _install(model: PreTrainedModel, backend: Backend, peers: Peers, undo: ExitS
         is_causal = "labels" in signature(model.forward).parameters and model.loss_function is ForCausalLMLoss
         whole, whole_labelled = _rehearsed(lambda: (model(**batch), model(**labelled) if is_causal else None), peers)
 
-        hooks = Hooks(Region(findings.layers, findings.models, key, sharded_loss=None), peers)
+        hooks = Hooks(Region(findings.layers, findings.models, key, "the model has no causal loss"), peers)
         hooks.install()
         undo.callback(hooks.remove)
         _rehearsed(lambda: _require_same(model(**batch), whole, f"{type(model).__name__} sharded"), peers)
@@ -152,8 +151,8 @@ def _install(model: PreTrainedModel, backend: Backend, peers: Peers, undo: ExitS
             loss = sharded_causal_loss(ForCausalLMLoss, peers)
             _set_loss(model, loss, undo)
             hooks.region = replace(hooks.region, sharded_loss=loss)
-            if not all_agree(_loss_is_exact(model, labelled, whole_labelled, peers), peers):
-                hooks.region = replace(hooks.region, sharded_loss=None)
+            reason = first_reason(_needs_whole_logits(model, labelled, whole_labelled, peers), peers)
+            hooks.region = replace(hooks.region, sharded_loss=reason or loss)
         hooks.region = replace(hooks.region, untrainable=findings.untrainable)
     return findings, hooks.region
 
@@ -191,15 +190,17 @@ def _require_same(output: Any, expected: Any, what: str) -> None:
         )
 
 
-def _loss_is_exact(model: PreTrainedModel, batch: dict[str, Tensor], whole: Any, peers: Peers) -> bool:
-    """Whether the model works with logits of one span: nothing after the stack may need all of the sequence."""
+def _needs_whole_logits(model: PreTrainedModel, batch: dict[str, Tensor], whole: Any, peers: Peers) -> str | None:
+    """None when all that follows the stack of layers works with one span of it, or why it does not."""
     try:
         output = model(**batch)
-    except RuntimeError:  # It reshaped them to the global length, say, on every rank alike.
-        return False
+    except (RuntimeError, ValueError) as error:  # of shapes that do not fit, on every rank alike
+        return f"on a part of the sequence the model raises {type(error).__name__}"
     span = peers.span(batch["input_ids"].shape[1])
     mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
-    return same({"loss": output["loss"], "logits": output["logits"]}, mine)
+    if same({"loss": output["loss"], "logits": output["logits"]}, mine):
+        return None
+    return "from a part of the sequence the model computes another loss"
 
 
 def _set_loss(model: PreTrainedModel, loss: Callable[..., Tensor], undo: ExitStack) -> None:

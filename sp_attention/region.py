@@ -52,14 +52,14 @@ class Region:
     """What is hooked: the layers in the order of their calls, and the models around them, outermost first.
 
     implementation: the key under which transformers knows our attention.
-    sharded_loss: the loss function that takes logits of this rank's span, None when logits must be whole.
+    sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
     untrainable: None, or why this model cannot be trained under sequence parallelism.
     """
 
     layers: tuple[Layer, ...]
     models: tuple[PreTrainedModel, ...]
     implementation: str
-    sharded_loss: Callable[..., Tensor] | None
+    sharded_loss: Callable[..., Tensor] | str
     untrainable: str | None = None
 
 
@@ -127,8 +127,8 @@ class Hooks:
             and model.training
             and "labels" in given
             and (kept is None or (isinstance(kept, int) and kept == 0))
+            and not isinstance(self.region.sharded_loss, str)
             # The user may have set another since.
-            and self.region.sharded_loss is not None
             and model.loss_function is self.region.sharded_loss
         )
 

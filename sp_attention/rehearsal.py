@@ -56,6 +56,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    randomness = random.getstate()
     device = next(model.parameters()).device
     fork = {} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
     try:
@@ -64,6 +65,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), torch.random.fork_rng(**{"devices": [], **fork}):
             yield
     finally:
+        random.setstate(randomness)
         for module, mode in training.items():
             module.training = mode
         for module in checkpointed:

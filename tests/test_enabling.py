@@ -222,6 +222,12 @@ def dropout() -> tuple[str, bool]:
     with pytest.raises(UnsupportedError, match="dropout") as refusal:
         model(**batch_of("plain", 33))
     assert "training is refused" in handle.report()
+    # Dropout that is set after enable() is refused as well.
+    late = LLAMA.build()
+    sp_attention.enable(late, backend="sdpa")
+    late.model.layers[1].self_attn.attention_dropout = 0.1
+    with pytest.raises(UnsupportedError, match=r"model\.layers\.1\.self_attn: attention dropout is not covered yet"):
+        late(**batch_of("plain", 33))
     model.eval()
     reference.eval()
     return str(refusal.value), torch.allclose(logits_of(model, 33), logits_of(reference, 33))
@@ -313,7 +319,7 @@ def test_the_report_says_what_each_part_does() -> None:
         "    self_attn.o_proj: position-wise",
         "    self_attn.q_proj: position-wise",
         "    self_attn.v_proj: position-wise",
-        "  logits stay sharded in training with labels, whole otherwise",
+        "  logits stay sharded in training with labels, else whole",
     ]
 
 
