@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import AttentionInterface
 
 from sp_attention.agreement import first_reason, share_problem
 from sp_attention.attention import Backend
@@ -28,8 +28,10 @@ from sp_attention.registry import find
 from sp_attention.rehearsal import Findings, batch_of, explore, same, undisturbed
 from sp_attention.ulysses import UlyssesAttention
 
-# What our keys in transformers' registries of attention functions begin with; every enabled model has its own.
+# Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
+# that a copy of a model that was disabled since finds nothing instead of another model's attention.
 _PREFIX = "sp_attention_"
+_KEYS = (f"{_PREFIX}{number}" for number in count())
 
 
 @dataclass(eq=False)
@@ -133,7 +135,7 @@ def _choose(model: PreTrainedModel, backend: str) -> Backend:
 
 def _install(model: PreTrainedModel, backend: Backend, peers: Peers, undo: ExitStack) -> tuple[Findings, Region]:
     """Rehearse, put everything in place, rehearse sharded; whatever is put in place can be undone by `undo`."""
-    key = next(key for i in count() if (key := f"{_PREFIX}{i}") not in ALL_ATTENTION_FUNCTIONS)
+    key = next(_KEYS)
     names = {id(module): name for name, module in model.named_modules()}
     attention = UlyssesAttention(backend, peers, lambda module: names.get(id(module), type(module).__name__))
     with undisturbed(model):

@@ -15,7 +15,8 @@ def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[
     `whole` is transformers' ForCausalLMLoss, which whole logits are given to. For a span the labels are shifted at
     global length first, so that the last token of a span keeps its target; then each rank sums over its own targets
     and the sum of all is divided by what transformers divides by: the number of targets in the whole batch, or
-    `num_items_in_batch`. The result is the same on every rank, and NaN where transformers' is.
+    `num_items_in_batch`. The result is the same on every rank, and NaN where transformers' is. Raises IndexError on
+    every rank for a target that is no token, as cross entropy does.
     """
 
     def loss(
@@ -34,6 +35,10 @@ def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[
         if shift_labels is None:
             targets = F.pad(targets, (0, 1), value=ignore_index)[:, 1:]
         targets = targets.to(logits.device)
+        # Seen by every rank in the whole batch, since only the rank of that span would fail on it.
+        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
+        if wrong.numel():
+            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
         count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         span = peers.span(targets.shape[1])
         mine = F.cross_entropy(

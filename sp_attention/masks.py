@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import (
     and_masks,
@@ -55,7 +56,11 @@ def describe(
     window = parts.get("window")
     if window is not None and not parts.get("causal"):
         raise UnsupportedError("a sliding window over keys on both sides of a query is not covered yet")
-    padding = attention_mask
+    padding = None
+    if attention_mask is not None:
+        # As transformers does: keys that the mask does not reach are not real, and what it has beyond them is not read.
+        reached = attention_mask[:, :kv_length].bool()
+        padding = F.pad(reached, (0, kv_length - reached.shape[1]))
     return Mask(
         batch=batch_size,
         query_length=q_length,
@@ -64,7 +69,7 @@ def describe(
         causal=parts.get("causal", False),
         window=window if window is not None and window < kv_length else None,
         documents=parts.get("documents"),
-        padding=None if padding is None or bool(padding.all()) else padding.bool(),
+        padding=None if padding is None or bool(padding.all()) else padding,
     )
 
 

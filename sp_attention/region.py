@@ -6,6 +6,7 @@ comes with the mask, so layers that are recomputed in backward find the same.
 """
 
 import inspect
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,17 +33,24 @@ _COVERED = {
 # Those that transformers hands down through the layers although only the loss uses them.
 _FOR_THE_LOSS = {"shift_labels", "num_items_in_batch"}
 
+DROPOUT = (
+    "dropout, or other random numbers in training, are not covered under sequence parallelism yet: set their "
+    "probabilities to 0 in the configuration that the model is built from"
+)
+
 
 @dataclass(frozen=True)
 class Layer:
     """One layer of the stack: which dim of which of its arguments and results is the sequence, None if none is.
 
-    Paths start with 0 in the positional arguments and with 1 in the keyword arguments; `mask` is the mask's.
+    Paths start with 0 in the positional arguments and with 1 in the keyword arguments; `mask` is the mask's, and
+    `handed` are those of what the layer before returned, which arrives cut.
     """
 
     name: str
     module: nn.Module
     mask: Path
+    handed: frozenset[Path]
     arguments: Mapping[Path, int | None]
     results: Mapping[Path, int | None]
 
@@ -65,10 +73,14 @@ class Region:
 
 @dataclass
 class Forward:
-    """A forward in progress: the model that was called, whether its logits stay sharded, and S once it is known."""
+    """A forward in progress: the model that was called, whether its logits stay sharded, and S once it is known.
 
-    model: nn.Module
+    randomness: in training, the state of the random number generators at its beginning.
+    """
+
+    model: PreTrainedModel
     stays_sharded: bool
+    randomness: list[Tensor] | None
     length: int | None = None
 
 
@@ -109,7 +121,7 @@ class Hooks:
             self.handles.append(module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True))
 
     def _before_model(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.forward is not None:
+        if self.forward is not None and self.forward.model is not model:
             return  # A model inside the one that was called.
         given = _named_arguments(model, args, kwargs)
         mode = {"(training)": model.training, "(gradients)": torch.is_grad_enabled()}
@@ -117,17 +129,23 @@ class Hooks:
         reason = self._refusal(model, given)
         if reason is not None:
             raise UnsupportedError(reason)
-        self.forward = Forward(model, self._may_stay_sharded(model, given))
+        randomness = random_state(model.device) if model.training else None
+        self.forward = Forward(model, self._may_stay_sharded(model, given), randomness)
 
     def _may_stay_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
         """Whether our loss, and nothing but it, will see the logits."""
-        kept = given.get("logits_to_keep")
+        kept, tokens = given.get("logits_to_keep"), given.get("input_ids", given.get("inputs_embeds"))
+        labels = [given[name] for name in ("labels", "shift_labels") if name in given]
         return (
             model is self.region.models[0]
             and model.training
             and "labels" in given
+            and tokens is not None
+            and all(isinstance(one, Tensor) and one.shape == tokens.shape[:2] for one in labels)
             and (kept is None or (isinstance(kept, int) and kept == 0))
             and not isinstance(self.region.sharded_loss, str)
+            # Such a mask does not remember for a recomputation that the logits stayed sharded.
+            and not (isinstance(mask := given.get("attention_mask"), Tensor) and mask.dim() == 4)
             # The user may have set another since.
             and model.loss_function is self.region.sharded_loss
         )
@@ -150,9 +168,7 @@ class Hooks:
                 return f"the argument {name!r} of {type(model).__name__} is not covered under sequence parallelism yet"
         if switches.get("output_hidden_states") and switches.get("return_dict") is False:
             return "output_hidden_states needs return_dict=True under sequence parallelism"
-        if model.training and torch.is_grad_enabled():
-            return self.region.untrainable
-        return None
+        return self.region.untrainable if model.training else None
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = self.forward
@@ -160,16 +176,23 @@ class Hooks:
             return None
         if forward.model is model:
             self.forward = None
+            if output is not None and forward.randomness is not None:
+                self._require_no_randomness(forward.model, forward.randomness)
         if isinstance(output, dict) and output.get("hidden_states") is not None and forward.length is not None:
             output["hidden_states"] = tuple(self._whole(state, forward.length) for state in output["hidden_states"])
         return _without_cache(output) if forward.model is model else output
 
+    def _require_no_randomness(self, model: PreTrainedModel, before: list[Tensor]) -> None:
+        """Refuse what was not there in the rehearsal: a dropout that was switched on or added since."""
+        if not all(map(torch.equal, random_state(model.device), before)):
+            raise UnsupportedError(DROPOUT)
+
     def _whole(self, state: Tensor | None, length: int) -> Tensor | None:
-        """A hidden state as the user may see it; those recorded inside the region are my span only."""
-        if state is None or state.shape[1] == length:
+        """A hidden state [B, S | s, E] as the user may see it; those recorded inside the region are my span only."""
+        if state is None or (state.dim() == 3 and state.shape[1] == length):
             return state
-        if state.shape[1] != len(self.peers.span(length)):
-            raise UnsupportedError(f"a hidden state {list(state.shape)} of {length} tokens is not covered yet")
+        if state.dim() != 3:
+            raise UnsupportedError(f"hidden states of {state.dim()} dims are not covered yet")
         return gather(state, length, self.peers)
 
     def _before_layer(self, layer: Layer) -> Callable[..., Any]:
@@ -191,13 +214,13 @@ class Hooks:
                 dim = layer.arguments.get(path, -1)
                 if dim is None or (dim == -1 and length not in leaf.shape):
                     return leaf
-                if dim >= 0 and leaf.shape[dim] == length:
-                    return leaf.narrow(dim, span.start, len(span)).contiguous()
-                if dim >= 0 and leaf.shape[dim] == len(span):
+                if path in layer.handed and leaf.shape[dim] == len(span):
                     return leaf
+                if path not in layer.handed and dim >= 0 and leaf.shape[dim] == length:
+                    return leaf.narrow(dim, span.start, len(span)).contiguous()
                 raise UnsupportedError(
                     f"{layer.name}: the argument {'.'.join(map(str, path[1:]))} {list(leaf.shape)} is not what "
-                    f"enable() saw in its rehearsal; it cannot be cut to {len(span)} of {length} tokens"
+                    f"enable() saw in its rehearsal; it is not of {length} tokens and cannot be cut"
                 )
 
             return map_leaves(cut, (args, kwargs))
@@ -223,6 +246,14 @@ class Hooks:
     @property
     def _stays_sharded(self) -> bool:
         return self.forward is not None and self.forward.stays_sharded
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The states of Python's and torch's generators, and of the device's; unequal when numbers were drawn between."""
+    states = [torch.tensor(random.getstate()[1]), torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
 
 
 def _leaf(tree: Any, path: Path) -> Any:

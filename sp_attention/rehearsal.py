@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sp_attention.attention import Mask
 from sp_attention.errors import UnsupportedError
-from sp_attention.region import Layer
+from sp_attention.region import DROPOUT, Layer, random_state
 from sp_attention.trees import Path, map_leaves, tensors
 
 # Largest difference, relative to the largest number, of two computations of the same thing: the order of sums
@@ -109,15 +109,12 @@ def explore(model: PreTrainedModel, attended: list[nn.Module], ranks: int) -> Fi
     small = batch_of(model, 2, max(13, 2 * ranks + 1))
     big = batch_of(model, 3, max(19, 3 * ranks + 1))
     model.train()
-    before = _random_state(model.device)
+    before = random_state(model.device)
     model(**big)
     untrainable = None
-    if _random_state(model.device) != before:
+    if not all(map(torch.equal, random_state(model.device), before)):
         model.eval()
-        untrainable = (
-            "dropout, or other random numbers in training, are not covered under sequence parallelism yet: set their "
-            "probabilities to 0 in the configuration that the model is built from"
-        )
+        untrainable = DROPOUT
     attending = set(attended)
     names = {module: name for name, module in model.named_modules()}
     stack = _stack(model, [names[module] for module in attended])
@@ -162,13 +159,6 @@ def _close(left: Tensor, right: Tensor) -> bool:
     tolerance = _TOLERANCE.get(right.dtype, _LOW_PRECISION_TOLERANCE)
     left, right = left[finite].double(), right[finite].double()
     return bool((left - right).abs().max() <= tolerance * right.abs().max())
-
-
-def _random_state(device: torch.device) -> list[Any]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return [random.getstate(), *(state.tolist() for state in states)]
 
 
 def _stack(model: nn.Module, attending: list[str]) -> str:
@@ -274,6 +264,7 @@ def _prove(module: nn.Module, name: str, index: int, narrow: Run, wide: Run) -> 
 
 def _layers(layers: list[nn.Module], names: Mapping[nn.Module, str], narrow: Run, wide: Run) -> Iterator[Layer]:
     """The layers with what is known of their arguments; raises UnsupportedError unless each hands over to the next."""
+    arriving: set[int] = set()
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         name = names[layer]
         if len(narrow.calls[layer]) != 1 or len(wide.calls[layer]) != 1:
@@ -286,7 +277,10 @@ def _layers(layers: list[nn.Module], names: Mapping[nn.Module, str], narrow: Run
             raise UnsupportedError(
                 f"{name}: the next layer is not given just what this one returns; this is not covered yet"
             )
-        yield Layer(name, layer, _mask_path(name, inputs), _dims(name, inputs, other_inputs, narrow, wide), results)
+        dims = _dims(name, inputs, other_inputs, narrow, wide)
+        already_cut = frozenset(path for path, tensor in tensors(inputs) if id(tensor) in arriving)
+        yield Layer(name, layer, _mask_path(name, inputs), already_cut, dims, results)
+        arriving = {id(tensor) for tensor in handed}
 
 
 def _mask_path(name: str, inputs: Any) -> Path:

@@ -134,12 +134,17 @@ def as_mask(mask: object, name: str) -> Mask:
     """
     if isinstance(mask, Mask):
         return mask
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1:
+    if (
+        isinstance(mask, Tensor)
+        and (mask.dtype == torch.bool or mask.is_floating_point())
+        and mask.dim() == 4
+        and mask.shape[1] == 1
+    ):
         return Mask(mask.shape[0], mask.shape[2], mask.shape[3], mask.device, causal=False, explicit=mask)
-    kind = f"a tensor {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    kind = f"a tensor {mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     raise UnsupportedError(
         f"{name}: the attention mask is {kind}; masks that transformers' mask functions build are covered, and your "
-        "own of shape [B, 1, S, S]"
+        "own, bool or float, of shape [B, 1, S, S]"
     )
 
 

@@ -228,6 +228,11 @@ def dropout() -> tuple[str, bool]:
     late.model.layers[1].self_attn.attention_dropout = 0.1
     with pytest.raises(UnsupportedError, match=r"model\.layers\.1\.self_attn: attention dropout is not covered yet"):
         late(**batch_of("plain", 33))
+    late.model.layers[1].self_attn.attention_dropout = 0.0
+    late(**batch_of("plain", 33))
+    late.model.layers[1].mlp.act_fn = nn.Sequential(late.model.layers[1].mlp.act_fn, nn.Dropout(0.1))
+    with pytest.raises(UnsupportedError, match="dropout, or other random numbers in training, are not covered"):
+        late(**batch_of("plain", 33))
     model.eval()
     reference.eval()
     return str(refusal.value), torch.allclose(logits_of(model, 33), logits_of(reference, 33))
@@ -284,6 +289,10 @@ def copies() -> bool:
     copied = copy.deepcopy(model)
     same = torch.allclose(logits_of(copied, 33), logits_of(reference, 33))
     handle.disable()
+    # What the copy attends through is gone, and no other model's attention takes its place.
+    sp_attention.enable(LLAMA.build(), backend="sdpa")
+    with pytest.raises((KeyError, UnsupportedError)):
+        logits_of(copied, 33)
     return same
 
 

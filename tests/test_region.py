@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODELS, Tiny, batch_of
+from models import MODELS, VOCABULARY, Tiny, batch_of
 from test_parity import relative_error
 from torch import nn
 from transformers import PreTrainedModel
@@ -113,6 +113,11 @@ def holes_step(model: PreTrainedModel) -> list[torch.Tensor]:
     return loss_step(model, attention_mask=mask)
 
 
+def short_mask_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    """A mask that does not reach the last keys hides them."""
+    return loss_step(model, attention_mask=torch.ones(2, 25, dtype=torch.int64))
+
+
 def short_step(model: PreTrainedModel) -> list[torch.Tensor]:
     """Fewer tokens than ranks: every rank does all of it."""
     return two_lengths(model, 1, 2)
@@ -128,7 +133,7 @@ STEPS = {
     step.__name__.removesuffix("_step"): step
     for step in (
         loss_step, two_forwards_step, hidden_states_step, embeddings_step, own_loss_step, evaluation_step,
-        accumulation_step, shifted_labels_step, mask_tensor_step, holes_step, short_step,
+        accumulation_step, shifted_labels_step, mask_tensor_step, holes_step, short_mask_step, short_step,
     )
 }  # fmt: skip
 
@@ -141,6 +146,66 @@ def run_steps() -> dict[str, float]:
 def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
     for errors in run_ranks(ranks, run_steps, timeout=120):
         assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
+def wrong_batches() -> dict[str, list[str]]:
+    """What one process and the ranks raise for batches that are wrong in a place that one rank alone would see."""
+    plain = batch_of("plain", 33)
+    far = plain | {"labels": plain["labels"].clone()}
+    far["labels"][0, 3] = VOCABULARY + 3
+    batches = {
+        "target out of range": far,
+        "labels too short": plain | {"labels": plain["labels"][:, :-1]},
+        "positions of one span": plain | {"position_ids": torch.arange(17)[None]},
+        "positions of every span": batch_of("plain", 32) | {"position_ids": torch.arange(16)[None]},
+        "no tokens": {"labels": plain["labels"]},
+        "integer mask": plain | {"attention_mask": torch.ones(2, 1, 33, 33, dtype=torch.int64)},
+    }
+    models = [MODELS["llama-6q3kv"].build() for _ in range(2)]
+    sp_attention.enable(models[1], backend="sdpa")
+    errors = {}
+    for name, batch in batches.items():
+        errors[name] = []
+        for model in models:
+            with pytest.raises((RuntimeError, ValueError, IndexError)) as error:
+                model(**batch)
+            errors[name].append(f"{error.type.__name__}: {error.value}")
+    return errors
+
+
+def test_a_wrong_batch_is_an_error_on_every_rank_as_in_one_process() -> None:
+    first, second = run_ranks(2, wrong_batches, timeout=30)
+    assert first == second
+    assert first["target out of range"] == ["IndexError: Target 100 is out of bounds."] * 2
+    assert [error.split(":")[0] for error in first["labels too short"]] == ["ValueError"] * 2
+    assert first["no tokens"][0] == first["no tokens"][1]
+    for name, length in (("positions of one span", 33), ("positions of every span", 32)):
+        assert f"is not what enable() saw in its rehearsal; it is not of {length} tokens" in first[name][1]
+    assert "the attention mask is a tensor torch.int64 [2, 1, 33, 33]" in first["integer mask"][1]
+    assert (
+        "model.layers.0: the argument position_ids [1, 17] is not what enable() saw"
+        in first["positions of one span"][1]
+    )
+
+
+def interrupted() -> tuple[int, ...]:
+    """The shape of logits after a forward that the user interrupted, which torch's hooks are not told of."""
+    model = MODELS["llama-6q3kv"].build()
+    sp_attention.enable(model, backend="sdpa")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.norm.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch_of("plain", 33))
+    hook.remove()
+    model.eval()
+    return tuple(model(batch_of("plain", 20)["input_ids"]).logits.shape)
+
+
+def test_a_forward_after_an_interrupted_one_is_a_new_one() -> None:
+    assert run_ranks(2, interrupted) == [(2, 20, VOCABULARY)] * 2
 
 
 def checkpointed(reentrant: bool) -> Callable[[PreTrainedModel], None]:

@@ -70,7 +70,7 @@ def test_refusals_are_those_of_every_rank_and_say_why() -> None:
     assert "the attention argument 's_aux' is not covered" in first["sinks"]
     assert "the attention argument 'flavour' is not covered" in first["unknown"]
     assert first["no mask"].startswith("layer.attn: the attention mask is NoneType; masks that transformers' mask")
-    assert "the attention mask is a tensor [2, 5, 9, 9]" in first["mask by head"]
+    assert "the attention mask is a tensor torch.float32 [2, 5, 9, 9]" in first["mask by head"]
     assert first["dtype"] == ("query, key and value have different dtypes: torch.float64, torch.float32, torch.float32")
     assert "4 queries attend to 4 keys in a sequence of 9 tokens, 5 of them on this rank" in first["length"]
     assert "5 queries attend to 4 keys in a sequence of 9 tokens" in first["cross"]
