@@ -6,11 +6,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from sp_attention import average_gradients
+from sp_attention import average_gradients, gradients
 from sp_attention.launch import run_ranks
 
 
-def means() -> list[object]:
+def means(bucket: int) -> list[object]:
+    gradients.BUCKET = bucket
     rank = dist.get_rank()
     model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 2, dtype=torch.float64), nn.Linear(2, 1), nn.Linear(1, 1)])
     model[3].requires_grad_(False)
@@ -24,8 +25,9 @@ def means() -> list[object]:
     return [None if parameter.grad is None else parameter.grad.unique().tolist() for parameter in model.parameters()]
 
 
-def test_gradients_are_the_mean_over_ranks() -> None:
-    for grads in run_ranks(3, means):
+@pytest.mark.parametrize("bucket", [2**20, 30, 1], ids="{}-bytes".format)
+def test_gradients_are_the_mean_over_ranks(bucket: int) -> None:
+    for grads in run_ranks(3, means, bucket):
         # Two linear layers; a weight that only rank 0 used, and a bias that none did; a frozen layer.
         assert grads == [[1.0], [1.0], [1.0], [1.0], [1.0], None, None, None]
 

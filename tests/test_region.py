@@ -148,6 +148,37 @@ def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
         assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
+def other_heads() -> dict[str, float]:
+    """Losses that need all of the sequence: pooled on the last token, and over start and end positions."""
+
+    def classified(model: PreTrainedModel) -> list[torch.Tensor]:
+        loss = model(**batch_of("right-padded", 33) | {"labels": torch.tensor([0, 1])}).loss
+        loss.backward()
+        return [loss.detach()]
+
+    def answered(model: PreTrainedModel) -> list[torch.Tensor]:
+        batch = batch_of("left-padded", 33) | {"start_positions": torch.tensor([12, 20])}
+        del batch["labels"]
+        loss = model(**batch, end_positions=torch.tensor([15, 32])).loss
+        loss.backward()
+        return [loss.detach()]
+
+    return {
+        "sequence classification": compare_steps(Tiny("LlamaForSequenceClassification"), classified),
+        "question answering": compare_steps(Tiny("LlamaForQuestionAnswering"), answered),
+        "reshapes to the global length": compare_steps(GPT2, loss_step),
+    }
+
+
+GPT2 = Tiny("GPT2LMHeadModel", {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0})
+
+
+@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+def test_heads_that_need_all_of_the_sequence_get_it(ranks: int) -> None:
+    for errors in run_ranks(ranks, other_heads):
+        assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
 def wrong_batches() -> dict[str, list[str]]:
     """What one process and the ranks raise for batches that are wrong in a place that one rank alone would see."""
     plain = batch_of("plain", 33)
