@@ -117,8 +117,12 @@ def _checked(offered: object, point: EntryPoint) -> list[Backend]:
 
 
 def _problem(plugin: Plugin, backend: Backend, offers: list[tuple[Plugin, Backend]]) -> str | None:
-    key = (backend.device, backend.kernel)
-    twins = [other for other, offered in offers if (offered.device, offered.kernel) == key]
+    twins = [
+        other
+        for other, offered in offers
+        if offered.kernel == backend.kernel
+        and (offered.device == backend.device or "any" in (offered.device, backend.device))
+    ]
     # This library's own kernels cannot be broken by a stranger who takes their name.
     if len(twins) > 1 and not plugin.is_ours:
         return f"several plugins offer it, {', '.join(map(str, twins))}: uninstall all but one"

@@ -106,6 +106,7 @@ def test_a_name_taken_twice_is_refused_and_our_own_cannot_be_taken(install: Inst
     with pytest.raises(BackendError, match=r"several plugins offer it, stranger-good 1\.0"):
         find("cpu", "written-out")
     assert find("cpu", "sdpa").attend.__module__ == "sp_attention.kernels.sdpa"
+    assert find("cpu", "transformers:eager").attend.__module__ == "sp_attention.kernels.transformers"
 
 
 def ask_on_ranks(kernel: str) -> str:

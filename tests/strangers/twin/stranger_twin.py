@@ -9,4 +9,8 @@ def attend(request: sp_attention.Request) -> object:
 
 @sp_attention.hookimpl
 def sp_attention_backends() -> list[sp_attention.Backend]:
-    return [sp_attention.Backend("cpu", "written-out", attend), sp_attention.Backend("any", "sdpa", attend)]
+    return [
+        sp_attention.Backend("cpu", "written-out", attend),
+        sp_attention.Backend("any", "sdpa", attend),
+        sp_attention.Backend("cpu", "transformers:eager", attend),
+    ]
