@@ -113,7 +113,7 @@ class _Gather(torch.autograd.Function):
         padded[: rows.shape[0]] = rows
         received = [torch.empty_like(padded) for _ in cut]
         dist.all_gather(received, padded, group=peers.group)
-        whole = torch.cat([span_of[: len(span)] for span_of, span in zip(received, cut, strict=True)])
+        whole = torch.cat([piece[: len(span)] for piece, span in zip(received, cut, strict=True)])
         return whole.movedim(0, dim)
 
     @staticmethod

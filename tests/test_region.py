@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import sp_attention
+from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
 
 Step = Callable[[PreTrainedModel], Any]
@@ -213,6 +214,33 @@ def test_a_wrong_batch_is_an_error_on_every_rank_as_in_one_process() -> None:
     for name, length in (("positions of one span", 33), ("positions of every span", 32)):
         assert f"is not what enable() saw in its rehearsal; it is not of {length} tokens" in first[name][1]
     assert "the attention mask is a tensor torch.int64 [2, 1, 33, 33]" in first["integer mask"][1]
+
+
+GEMMA3N = Tiny(
+    "Gemma3nForCausalLM",
+    {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 5,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+)
+
+
+def hidden_states_of_four_dims() -> str:
+    """As many rows as this rank has tokens, which [N, B, s, E] could be mistaken for [B, s, …] by."""
+    model = GEMMA3N.build()
+    sp_attention.enable(model, backend="sdpa")
+    with pytest.raises(UnsupportedError) as refusal:
+        model(**batch_of("plain", 22, rows=11), output_hidden_states=True)
+    return str(refusal.value)
+
+
+def test_hidden_states_of_other_dims_are_refused_on_every_rank() -> None:
+    assert run_ranks(2, hidden_states_of_four_dims) == ["hidden states of 4 dims are not covered yet"] * 2
 
 
 def interrupted() -> tuple[int, ...]:
