@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sp_attention.layout import Span
+
 Derived = TypeVar("Derived")
 
 
@@ -138,6 +140,7 @@ class Request:
     bias: [1|B, 1|h, Sq, Sk] float, added to the scaled scores. dropout: probability, on the attention weights.
     module: the model's attention module, for kernels that are transformers' own functions; its parameters, and what
         it knows of heads, are of all heads.
+    heads, all_heads: which of the module's heads the queries are, and how many it has; None where they are all.
     """
 
     query: Tensor
@@ -150,6 +153,8 @@ class Request:
     bias: Tensor | None = None
     dropout: float = 0.0
     module: nn.Module | None = None
+    heads: Span | None = None
+    all_heads: int | None = None
 
 
 def _refuses_nothing(request: Request) -> str | None:
@@ -164,6 +169,8 @@ class Backend:
     kernel: the name that `enable(model, backend=...)` knows it by.
     attend: the kernel: a request → [B, Sq, h, Dv]. It must not keep or change what it gets. A query that may see no
         key yields zeros.
+    attend_with_weights: as `attend`, and the attention weights [B, h, Sq, Sk] beside its output; None for a kernel that
+        never holds them.
     priority: `backend="auto"` takes the highest among the available kernels of a device.
     unavailable: None, or the reason why this kernel cannot be used here, with the cure.
     refuses: None for a request that `attend` does exactly, or the reason why it will not. Called in every layer
@@ -176,3 +183,4 @@ class Backend:
     priority: int = 0
     unavailable: str | None = None
     refuses: Callable[[Request], str | None] = _refuses_nothing
+    attend_with_weights: Callable[[Request], tuple[Tensor, Tensor]] | None = None
