@@ -1,0 +1,270 @@
+"""One model alone and sequence-parallel, batch by batch: loss, outputs and every gradient, and where they part."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import sp_attention
+from sp_attention.layout import spans
+from sp_attention.trees import tensors
+
+# The largest relative error that is still the same number: models in float64 compute some parts in float32.
+TOLERANCE = 1e-5
+# What is compared of a gradient is at least this part of the largest gradient of the model: less is rounding.
+NOISE = 1e-6
+
+EXACT, DIFFERS, REFUSED, NOT_COMPARABLE, FAILED = "exact", "differs", "refused", "not comparable", "failed"
+# Of several ranks' verdicts the first of these counts.
+_WORST_FIRST = (FAILED, DIFFERS, REFUSED, NOT_COMPARABLE, EXACT)
+
+VARIANTS = ("checkpointing", "hidden-states", "two-forwards", "no-grad", "frozen")
+Batch = dict[str, Any]
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first module, in the order of the forward, whose output is another than in one process."""
+
+    module: str
+    error: float
+    call: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one batch. error: the largest relative error on any rank, and of what. reason: why not exact."""
+
+    kind: str
+    outcome: str
+    error: float | None = None
+    where: str = ""
+    reason: str = ""
+    first: Parting | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of a model. refused: why `enable` did. report: what the handle says about it."""
+
+    verdicts: tuple[Verdict, ...]
+    report: str = ""
+    refused: str = ""
+
+
+def compare(
+    model: PreTrainedModel,
+    batches: dict[str, Batch],
+    backend: str,
+    variants: tuple[str, ...] = (),
+    told: Callable[[str], None] = lambda kind: None,
+) -> Comparison:
+    """Run every batch through a copy of the model and through the model on all ranks; the same result on every rank.
+
+    model: whole on every rank, with equal weights. variants: of `VARIANTS`, each run beside the plain training step.
+    told: is called with the kind of each batch before it runs.
+    """
+    reference = copy.deepcopy(model)
+    told("enable")
+    try:
+        handle = sp_attention.enable(model, backend)
+    except sp_attention.UnsupportedError as error:
+        return Comparison((), refused=str(error))
+    with handle:
+        verdicts = []
+        for variant in ("", *variants):
+            for kind, batch in batches.items():
+                name = f"{kind}, {variant}" if variant else kind
+                told(name)
+                verdicts.append(replace(_merged(_compared(reference, model, batch, variant)), kind=name))
+        return Comparison(tuple(verdicts), handle.report())
+
+
+def _compared(reference: PreTrainedModel, model: PreTrainedModel, batch: Batch, variant: str) -> Verdict:
+    """This rank's verdict."""
+    try:
+        expected = _values(reference, batch, variant)
+    except Exception as error:  # the model itself does not take this batch
+        return Verdict("", NOT_COMPARABLE, reason=f"in one process: {_told(error)}")
+    if not expected["loss"].isfinite():
+        return Verdict("", NOT_COMPARABLE, reason="in one process the loss is not finite")
+    try:
+        values = _values(model, batch, variant)
+    except sp_attention.UnsupportedError as error:
+        return Verdict("", REFUSED, reason=str(error))
+    except Exception as error:
+        return Verdict("", FAILED, reason=_told(error))
+    error, where = largest_error(values, expected)
+    if error <= TOLERANCE:
+        return Verdict("", EXACT, error, where)
+    return Verdict("", DIFFERS, error, where, first=_parting(reference, model, batch, variant))
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _values(model: PreTrainedModel, batch: Batch, variant: str) -> Values:
+    """Everything that is compared of one training step, or of one evaluation, by name; logits may be this rank's."""
+    with _varied(model, variant):
+        output = _forward(model, batch, variant)
+        values = {
+            ".".join(map(str, path)): tensor.detach()
+            for path, tensor in tensors(output)
+            if path[0] in ("loss", "logits", "start_logits", "end_logits", "hidden_states")
+        }
+        if "loss" not in values:
+            raise ValueError("the model gives no loss for this batch")
+        if variant == "no-grad":
+            return values
+        loss = output["loss"]
+        if variant == "two-forwards":
+            loss = loss + _forward(model, _turned(batch), variant)["loss"]
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        # The reference has its whole gradient on every rank already, which the mean leaves as it is.
+        sp_attention.average_gradients(model)
+        gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return values | gradients
+
+
+def _forward(model: PreTrainedModel, batch: Batch, variant: str) -> Any:
+    # The labels anew: some models write into what they are given.
+    inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if variant == "hidden-states":
+        inputs["output_hidden_states"] = True
+    with torch.set_grad_enabled(variant != "no-grad"):
+        return model(**inputs)
+
+
+def _turned(batch: Batch) -> Batch:
+    """Another batch of the same shapes: the rows in reverse order, and their tokens too where nothing is padded."""
+    return {name: value.flip(0) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+@contextmanager
+def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    if variant == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if variant == "frozen":
+        for parameter in list(model.parameters())[::2]:
+            parameter.requires_grad_(False)
+    model.train(variant != "no-grad")
+    try:
+        yield
+    finally:
+        if variant == "checkpointing":
+            model.gradient_checkpointing_disable()
+        for parameter, was in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(was)
+        model.train()
+
+
+def largest_error(values: Values, expected: Values) -> tuple[float, str]:
+    """The largest relative error of a rank's values, and of which value; infinite where one is missing or not finite.
+
+    Relative to the largest of all numbers of a value in one process, and only where those are finite.
+    """
+    gradients = [value[value.isfinite()] for name, value in expected.items() if name.startswith("gradient of ")]
+    noise = NOISE * max([value.abs().max().item() for value in gradients if value.numel()], default=0.0)
+    worst, where = 0.0, "loss"
+    for name in sorted(expected.keys() | values.keys(), key=lambda name: (name != "loss", name)):
+        of_gradient = name.startswith("gradient of ")
+        if name in expected and name in values:
+            error = relative_error(values[name], expected[name], noise if of_gradient else 0.0)
+        else:  # a gradient that is nowhere may as well be zero
+            alone = values.get(name, expected.get(name))
+            error = 0.0 if of_gradient and alone is not None and alone.abs().max() <= noise else float("inf")
+        if error is not None and not error <= worst:
+            worst, where = error if error == error else float("inf"), name
+    return worst, where
+
+
+def relative_error(value: Tensor, expected: Tensor, noise: float = 0.0) -> float | None:
+    """How far a tensor, whole or this rank's span of it, is from the whole; None when nothing can be compared."""
+    matching = matching_part(expected, value.shape)
+    if matching is None:
+        return float("inf")
+    finite = matching.isfinite()
+    if not finite.any():
+        return None
+    scale = max(expected[expected.isfinite()].abs().max().item(), noise) or 1.0
+    return ((value[finite] - matching[finite]).abs().max() / scale).item()
+
+
+def matching_part(whole: Tensor, shape: torch.Size) -> Tensor | None:
+    """Of a whole tensor what has this shape on this rank: all, its span of the one dim that is cut, or None.
+
+    A dim that holds batch and sequence in one, [B·S, ...], is cut in every row of the batch.
+    """
+    if whole.shape == shape:
+        return whole
+    if whole.dim() != len(shape):
+        return None
+    cut = [dim for dim in range(whole.dim()) if whole.shape[dim] != shape[dim]]
+    if len(cut) != 1:
+        return None
+    rank, ranks, dim = dist.get_rank(), dist.get_world_size(), cut[0]
+    for rows in (1, 2):
+        length, rest = divmod(whole.shape[dim], rows)
+        span = spans(length, ranks)[rank]
+        if not rest and rows * (span.stop - span.start) == shape[dim]:
+            apart = whole.unflatten(dim, (rows, length))
+            return apart.narrow(dim + 1, span.start, span.stop - span.start).flatten(dim, dim + 1)
+    return None
+
+
+def _parting(reference: PreTrainedModel, model: PreTrainedModel, batch: Batch, variant: str) -> Parting | None:
+    """Where this rank's forward first leaves that of one process; None when it does not and only gradients differ."""
+    try:
+        with _varied(reference, variant), _varied(model, variant):
+            expected, got = _outputs(reference, batch, variant), _outputs(model, batch, variant)
+    except Exception:  # what runs without hooks need not run with them
+        return None
+    for position, (call, outputs) in enumerate(expected.items()):
+        for value, whole in zip(got.get(call, []), outputs, strict=False):
+            if matching_part(whole, value.shape) is None:
+                continue  # something inside attention, of other heads
+            error = relative_error(value, whole)
+            if error is not None and not error <= TOLERANCE:
+                return Parting(call[0] or type(model).__name__, error, position)
+    return None
+
+
+def _outputs(model: PreTrainedModel, batch: Batch, variant: str) -> dict[tuple[str, int], list[Tensor]]:
+    """What every module gave at each of its calls, in the order in which they ended."""
+    outputs: dict[tuple[str, int], list[Tensor]] = {}
+    calls: dict[str, int] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            calls[name] = calls.get(name, -1) + 1
+            floats = [tensor.detach().clone() for _, tensor in tensors(output) if tensor.is_floating_point()]
+            outputs[name, calls[name]] = floats
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
+    try:
+        _forward(model, batch, variant)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def _merged(mine: Verdict) -> Verdict:
+    """One verdict of all ranks: the worst of them, with the largest error and the earliest parting of any."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    worst = min(everyone, key=lambda verdict: (_WORST_FIRST.index(verdict.outcome), -(verdict.error or 0.0)))
+    partings = [verdict.first for verdict in everyone if verdict.first is not None]
+    return replace(worst, first=min(partings, key=lambda parting: parting.call, default=None))

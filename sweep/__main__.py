@@ -1,0 +1,39 @@
+"""`python -m sweep --mapping causal-lm --types llama,bart --ranks 2`."""
+
+from pathlib import Path
+
+import click
+
+from sp_attention.cli.reduced import TASKS
+from sweep.running import sweep
+from sweep.table import summary, write
+
+
+@click.command()
+@click.option("--mapping", "mappings", multiple=True, type=click.Choice([*TASKS]), help="All by default; repeatable.")
+@click.option("--types", default="", help="Types of models, with commas between them; all by default.")
+@click.option("--ranks", type=click.IntRange(2), multiple=True, default=(2,), show_default=True, help="Repeatable.")
+@click.option("--length", type=click.IntRange(16), default=33, show_default=True, help="Tokens in a sequence.")
+@click.option("--again", is_flag=True, help="Run the types that the results have already.")
+@click.option("--results", type=click.Path(path_type=Path), default=Path("sweep-results.jsonl"), show_default=True)
+@click.option("--table", type=click.Path(path_type=Path), help="Write the tables of all results here: docs/models.md.")
+def main(
+    mappings: tuple[str, ...],
+    types: str,
+    ranks: tuple[int, ...],
+    length: int,
+    again: bool,
+    results: Path,
+    table: Path | None,
+) -> None:
+    """Compare every type of model of transformers' mappings, reduced, with itself in one process."""
+    only = set(types.split(",")) - {""}
+    for mapping in mappings or TASKS:
+        for size in ranks:
+            sweep(mapping, only, size, length, results, again)
+    click.echo(summary(results))
+    if table is not None:
+        write(results, table)
+
+
+main()

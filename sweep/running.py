@@ -1,0 +1,114 @@
+"""Runs types in chunks, each on ranks of its own, so that a type that crashes or hangs costs only itself."""
+
+import json
+import os
+import re
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import click
+
+from sp_attention.cli.comparison import Comparison, compare
+from sp_attention.cli.reduced import NotBuildableError, batches_for, build, types_of
+from sp_attention.launch import RanksError, run_ranks
+
+CHUNK, SECONDS_EACH, SECONDS_TO_BUILD = 12, 40, 20
+KERNELS = ("sdpa", "transformers:eager")
+Record = dict[str, Any]
+
+
+def sweep(mapping: str, only: set[str], ranks: int, length: int, results: Path, again: bool = False) -> None:
+    """Run the types of a mapping that have no result yet, and append a line of JSON for each to `results`."""
+    types = [kind for kind in types_of(mapping) if not only or kind in only]
+    if not again:
+        done = {(record["type"], record["mapping"], record["ranks"]) for record in read(results)}
+        types = [kind for kind in types if (kind, mapping, ranks) not in done]
+    began = monotonic()
+    while types:
+        chunk = types[:CHUNK]
+        before = results.stat().st_size if results.exists() else 0
+        problem = ""
+        try:
+            run_ranks(ranks, _run_chunk, mapping, chunk, length, results, timeout=SECONDS_EACH + 10.0 * len(chunk))
+        except RanksError as error:
+            problem = str(error)
+        finished = [record["type"] for record in read(results, before)]
+        types = [kind for kind in types if kind not in finished]
+        if problem and types:
+            _append(results, {"type": types[0], "mapping": mapping, "ranks": ranks, "crashed": problem[-3000:]})
+            types = types[1:]
+        click.echo(f"{mapping}, {ranks} ranks: {len(types)} left, {monotonic() - began:.0f} s", err=True)
+
+
+def read(results: Path, start: int = 0) -> list[Record]:
+    """The records of a file of results, in the order in which they were written."""
+    if not results.exists():
+        return []
+    with results.open() as file:
+        file.seek(start)
+        return [json.loads(line) for line in file]
+
+
+def _append(results: Path, record: Record) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _run_chunk(mapping: str, types: list[str], length: int, results: Path) -> None:
+    """On every rank: one type after the other; rank 0 writes."""
+    import torch.distributed as dist
+    import transformers
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    for kind in types:
+        began = monotonic()
+        record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()} | _run(mapping, kind, length)
+        if dist.get_rank() == 0:
+            _append(results, record | {"seconds": round(monotonic() - began, 1)})
+        dist.barrier()
+
+
+def _run(mapping: str, kind: str, length: int) -> Record:
+    for kernel in KERNELS:
+        try:
+            with _no_longer_than(SECONDS_TO_BUILD):
+                model = build(kind, mapping)
+                batches = batches_for(model, mapping, length)
+            if not batches:
+                return {"not_buildable": "no batch can be made for it"}
+        except (NotBuildableError, TimeoutError) as error:
+            return {"not_buildable": str(error)}
+        try:
+            comparison = compare(model, batches, kernel)
+        except Exception as error:  # of `enable`, which should have refused
+            return {"kernel": kernel, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        if not _refused_by_kernel(comparison, kernel):
+            break
+    return {"kernel": kernel, "parameters": model.num_parameters()} | asdict(comparison)
+
+
+def _refused_by_kernel(comparison: Comparison, kernel: str) -> bool:
+    reasons = [comparison.refused, *(verdict.reason for verdict in comparison.verdicts if verdict.outcome == "refused")]
+    return any(re.search(rf"kernel '{re.escape(kernel)}'.*(cannot|has no)", reason, re.DOTALL) for reason in reasons)
+
+
+@contextmanager
+def _no_longer_than(seconds: int) -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds} s to build")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

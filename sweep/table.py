@@ -1,0 +1,102 @@
+"""The tables of docs/models.md from the results of a sweep."""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from sp_attention.cli.reduced import TASKS
+from sweep.running import Record, read
+
+OUTCOMES = ("exact", "refused", "not buildable", "not comparable", "silently wrong", "other errors")
+
+
+def latest(results: Path) -> dict[tuple[str, str, int], Record]:
+    """The last result of every type, mapping and number of ranks."""
+    return {(record["mapping"], record["type"], record["ranks"]): record for record in read(results)}
+
+
+def outcome(record: Record) -> str:
+    """Which of `OUTCOMES` a type has: the worst of its batches, exact when some are and others are only refused."""
+    if "not_buildable" in record:
+        return "not buildable"
+    if "crashed" in record or "failed" in record:
+        return "other errors"
+    if record["refused"]:
+        return "refused"
+    outcomes = Counter(verdict["outcome"] for verdict in record["verdicts"])
+    for found, name in (("differs", "silently wrong"), ("failed", "other errors"), ("exact", "exact")):
+        if outcomes[found]:
+            return name
+    return "refused" if outcomes["refused"] else "not comparable"
+
+
+def reason(record: Record) -> str:
+    """Why a type is not exact, or which of its batches are not."""
+    for key in ("not_buildable", "failed", "refused"):
+        if record.get(key):
+            return str(record[key])
+    if "crashed" in record:
+        return "a rank hangs or dies: " + str(record["crashed"]).strip().rsplit("\n", 1)[-1]
+    parts = []
+    for verdict in record["verdicts"]:
+        if verdict["outcome"] == "exact":
+            continue
+        detail = verdict["reason"]
+        if verdict["outcome"] == "differs":
+            first = verdict["first"] and f"; first in {verdict['first']['module']}"
+            detail = f"{verdict['where']} by {verdict['error']:.1e}{first or ''}"
+        parts.append(f"{verdict['kind']} {verdict['outcome']}: {detail}")
+    return "; ".join(parts)
+
+
+def how(record: Record) -> str:
+    """Which parts run head-parallel or position-wise and which on gathered tokens, in the words of the report."""
+    lines = [line.strip() for line in record.get("report", "").splitlines()]
+    gathered = {line.rsplit(":", 1)[0] for line in lines if line.endswith("gathered")}
+    kind = "head-parallel" if any(line.endswith("head-parallel") for line in lines) else "gathered"
+    return f"{kind}; gathered: {', '.join(sorted(gathered))}" if gathered and kind == "head-parallel" else kind
+
+
+def largest(record: Record) -> float | None:
+    """The largest relative error of the batches that are exact or differ."""
+    return max(
+        (verdict["error"] for verdict in record.get("verdicts", []) if verdict["error"] is not None), default=None
+    )
+
+
+def summary(results: Path) -> str:
+    """A line for every mapping and number of ranks; then the types that are wrong or fail, and why."""
+    counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    problems = []
+    for (mapping, kind, ranks), record in latest(results).items():
+        found = outcome(record)
+        counts[mapping, ranks][found] += 1
+        if found in ("silently wrong", "other errors"):
+            problems.append(f"  {found}: {mapping} {kind} on {ranks}: {reason(record)[:300]}")
+    lines = []
+    for (mapping, ranks), count in counts.items():
+        built = count.total() - count["not buildable"]
+        rest = ", ".join(f"{count[name]} {name}" for name in OUTCOMES if name != "not buildable")
+        lines.append(f"{mapping} on {ranks} ranks: {count.total()} types, {built} built: {rest}")
+    return "\n".join([*lines, *problems])
+
+
+def write(results: Path, target: Path) -> None:
+    """Write a page with one table a mapping."""
+    records = latest(results)
+    sections = ["# Models", "Written by `python -m sweep`.", "```text\n" + summary(results) + "\n```"]
+    for mapping in TASKS:
+        types = sorted({kind for name, kind, _ in records if name == mapping})
+        if not types:
+            continue
+        rows = ["| type | result | kernel | largest error | remarks |", "|---|---|---|---|---|"]
+        for kind in types:
+            found = [record for (name, of, _), record in records.items() if (name, of) == (mapping, kind)]
+            worst = min(found, key=lambda record: (outcome(record) == "exact", record["ranks"]))
+            result = outcome(worst) + (f", {how(worst)}" if outcome(worst) == "exact" else "")
+            error = max((error for record in found if (error := largest(record)) is not None), default=None)
+            remark = reason(worst).replace("|", "\\|").replace("\n", " ")[:200]
+            shown = "" if error is None else f"{error:.0e}"
+            rows.append(f"| {kind} | {result} | {worst.get('kernel', '')} | {shown} | {remark} |")
+        sections += [f"## {mapping}", "\n".join(rows)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("\n\n".join(sections) + "\n")
