@@ -17,13 +17,14 @@ class Call:
     """A batch on its way through a stack.
 
     extent: B and S of the whole batch. is_separate: each layer cuts its arguments and gathers its results.
-    stays_sharded: nothing is gathered after the last layer.
+    stays_sharded: nothing is gathered after the last layer. seed: of the random numbers that are drawn in it.
     """
 
     extent: Extent
     peers: Peers
     is_separate: bool = False
     stays_sharded: bool = False
+    seed: int | None = None
     _parts: dict[tuple[int, Along], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _wholes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

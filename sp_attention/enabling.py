@@ -58,8 +58,8 @@ class Handle:
         loss = self.region.sharded_loss
         logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
         lines.append(f"  logits {logits}")
-        if self.region.untrainable is not None:
-            lines.append(f"  training is refused: {self.region.untrainable}")
+        if self.region.random:
+            lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
         return "\n".join(lines)
 
     def __enter__(self) -> "Handle":

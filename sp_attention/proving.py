@@ -12,6 +12,7 @@ from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -19,13 +20,14 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from sp_attention import randomness
 from sp_attention.agreement import first_reason, share_problem
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe
-from sp_attention.region import DROPOUT, Forward, Hooks, Region, random_state
+from sp_attention.region import Forward, Hooks, Region
 from sp_attention.rehearsal import EVERYTHING, Attended, Findings, Found, Run, explore, same, undisturbed
 from sp_attention.specimens import Specimen, specimens
 from sp_attention.ulysses import UlyssesAttention
@@ -43,7 +45,9 @@ class Way:
 
 def _tensor_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask as transformers builds it for torch's attention, never left out; for models that compute with it."""
-    mask: Tensor | None = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    mask: Tensor | None = sdpa_mask(
+        *args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
     return mask
 
 
@@ -66,10 +70,11 @@ def install(
     narrow, wide = Extent(2, size), Extent(3, size + peers.size + 1)
     with undisturbed(model):
         model.eval()
-        pairs = list(zip(specimens(model, narrow), specimens(model, wide), strict=True))
+        problem, pairs = _attempted(partial(specimens, model, narrow, wide), peers)
+        if pairs is None:
+            raise UnsupportedError(problem)
         if model.device.type == "meta":
             pairs = pairs[-1:]  # Whether a mask hides anything cannot be read.
-        untrainable = _settled(lambda: _untrainable(model, pairs[-1][0]), peers)
         reasons: dict[str | None, None] = {}
         for way in WAYS:
             with ExitStack() as attempt:
@@ -77,28 +82,54 @@ def install(
                 reason, done = _attempted(step, peers)
                 if done is not None:
                     undo.push(attempt.pop_all())
-                    findings, hooks = done
+                    findings, hooks, draws = done
                     break
             reasons[reason] = None
         else:
             raise UnsupportedError("\n".join(map(str, reasons)))
-        if rehearse and untrainable is None:
+        if rehearse and not draws.after:
             _shard_loss(model, hooks, findings, pairs[0][0], undo)
-        hooks.region = replace(hooks.region, untrainable=untrainable)
     return findings, hooks.region
 
 
-def _untrainable(model: PreTrainedModel, specimen: Specimen) -> str | None:
-    """Leaves the model in training mode unless it draws random numbers there, which is why it cannot be trained."""
+@dataclass(frozen=True)
+class Draws:
+    """Where a model draws random numbers in training: at all, between which stacks' layers, after the last layer."""
+
+    anywhere: bool = False
+    between: frozenset[str] = frozenset()
+    after: bool = False
+
+
+def _draws(model: PreTrainedModel, findings: Findings, specimen: Specimen) -> Draws:
+    """Leaves the model in training mode unless it draws random numbers there."""
     if model.device.type == "meta":
-        return None
+        return Draws(anywhere=True, between=frozenset(findings.stacks), after=True)
+    seen: list[tuple[str | None, list[Tensor]]] = []
+    handles = []
+    for name, layers in findings.stacks.items():
+        for found in layers:
+            module = found.layer.module
+
+            def note(*_: Any, name: str = name) -> None:
+                seen.append((name, randomness.states(model.device)))
+
+            handles += [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
     model.train()
-    before = random_state(model.device)
-    model(**specimen.inputs)
-    if all(one.equal(other) for one, other in zip(random_state(model.device), before, strict=True)):
-        return None
+    before = randomness.states(model.device)
+    try:
+        model(**specimen.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    after = randomness.states(model.device)
+    if randomness.are_equal(before, after):
+        return Draws()
     model.eval()
-    return DROPOUT
+    # Two notes a layer: what lies between the second of one and the first of the next is the model's own.
+    gaps = [(one, other) for one, other in zip(seen[1::2], seen[2::2], strict=False) if one[0] == other[0]]
+    between = frozenset(str(one[0]) for one, other in gaps if not randomness.are_equal(one[1], other[1]))
+    return Draws(True, between, not seen or not randomness.are_equal(seen[-1][1], after))
 
 
 def _place(
@@ -109,9 +140,9 @@ def _place(
     pairs: list[tuple[Specimen, Specimen]],
     undo: ExitStack,
     rehearse: bool,
-) -> tuple[Findings, Hooks]:
+) -> tuple[Findings, Hooks, Draws]:
     peers, narrow = attention.peers, [pair[0] for pair in pairs]
-    expected = model(**narrow[-1].inputs) if rehearse else None
+    model.eval()
     attended: list[Attended] = []
 
     def recorded(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -123,15 +154,20 @@ def _place(
     findings, runs = explore(model, pairs, attended, proves=rehearse, attends=way.masks is not None)
     if way.masks is not None:
         AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
+    draws = _draws(model, findings, narrow[-1])
+    findings = replace(findings, separate=findings.separate | draws.between)
     if rehearse:
         # The specimen without padding: what kernels return for queries that see nothing is no one's business.
-        _require_same(model(**narrow[-1].inputs), expected, f"kernel {attention.backend.kernel!r}")
+        trains = model.training
+        _require_same(model.eval()(**narrow[-1].inputs), narrow[-1].output, f"kernel {attention.backend.kernel!r}")
+        model.train(trains)
     region = Region(
         findings.planned(),
         findings.models,
         findings.arguments,
         key if way.masks is not None else None,
-        _UNPROVEN if not rehearse else "the model has no causal loss",
+        _UNPROVEN if not rehearse else "the model has no causal loss, or draws random numbers before it",
+        random=draws.anywhere,
     )
     hooks = Hooks(region, peers, attention.current)
     undo.callback(hooks.remove)
@@ -140,7 +176,7 @@ def _place(
         findings = _prove(model, hooks, findings, [pair[0] for pair in runs], whole)
     else:
         hooks.install()
-    return findings, hooks
+    return findings, hooks, draws
 
 
 def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run], whole: list[Any]) -> Findings:
@@ -155,7 +191,7 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
             for run, expected in zip(runs, whole, strict=True):
                 _require_same(model(**run.specimen.inputs), expected, f"{type(model).__name__} sharded")
 
-        return _attempted(compare, hooks.peers)[0]
+        return _attempted(compare, hooks.peers, model.device)[0]
 
     reason = tried(findings)
     if reason is None:
@@ -197,11 +233,11 @@ def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
         def compare(layer: Any = layer) -> None:
             for run in runs:
                 for called in run.calls[layer.module]:
-                    hooks.forward = Forward(hooks.region.models[0], None, unseen=True, randomness=None)
+                    hooks.forward = Forward(hooks.region.models[0], None, unseen=True)
                     args, kwargs = called.inputs
                     _require_same(layer.module(*args, **kwargs), called.output, layer.name)
 
-        reason, _ = _attempted(compare, hooks.peers)
+        reason, _ = _attempted(compare, hooks.peers, hooks.region.models[0].device)
         hooks.forward, hooks.current.call = None, None
         if reason is None:
             break
@@ -216,27 +252,24 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
     ids = specimen.inputs["input_ids"]
     labels = ids.masked_fill(specimen.inputs.get("attention_mask", ids) == 0, -100)
     batch = {**specimen.inputs, "labels": labels}
-    whole = _settled(lambda: model(**batch), hooks.peers)
+    failed, whole = _attempted(lambda: model(**batch), hooks.peers)
+    if failed is not None:
+        return  # Such a model wants other labels.
     loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers)
     own = vars(model).get("_loss_function")
     model.loss_function = loss
     undo.callback(lambda: delattr(model, "_loss_function") if own is None else setattr(model, "loss_function", own))
     hooks.region = replace(hooks.region, sharded_loss=loss, before_loss=before[-1])
-    reason = first_reason(_needs_whole_logits(model, batch, whole, hooks.peers), hooks.peers)
-    hooks.region = replace(hooks.region, sharded_loss=reason or loss)
+    span = hooks.peers.span(specimen.extent.length)
 
-
-def _needs_whole_logits(model: PreTrainedModel, batch: dict[str, Any], whole: Any, peers: Peers) -> str | None:
-    """None when all that follows the stack of layers works with one span of it, or why it does not."""
-    try:
+    def compare() -> None:
         output = model(**batch)
-    except (RuntimeError, ValueError) as error:  # of shapes that do not fit, on every rank alike
-        return f"on a part of the sequence the model raises {type(error).__name__}"
-    span = peers.span(batch["labels"].shape[1])
-    mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
-    if same({"loss": output["loss"], "logits": output["logits"]}, mine):
-        return None
-    return "from a part of the sequence the model computes another loss"
+        mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
+        if not same({"loss": output["loss"], "logits": output["logits"]}, mine):
+            raise UnsupportedError("from a part of the sequence the model computes another loss")
+
+    reason, _ = _attempted(compare, hooks.peers, model.device)
+    hooks.region = replace(hooks.region, sharded_loss=reason or loss)
 
 
 def _require_same(output: Any, expected: Any, what: str) -> None:
@@ -284,14 +317,17 @@ def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 Result = TypeVar("Result")
 
 
-def _attempted(step: Callable[[], Result], peers: Peers) -> tuple[str | None, Result | None]:
+def _attempted(
+    step: Callable[[], Result], peers: Peers, device: torch.device | None = None
+) -> tuple[str | None, Result | None]:
     """Why a step of the rehearsal failed on any rank, None if it did on none, and what it returned.
 
-    Whatever the model raises is a reason; what a kernel refuses is raised, since another one can do it.
+    Whatever the model raises is a reason; what a kernel refuses is raised, since another one can do it. `device` is
+    the model's in a step with collectives.
     """
     reason, refusal, result = None, None, None
     try:
-        result = step()
+        result = step() if device is None else peers.watched(step, device)
     except BackendError as error:
         refusal = error
     except Exception as error:
@@ -299,11 +335,3 @@ def _attempted(step: Callable[[], Result], peers: Peers) -> tuple[str | None, Re
     share_problem(refusal, peers)
     reason = first_reason(reason, peers)
     return reason, None if reason is not None else result
-
-
-def _settled(step: Callable[[], Result], peers: Peers) -> Result:
-    """The result of a step that must succeed; when it fails on any rank, an UnsupportedError on every rank."""
-    reason, result = _attempted(step, peers)
-    if reason is not None:
-        raise UnsupportedError(f"the rehearsal in enable() failed: {reason}")
-    return result  # type: ignore[return-value]  # there is one when there is no reason

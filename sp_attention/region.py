@@ -6,7 +6,6 @@ whole tensors, and my span of what it returns goes on.
 """
 
 import inspect
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sp_attention import randomness
 from sp_attention.agreement import require_same_batch
 from sp_attention.attention import Mask
 from sp_attention.call import Call, Current
@@ -34,11 +34,6 @@ _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_em
 
 # What a model returns whole in any case: it comes from after the last layer.
 _AFTER_THE_STACK = {"loss", "logits", "last_hidden_state", "pooler_output", "past_key_values"}
-
-DROPOUT = (
-    "dropout, or other random numbers in training, are not covered under sequence parallelism yet: set their "
-    "probabilities to 0 in the configuration that the model is built from"
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Region:
     sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
     before_loss: the stack whose hidden states stay sharded for that loss.
     arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
-    untrainable: None, or why this model cannot be trained under sequence parallelism.
+    random: in training the model draws random numbers (dropout).
     """
 
     stacks: tuple[Stack, ...]
@@ -103,7 +98,7 @@ class Region:
     implementation: str | None
     sharded_loss: Callable[..., Tensor] | str
     before_loss: str | None = None
-    untrainable: str | None = None
+    random: bool = False
 
 
 @dataclass
@@ -112,14 +107,16 @@ class Forward:
 
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
-    calls: the passes through the stacks so far, by their names. inside: those that have not left their last layer.
-    randomness: in training, the state of the random number generators at its beginning.
+    seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
+    calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
     """
 
     model: PreTrainedModel
     stays_sharded: int | None
     unseen: bool
-    randomness: list[Tensor] | None
+    seed: int | None = None
+    states: list[Tensor] | None = None
+    passes: int = 0
     calls: dict[str, Call] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
 
@@ -177,12 +174,11 @@ class Hooks:
             raise UnsupportedError(reason)
         self.current.call, self.current.weights = None, _is_on("output_attentions", model, given)
         self._unbind()
-        self.forward = Forward(
-            model,
-            stays_sharded=self._stays_sharded(model, given),
-            unseen=self._is_unseen(model, given),
-            randomness=random_state(model.device) if model.training else None,
-        )
+        self.forward = Forward(model, self._stays_sharded(model, given), self._is_unseen(model, given))
+        if model.training and self.region.random:
+            self.forward.seed = randomness.shared_seed(model.device, self.peers)
+        elif model.training:
+            self.forward.states = randomness.states(model.device)
 
     def _is_unseen(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
         return bool(tensor_names(given) - self.region.arguments[model])
@@ -219,7 +215,7 @@ class Hooks:
             )
         if _is_on("output_hidden_states", model, given) and not _is_on("return_dict", model, given, default=True):
             return "output_hidden_states needs return_dict=True under sequence parallelism"
-        return self.region.untrainable if model.training else None
+        return None
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = self.forward
@@ -235,11 +231,12 @@ class Hooks:
                     f"{', '.join(sorted(forward.inside))}: the last layer was not called, unlike in the rehearsal of "
                     "enable(): a model that skips layers (layerdrop, early exit) is not covered"
                 )
-            if forward.randomness is not None and not all(
-                map(torch.equal, random_state(forward.model.device), forward.randomness)
-            ):
-                # Refuses what was not there in the rehearsal: a dropout that was switched on or added since.
-                raise UnsupportedError(DROPOUT)
+            now = randomness.states(forward.model.device)
+            if forward.states is not None and not randomness.are_equal(now, forward.states):
+                raise UnsupportedError(
+                    "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
+                    "before enable()"
+                )
         if isinstance(output, dict):
             for name in output.keys() - _AFTER_THE_STACK:
                 output[name] = self._recorded(model, name, output[name], forward)
@@ -274,13 +271,14 @@ class Hooks:
 
     def _hook_layer(self, stack: Stack, layer: Layer) -> None:
         checkpointed = [one for one in layer.module.modules() if isinstance(one, GradientCheckpointingLayer)]
-        entered: list[tuple[Call, Call | None]] = []
+        entered: list[tuple[Call, Call | None, Callable[[], None]]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call_of(stack, layer, (args, kwargs))
             given = map_leaves(lambda path, leaf: _entering(path, leaf, layer, call), (args, kwargs))
-            entered.append((call, self.current.call))
-            self.current.call = None if layer.gathered or not call.is_shared else call
+            mine = call.is_shared and not layer.gathered
+            entered.append((call, self.current.call, self._drawing(call, layer.name, mine)))
+            self.current.call = call if mine else None
             self._bind(checkpointed)
             return given
 
@@ -288,7 +286,8 @@ class Hooks:
             self._unbind()
             if not entered:
                 return None  # An error before this layer began.
-            call, self.current.call = entered.pop()
+            call, self.current.call, restore = entered.pop()
+            restore()
             is_last = layer is stack.layers[-1]
             if is_last and self.forward is not None:
                 self.forward.inside.discard(stack.name)
@@ -303,22 +302,22 @@ class Hooks:
         """The call that a layer belongs to; it is new for the first, and for each where they are separate."""
         mask = next((leaf for leaf in _leaves(given) if isinstance(leaf, Mask)), None)
         if self.forward is None:
-            # Recomputed in backward by a checkpoint around the layer's hooks.
-            return self._call_again(stack, layer, given, mask)
+            return self._call_again(layer, stack, mask)
         hidden, along = _leaf(given, layer.hidden), layer.arguments[layer.hidden]
         assert along is not None
         is_separate = stack.separate or self.forward.unseen
         call = self.forward.calls.get(stack.name)
         if layer is stack.layers[0] or is_separate:
             extent = Extent(hidden.shape[along.dim - 1 if along.dim else 1], hidden.shape[along.dim])
-            if call is None or call.extent != extent or not is_separate:
-                call = Call(
-                    extent,
-                    self.peers,
-                    is_separate=is_separate,
-                    stays_sharded=stack.name == self.region.before_loss and self.forward.stays_sharded == extent.length,
-                )
-                self.forward.calls[stack.name] = call
+            self.forward.passes += 1
+            call = Call(
+                extent,
+                self.peers,
+                is_separate=is_separate,
+                stays_sharded=stack.name == self.region.before_loss and self.forward.stays_sharded == extent.length,
+                seed=randomness.derived(self.forward.seed, self.forward.passes) if self.forward.seed else None,
+            )
+            self.forward.calls[stack.name] = call
             if not is_separate:
                 self.forward.inside.add(stack.name)
         if call is None or not (is_separate or stack.name in self.forward.inside):
@@ -326,19 +325,26 @@ class Hooks:
                 f"{layer.name} is called before the first layer of its stack, unlike in the rehearsal of enable(): a "
                 "model that skips layers is not covered"
             )
-        if mask is None:
-            return call
-        return mask.once(("call", stack.name, call.is_separate), lambda: call)
+        if mask is not None:
+            mask.once(("call", stack.name), lambda: call)
+        return call
 
-    def _call_again(self, stack: Stack, layer: Layer, given: Any, mask: Mask | None) -> Call:
-        for is_separate in (False, True):
-            remembered = None if mask is None else mask.once(("call", stack.name, is_separate), lambda: None)
-            if isinstance(remembered, Call):
-                return remembered
-        raise UnsupportedError(
-            f"{layer.name} runs outside of a forward of its model, and nothing tells how long the whole sequence is: "
-            "checkpoint it with model.gradient_checkpointing_enable()"
-        )
+    def _call_again(self, layer: Layer, stack: Stack, mask: Mask | None) -> Call:
+        """The call of a layer that is recomputed in backward by a checkpoint around its hooks: the mask remembers it."""
+        call = None if mask is None else mask.once(("call", stack.name), lambda: None)
+        if call is None or (call.is_separate and call.seed is not None):
+            raise UnsupportedError(
+                f"{layer.name} runs outside of a forward of its model, and nothing tells what sequence it is of: to "
+                "checkpoint it use model.gradient_checkpointing_enable()"
+            )
+        return call
+
+    def _drawing(self, call: Call, name: str, mine: bool) -> Callable[[], None]:
+        """Let a layer or a part draw random numbers of its own, or those that all ranks draw; returns what ends it."""
+        if call.seed is None:
+            return lambda: None
+        seed = randomness.derived(call.seed, name, *([self.peers.rank] if mine else []))
+        return randomness.forked(seed, self.region.models[0].device)
 
     def _bind(self, checkpointed: list[GradientCheckpointingLayer]) -> None:
         """Tie this call to what transformers' checkpointing recomputes in backward, when it is no longer current."""
@@ -365,12 +371,12 @@ class Hooks:
     # Parts
 
     def _hook_part(self, part: Part) -> None:
-        entered: list[Call | None] = []
+        entered: list[tuple[Call | None, Callable[[], None]]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self.current.call
-            entered.append(call)
             if call is None:
+                entered.append((None, lambda: None))
                 return None
 
             def whole(path: Path, leaf: Any) -> Any:
@@ -385,13 +391,16 @@ class Hooks:
                 return leaf if along is None or not call.is_part(leaf, along) else call.whole(leaf, along)
 
             given = map_leaves(whole, (args, kwargs))
+            entered.append((call, self._drawing(call, part.name, mine=False)))
             self.current.call = None
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not entered:
                 return None
-            call = self.current.call = entered.pop()
+            call, restore = entered.pop()
+            self.current.call = call
+            restore()
             if output is None or call is None:
                 return None
 
@@ -438,14 +447,6 @@ def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, leaves: bool) -> A
     if layer.gathered:
         return call.part(leaf, along) if stays and call.is_whole(leaf, along) else leaf
     return leaf if stays or not call.is_part(leaf, along) else call.whole(leaf, along)
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """The states of Python's and torch's generators, and of the device's; unequal when numbers were drawn between."""
-    states = [torch.tensor(random.getstate()[1]), torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,53 +16,84 @@ from sp_attention.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Specimen:
-    """A batch, always the same: its inputs by name, its B and S, and the length of the encoder's sequence if any."""
+    """A batch, always the same: its inputs by name, its B and S, and the length of the encoder's sequence if any.
+
+    output: what the model gives for it on its own, where that was asked.
+    """
 
     inputs: Mapping[str, Any]
     extent: Extent
     memory: int | None = None
+    output: Any = None
 
 
-def specimens(model: PreTrainedModel, extent: Extent) -> list[Specimen]:
-    """Batches of this many rows and tokens that differ in what else they give: padding, or positions.
+def specimens(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[tuple[Specimen, Specimen]]:
+    """Pairs of batches of both extents that differ in what else they give: padding, or positions.
+
+    The narrow ones come with the model's output.
 
     Row 0 of the padded one is padded on the left; the positions restart within each row, as in packed batches.
-    Raises UnsupportedError for a model with inputs that nothing is known of.
+    Whatever the model itself does not take is left out. Raises UnsupportedError for a model that takes none of it.
     """
+    pairs: list[tuple[Specimen, Specimen]] = []
+    problem: Exception | None = None
+    for rows in dict.fromkeys((1, getattr(model.config.get_text_config(decoder=True), "num_codebooks", None) or 1)):
+        for some, others in zip(_kinds(model, narrow, rows), _kinds(model, wide, rows), strict=True):
+            for pair in zip(some, others, strict=True):
+                try:
+                    output = model(**pair[0].inputs)
+                except Exception as error:  # whatever a model raises at what it does not take
+                    problem = problem or error
+                else:
+                    pairs.append((replace(pair[0], output=output), pair[1]))
+                    break
+        if pairs:
+            return pairs
+    raise UnsupportedError(
+        f"enable() found no small batch for {type(model).__name__}: {type(problem).__name__}: {problem}"
+    )
+
+
+def _kinds(model: PreTrainedModel, extent: Extent, rows: int) -> list[list[Specimen]]:
+    """Kinds of batches, each with what to take instead when the model does not take it."""
     takes = inspect.signature(model.forward).parameters
-    maker = _Maker(model, extent)
+    maker = _Maker(model, extent, rows)
+    uncached = {"use_cache": False} if "use_cache" in takes else {}
+
+    def kind(tokens: Mapping[str, Any], more: Mapping[str, Any], memory: int | None = None) -> list[Specimen]:
+        extras = {name: value for name, value in more.items() if name in takes}
+        return [Specimen({**tokens, **extras, **cache}, extent, memory) for cache in ({}, uncached)]
+
     if getattr(model.config, "is_encoder_decoder", False):
         memory = extent.length + 3
-        tokens = {"decoder_input_ids": maker.ids(extent.length)}
+        tokens: dict[str, Any] = {"decoder_input_ids": maker.ids(extent.length)}
+        padding = {"decoder_attention_mask": maker.padding(extent.length)}
         if model.main_input_name == "input_ids":
             tokens["input_ids"] = maker.ids(memory)
+            padding["attention_mask"] = maker.padding(memory)
         else:
             # An encoder of sound or images is left alone: the decoder is given what it would have returned.
             states = maker.noise(extent.batch, memory, model.config.get_text_config().hidden_size)
-            tokens = {**tokens, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
-        padding = {
-            name: maker.padding(length)
-            for name, length in (("attention_mask", memory), ("decoder_attention_mask", extent.length))
-            if name in takes and not (name == "attention_mask" and "input_ids" not in tokens)
-        }
-        return [Specimen({**tokens, **padding}, extent, memory), Specimen(tokens, extent, memory)]
+            tokens["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+        return [kind(tokens, padding, memory), kind(tokens, {}, memory)]
     if "input_ids" in takes and maker.vocabulary is not None:
         tokens = {"input_ids": maker.ids(extent.length)}
-        positions: dict[str, Any] = {}
-        if "position_ids" in takes:
-            positions = {"position_ids": maker.restarting(), "use_cache": False}
-            if "use_cache" not in takes:
-                del positions["use_cache"]
-        types = {"token_type_ids": torch.zeros_like(tokens["input_ids"])} if "token_type_ids" in takes else {}
-        padding = {"attention_mask": maker.padding(extent.length)} if "attention_mask" in takes else {}
-        return [Specimen({**tokens, **padding}, extent), Specimen({**tokens, **positions, **types}, extent)]
-    return [Specimen({model.main_input_name: maker.signal()}, extent)]
+        types = torch.zeros_like(tokens["input_ids"])
+        positions = {"position_ids": maker.restarting(), "token_type_ids": types, **uncached}
+        return [
+            kind(tokens, {"attention_mask": maker.padding(extent.length)}),
+            [*kind(tokens, positions), *kind(tokens, {})],
+        ]
+    return [kind({model.main_input_name: maker.signal()}, {})]
 
 
 @dataclass(frozen=True)
 class _Maker:
+    """rows: how many rows of ids make one of the batch, as for sound in several codebooks."""
+
     model: PreTrainedModel
     extent: Extent
+    rows: int
 
     @property
     def vocabulary(self) -> int | None:
@@ -85,7 +116,7 @@ class _Maker:
         if self.vocabulary is None:
             raise UnsupportedError(f"{type(self.model).__name__} has no vocabulary to make tokens from")
         ordinary = torch.tensor([token for token in range(min(self.vocabulary, 1024)) if token not in special])
-        picked = torch.randint(len(ordinary), (self.extent.batch, length), generator=self._generator())
+        picked = torch.randint(len(ordinary), (self.extent.batch * self.rows, length), generator=self._generator())
         return ordinary[picked].to(self.model.device)
 
     def padding(self, length: int) -> Tensor:

@@ -106,8 +106,6 @@ class UlyssesAttention:
 
     def _attend_shared(self, request: Request, call: Call) -> Attended:
         """All queries and keys of my heads: the exchange, the kernel, the exchange back."""
-        if request.dropout:
-            raise UnsupportedError(f"{self.name_of(request.module)}: attention dropout is not covered yet: set it to 0")
         all_heads = request.query.shape[2]
         plan = head_plan(all_heads, request.key.shape[2], self.peers.size)
         heads = plan.query[self.peers.rank]
