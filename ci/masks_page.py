@@ -49,7 +49,6 @@ CHECK = """
 from sp_attention import Backend, testing
 
 
-
 def refuses(request):
     return "it has no dropout" if request.dropout else None
 

@@ -155,7 +155,7 @@ def check(
     of many draws are, and backward has the draws of forward. AssertionError says what is wrong.
 
     module: the request's, for kernels that need one. dtype: what queries, keys, values, bias and sinks are given in.
-    tolerance: by default 1e-9, or in a lower precision than float64 twice the error of `attend` itself in that one.
+    tolerance: by default 1e-9, or in a lower precision than float64 twice the largest error of `attend` in that one.
     """
     asked = _moved(replace(FEATURES[feature](), module=module), torch.device(device), dtype)
     reason = backend.refuses(asked)
@@ -166,21 +166,21 @@ def check(
         _check_dropout(backend, feature, asked, exact)
         return None
     expected, weights = _results(attend, exact), attend_with_weights(exact)[1]
-    own = _results(attend, asked)
+    if tolerance is None:
+        own = _results(attend, asked)
+        tolerance = max(1e-9, 2 * max(_error(own[name], result) for name, result in expected.items()))
     before = _copies(asked)
     results = _results(backend.attend, asked)
     for name, result in results.items():
-        bound = tolerance if tolerance is not None else max(1e-9, 2 * _error(own[name], expected[name]))
-        _require_close(backend, feature, name, result, expected[name], bound)
+        _require_close(backend, feature, name, result, expected[name], tolerance)
     blind = ~asked.mask.dense().any(-1)
     nothing = results["output"].transpose(1, 2).masked_select(blind[..., None])
     if bool(nothing.any()):
         raise AssertionError(f"{backend.kernel}, {feature}: queries that see no key yield something else than zeros")
     if backend.attend_with_weights is not None:
         out, given = backend.attend_with_weights(asked)
-        bound = tolerance if tolerance is not None else max(1e-9, 2 * _error(own["output"], expected["output"]))
-        _require_close(backend, feature, "output beside weights", out, expected["output"], bound)
-        _require_close(backend, feature, "weights", given, weights, bound)
+        _require_close(backend, feature, "output beside weights", out, expected["output"], tolerance)
+        _require_close(backend, feature, "weights", given, weights, tolerance)
     for name, copy in _copies(asked).items():
         if not torch.equal(before[name], copy):
             raise AssertionError(f"{backend.kernel}, {feature}: the kernel has changed its request's {name}")
@@ -197,11 +197,12 @@ def _check_dropout(backend: Backend, feature: str, asked: Request, exact: Reques
     spread = torch.einsum("bhqk,bkhd->bqhd", weights**2, values**2) * asked.dropout / (1 - asked.dropout)
     rounding = max(1e-6, 2 * float((attend(asked) - expected).abs().max()))
     off = float(((draws.mean(0) - expected).abs() - ERRORS * (spread / DRAWS).sqrt()).max())
-    variance = float(draws.var(0).sum() / spread.sum())
-    if off > rounding or not 0.8 < variance < 1.25:
+    # Summed over all numbers of the output, chance makes this a tenth or so, and other variances make it near 1.
+    variance = float((draws.var(0) - spread).abs().sum() / spread.sum())
+    if off > rounding or not variance < 0.3:
         raise AssertionError(
             f"{backend.kernel}, {feature}: the mean of {DRAWS} draws is off by {off:.1e} more than chance explains, "
-            f"and their variance is {variance:.2f} times what it should be"
+            f"and their variance by {variance:.0%}"
         )
     # For one draw the output is linear in the values, so their gradient gives the output back.
     value = asked.value.detach().requires_grad_()
