@@ -34,11 +34,16 @@ def test_arguments() -> None:
     assert arguments(sp_attention.enable) == ["model", "backend", "group", "sp_size"]
     assert arguments(sp_attention.average_gradients) == ["model", "group"]
     assert arguments(sp_attention.Backend) == [
-        "device", "kernel", "attend", "priority", "unavailable", "refuses", "attend_with_weights",
-    ]  # fmt: skip
+        "device",
+        "kernel",
+        "attend",
+        "priority",
+        "unavailable",
+        "refuses",
+        "attend_with_weights",
+    ]
     assert arguments(sp_attention.Request) == [
-        "query", "key", "value", "mask", "scale", "softcap", "sinks", "bias", "dropout", "module", "heads",
-        "all_heads",
+        "query", "key", "value", "mask", "scale", "softcap", "sinks", "bias", "dropout", "module",
     ]  # fmt: skip
 
 
