@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from sp_attention.cli.comparison import Comparison, compare
-from sp_attention.cli.reduced import NotBuildableError, batches_for, build, types_of
+from sp_attention.cli.reduced import NotBuildableError, prepare, types_of
 from sp_attention.launch import RanksError, run_ranks
 
 CHUNK, SECONDS_EACH, SECONDS_TO_BUILD = 12, 40, 20
@@ -80,10 +80,7 @@ def _run(mapping: str, kind: str, length: int) -> Record:
     for kernel in KERNELS:
         try:
             with _no_longer_than(SECONDS_TO_BUILD):
-                model = build(kind, mapping)
-                batches = batches_for(model, mapping, length)
-            if not batches:
-                return {"not_buildable": "no batch can be made for it"}
+                model, batches = prepare(kind, mapping, length)
         except (NotBuildableError, TimeoutError) as error:
             return {"not_buildable": str(error)}
         try:

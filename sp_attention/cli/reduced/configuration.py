@@ -48,15 +48,10 @@ def _reduced(config_class: type[PreTrainedConfig], depth: int, settings: dict[st
     values |= {name: depth for name in _DEPTH_NAMES if name in known and isinstance(values.get(name), int)}
     if "kv_lora_rank" in known and "num_key_value_heads" in known:
         values["num_key_value_heads"] = HEADS  # latent attention has keys for every head
-    own = OVERRIDES.get(config_class.model_type, {})
     values |= {name: value for name, value in settings.items() if name in known}
-    for name, sub_class in _parts(config_class).items():
-        nested = {key.split(".", 1)[1]: value for key, value in own.items() if key.startswith(f"{name}.")}
-        passed = {key: value for key, value in settings.items() if key not in ("is_decoder",)}
-        values[name] = _reduced(sub_class, depth, passed)
-        for key, value in nested.items():
-            setattr(values[name], key, value)
-    values |= {name: value for name, value in own.items() if "." not in name}
+    inside = {name: value for name, value in settings.items() if name != "is_decoder"}
+    values |= {name: _reduced(part, depth, inside) for name, part in _parts(config_class).items()}
+    values |= OVERRIDES.get(config_class.model_type, {})
     # Not every expert of transformers keeps float64 in its fast implementations.
     config = config_class(**values, experts_implementation="eager")
     _without_dropout(config)

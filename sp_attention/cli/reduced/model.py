@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from sp_attention.cli.reduced.configuration import NotBuildableError, reduced
-from sp_attention.cli.reduced.sizes import VOCABULARY
 
 LARGEST = 6_000_000
 # Tasks and transformers' mappings from types to classes of models.
@@ -54,7 +53,11 @@ def _build(model_type: str, task: str, dtype: torch.dtype) -> PreTrainedModel:
     settings: dict[str, Any] = {"is_decoder": True} if task == "causal-lm" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if task == "image-classification":
+            settings |= {"image_size": 64, "window_size": 2}  # room for several halvings
         config = reduced(model_class.config_class, **settings)
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 1
         _require_small(model_class, config)
         torch.manual_seed(0)
         model: PreTrainedModel = model_class(config)
@@ -89,6 +92,3 @@ def enlarge(model: PreTrainedModel, spread: float = 0.2) -> PreTrainedModel:
             else:
                 parameter.mul_(spread / parameter.std())
     return model.train()
-
-
-__all__ = ["TASKS", "VOCABULARY", "NotBuildableError", "build", "enlarge", "tasks_of", "types_of"]

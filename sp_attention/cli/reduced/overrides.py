@@ -1,16 +1,82 @@
 """What the names of fields do not tell: settings that a type needs so that a small model of it can be built.
 
 They only serve to build models for `sp-attention verify` and the sweep. The library itself knows no names of models.
-A key with a dot is a field of a configuration inside, set after it is made.
+By the type of a configuration, those inside others included; None leaves a field at its default.
 """
 
 from typing import Any
 
+# Three axes of rotary positions share the halves of a head of 8 dims.
+_AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+# Hybrids whose default pattern is longer than a small model: a layer of either kind, in their own words.
+_LINEAR_THEN_FULL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+_CONV_THEN_FULL = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+_FULL_THEN_SLIDING = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "diffllama": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12},
-    "bamba": {"attn_layer_indices": [1]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    # Heads and widths that must fit each other in ways of their own.
     "codegen": {"n_head": 4, "n_embd": 32},
+    "diffllama": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12},
+    "esmc": {"num_key_value_heads": 6},
+    "falcon_h1": {"mamba_d_ssm": 96},
+    "fun_asr_nano_adaptor": {"intermediate_size": 12},
+    "layoutlmv2": {"coordinate_size": 8, "shape_size": 8},
+    "mamba2": {"head_dim": 16},
+    "mobilebert": {"embedding_size": 48},
+    "moonshine": {"encoder_num_key_value_heads": 6, "decoder_num_key_value_heads": 6},
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "neomme": {"head_dim": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    # Rotary positions on several axes.
+    **{
+        name: {"rope_parameters": _AXES}
+        for name in (
+            "qwen2_vl_text",
+            "qwen2_5_vl_text",
+            "qwen2_5_omni_text",
+            "glm4v_text",
+            "glm_ocr_text",
+            "glmga_text",
+            "glm46v_text",
+            "paddleocr_vl_text",
+        )
+    },
+    "glm4v_moe_text": {"rope_parameters": _AXES | {"partial_rotary_factor": 1.0}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _AXES}},
+    # Kinds of layers.
+    "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
-    "xglm": {"scale_embedding": False},
+    "granitemoehybrid": _LINEAR_THEN_FULL,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": _CONV_THEN_FULL,
+    "zamba": {
+        "num_hidden_layers": 6,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "attention_hidden_size": 96,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    # Numbers of their own.
+    "qwen4_exp_text": {
+        "indexer_n_heads": 3,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 2,
+    },
+    "reformer": {
+        "axial_pos_embds": False,
+        "attention_head_size": 8,
+        "local_attn_chunk_length": 11,
+        "lsh_attn_chunk_length": 11,
+        "num_buckets": 4,
+        "attn_layers": ["local", "lsh"],
+    },
+    "xmod": {"default_language": "en_XX"},
 }

@@ -1,0 +1,41 @@
+"""A reduced model together with batches that it takes, as found by trying them."""
+
+import torch
+from transformers import PreTrainedModel
+
+from sp_attention.cli.reduced.batches import Batch, candidates, with_pixels
+from sp_attention.cli.reduced.configuration import NotBuildableError
+from sp_attention.cli.reduced.model import build
+
+
+def prepare(model_type: str, task: str, length: int) -> tuple[PreTrainedModel, dict[str, Batch]]:
+    """A small model and batches by kind, the same every time; in float64, or float32 where its code needs that.
+
+    Raises NotBuildableError with the reason when there is no such model or it takes no batch.
+    """
+    reasons: list[str] = []
+    for dtype in (torch.float64, torch.float32):
+        model = build(model_type, task, dtype)
+        try:
+            return model, batches_for(model, task, length)
+        except NotBuildableError as error:
+            reasons.append(str(error))
+    raise NotBuildableError(reasons[0])
+
+
+def batches_for(model: PreTrainedModel, task: str, length: int) -> dict[str, Batch]:
+    """Batches of every kind that the model may take; "plain" is one that it does take."""
+    reasons: list[str] = []
+    for batches in candidates(model, task, length):
+        try:
+            with torch.no_grad():
+                output = model(**batches["plain"])
+        except Exception as error:  # of any kind: the code of some model, given what it does not expect
+            reasons.append(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+            continue
+        if output.get("loss") is None:
+            reasons.append("it gives no loss for labels")
+            continue
+        pixels = with_pixels(model, task, length) if task == "image-text-to-text" else None
+        return batches | ({"pixels": pixels} if pixels is not None else {})
+    raise NotBuildableError(reasons[0] if reasons else "no batch can be made for it")
