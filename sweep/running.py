@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from sp_attention.cli.comparison import Comparison, compare
+from sp_attention.cli.comparison import compare
+from sp_attention.cli.outcomes import Comparison
 from sp_attention.cli.reduced import NotBuildableError, prepare, types_of
 from sp_attention.launch import RanksError, run_ranks
 

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from sp_attention.cli.outcomes import parts_of
 from sp_attention.cli.reduced import TASKS
 from sweep.running import Record, read
 
@@ -50,10 +51,10 @@ def reason(record: Record) -> str:
 
 def how(record: Record) -> str:
     """Which parts run head-parallel or position-wise and which on gathered tokens, in the words of the report."""
-    lines = [line.strip() for line in record.get("report", "").splitlines()]
-    gathered = {line.rsplit(":", 1)[0] for line in lines if line.endswith("gathered")}
-    kind = "head-parallel" if any(line.endswith("head-parallel") for line in lines) else "gathered"
-    return f"{kind}; gathered: {', '.join(sorted(gathered))}" if gathered and kind == "head-parallel" else kind
+    parts = parts_of(record.get("report", ""))
+    if "head-parallel" not in parts:
+        return "gathered"
+    return f"head-parallel; gathered: {', '.join(parts['gathered'])}" if "gathered" in parts else "head-parallel"
 
 
 def largest(record: Record) -> float | None:

@@ -55,4 +55,5 @@ def test_commands_and_options() -> None:
     assert options == {
         "backends": [],
         "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],
+        "verify": ["--ranks", "--backend", "--task", "--length", "--kinds", "--with", "--full", "--json"],
     }

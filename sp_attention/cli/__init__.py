@@ -6,6 +6,7 @@ import click
 
 from sp_attention.cli.backends import backends
 from sp_attention.cli.demo import demo
+from sp_attention.cli.verify import verify
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,6 +20,7 @@ def cli(context: click.Context) -> None:
 
 cli.add_command(backends)
 cli.add_command(demo)
+cli.add_command(verify)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,51 +12,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import sp_attention
+from sp_attention.cli.outcomes import (
+    DIFFERS,
+    EXACT,
+    FAILED,
+    NOT_COMPARABLE,
+    REFUSED,
+    WORST_FIRST,
+    Comparison,
+    Parting,
+    Verdict,
+)
 from sp_attention.layout import spans
 from sp_attention.trees import tensors
 
-# The largest relative error that is still the same number: models in float64 compute some parts in float32.
-TOLERANCE = 1e-5
+# The largest relative error that is still the same number. Models in float64 compute some parts in float32.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 # What is compared of a gradient is at least this part of the largest gradient of the model: less is rounding.
 NOISE = 1e-6
 
-EXACT, DIFFERS, REFUSED, NOT_COMPARABLE, FAILED = "exact", "differs", "refused", "not comparable", "failed"
-# Of several ranks' verdicts the first of these counts.
-_WORST_FIRST = (FAILED, DIFFERS, REFUSED, NOT_COMPARABLE, EXACT)
-
-VARIANTS = ("checkpointing", "hidden-states", "two-forwards", "no-grad", "frozen")
 Batch = dict[str, Any]
 Values = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Parting:
-    """The first module, in the order of the forward, whose output is another than in one process."""
-
-    module: str
-    error: float
-    call: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one batch. error: the largest relative error on any rank, and of what. reason: why not exact."""
-
-    kind: str
-    outcome: str
-    error: float | None = None
-    where: str = ""
-    reason: str = ""
-    first: Parting | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What came of a model. refused: why `enable` did. report: what the handle says about it."""
-
-    verdicts: tuple[Verdict, ...]
-    report: str = ""
-    refused: str = ""
+def tolerance(model: PreTrainedModel) -> float:
+    """The largest relative error that counts as exact for a model of this dtype."""
+    return TOLERANCES.get(model.dtype, 2e-2)
 
 
 def compare(
@@ -101,10 +82,10 @@ def _compared(reference: PreTrainedModel, model: PreTrainedModel, batch: Batch, 
         return Verdict("", REFUSED, reason=str(error))
     except Exception as error:
         return Verdict("", FAILED, reason=_told(error))
-    error, where = largest_error(values, expected)
-    if error <= TOLERANCE:
-        return Verdict("", EXACT, error, where)
-    return Verdict("", DIFFERS, error, where, first=_parting(reference, model, batch, variant))
+    largest, where = largest_error(values, expected)
+    if largest <= tolerance(model):
+        return Verdict("", EXACT, largest, where)
+    return Verdict("", DIFFERS, largest, where, first=_parting(reference, model, batch, variant))
 
 
 def _told(error: Exception) -> str:
@@ -218,7 +199,8 @@ def matching_part(whole: Tensor, shape: torch.Size) -> Tensor | None:
         span = spans(length, ranks)[rank]
         if not rest and rows * (span.stop - span.start) == shape[dim]:
             apart = whole.unflatten(dim, (rows, length))
-            return apart.narrow(dim + 1, span.start, span.stop - span.start).flatten(dim, dim + 1)
+            part: Tensor = apart.narrow(dim + 1, span.start, span.stop - span.start).flatten(dim, dim + 1)
+            return part
     return None
 
 
@@ -234,7 +216,7 @@ def _parting(reference: PreTrainedModel, model: PreTrainedModel, batch: Batch, v
             if matching_part(whole, value.shape) is None:
                 continue  # something inside attention, of other heads
             error = relative_error(value, whole)
-            if error is not None and not error <= TOLERANCE:
+            if error is not None and not error <= tolerance(model):
                 return Parting(call[0] or type(model).__name__, error, position)
     return None
 
@@ -263,8 +245,8 @@ def _outputs(model: PreTrainedModel, batch: Batch, variant: str) -> dict[tuple[s
 
 def _merged(mine: Verdict) -> Verdict:
     """One verdict of all ranks: the worst of them, with the largest error and the earliest parting of any."""
-    everyone: list[Any] = [None] * dist.get_world_size()
+    everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    worst = min(everyone, key=lambda verdict: (_WORST_FIRST.index(verdict.outcome), -(verdict.error or 0.0)))
+    worst = min(everyone, key=lambda verdict: (WORST_FIRST.index(verdict.outcome), -(verdict.error or 0.0)))
     partings = [verdict.first for verdict in everyone if verdict.first is not None]
     return replace(worst, first=min(partings, key=lambda parting: parting.call, default=None))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sp_attention.cli.outcomes import KINDS
 from sp_attention.cli.reduced.configuration import configurations
 from sp_attention.cli.reduced.sizes import FIRST_TOKEN, POSITIONS
 
-KINDS = ("plain", "left-padded", "right-padded", "packed", "pixels")
 ROWS = 2
 Batch = dict[str, Any]
 

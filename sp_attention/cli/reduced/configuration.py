@@ -53,7 +53,7 @@ def _reduced(config_class: type[PreTrainedConfig], depth: int, settings: dict[st
     values |= {name: _reduced(part, depth, inside) for name, part in _parts(config_class).items()}
     values |= OVERRIDES.get(config_class.model_type, {})
     # Not every expert of transformers keeps float64 in its fast implementations.
-    config = config_class(**values, experts_implementation="eager")
+    config = config_class(**values | {"experts_implementation": "eager"})
     _without_dropout(config)
     return config
 

@@ -61,7 +61,8 @@ def _build(model_type: str, task: str, dtype: torch.dtype) -> PreTrainedModel:
         _require_small(model_class, config)
         torch.manual_seed(0)
         model: PreTrainedModel = model_class(config)
-    return enlarge(model.to(dtype))
+    nn.Module.to(model, dtype=dtype)
+    return enlarge(model)
 
 
 def _require_small(model_class: type[PreTrainedModel], config: Any) -> None:
@@ -91,4 +92,5 @@ def enlarge(model: PreTrainedModel, spread: float = 0.2) -> PreTrainedModel:
                 parameter.copy_(spread * noise(parameter))
             else:
                 parameter.mul_(spread / parameter.std())
-    return model.train()
+    model.train()
+    return model

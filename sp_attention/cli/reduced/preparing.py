@@ -1,5 +1,7 @@
 """A reduced model together with batches that it takes, as found by trying them."""
 
+from contextlib import suppress
+
 import torch
 from transformers import PreTrainedModel
 
@@ -11,16 +13,32 @@ from sp_attention.cli.reduced.model import build
 def prepare(model_type: str, task: str, length: int) -> tuple[PreTrainedModel, dict[str, Batch]]:
     """A small model and batches by kind, the same every time; in float64, or float32 where its code needs that.
 
-    Raises NotBuildableError with the reason when there is no such model or it takes no batch.
+    Some code masks with the lowest float64, which a softmax in float32 takes for minus infinity: no number comes of
+    padding then. Raises NotBuildableError with the reason when there is no such model or it takes no batch.
     """
+    found: list[tuple[PreTrainedModel, dict[str, Batch]]] = []
     reasons: list[str] = []
     for dtype in (torch.float64, torch.float32):
         model = build(model_type, task, dtype)
         try:
-            return model, batches_for(model, task, length)
+            found.append((model, batches_for(model, task, length)))
         except NotBuildableError as error:
             reasons.append(str(error))
-    raise NotBuildableError(reasons[0])
+            continue
+        if _finite(*found[-1]) == len(found[-1][1]):
+            return found[-1]
+    if not found:
+        raise NotBuildableError(reasons[0])
+    return max(found, key=lambda pair: _finite(*pair))
+
+
+def _finite(model: PreTrainedModel, batches: dict[str, Batch]) -> int:
+    """For how many kinds of batches the model gives a loss that is a number."""
+    count = 0
+    for batch in batches.values():
+        with torch.no_grad(), suppress(Exception):  # it may not take this kind
+            count += int(model(**batch)["loss"].isfinite())
+    return count
 
 
 def batches_for(model: PreTrainedModel, task: str, length: int) -> dict[str, Batch]:
