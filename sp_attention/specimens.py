@@ -37,7 +37,8 @@ def specimens(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[tupl
     """
     pairs: list[tuple[Specimen, Specimen]] = []
     problem: Exception | None = None
-    for rows in dict.fromkeys((1, getattr(model.config.get_text_config(decoder=True), "num_codebooks", None) or 1)):
+    codebooks = getattr(model.config.get_text_config(decoder=True), "num_codebooks", None) or 1
+    for rows in dict.fromkeys((codebooks, 1)):
         for some, others in zip(_kinds(model, narrow, rows), _kinds(model, wide, rows), strict=True):
             for pair in zip(some, others, strict=True):
                 try:
