@@ -24,6 +24,7 @@ from sp_attention.call import Call, Current
 from sp_attention.dims import Along, Dims, Extent
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
+from sp_attention.logits import ShardedLogits
 from sp_attention.trees import Path, map_leaves, tensors
 
 # What transformers hands down through the layers although only the loss uses it.
@@ -240,7 +241,12 @@ class Hooks:
         if isinstance(output, dict):
             for name in output.keys() - _AFTER_THE_STACK:
                 output[name] = self._recorded(model, name, output[name], forward)
-        return _without_cache(output) if forward.model is model else output
+        if forward.model is not model:
+            return output
+        call = forward.calls.get(self.region.before_loss or "")
+        if call is not None and call.stays_sharded and call.is_shared:
+            output = _with_sharded_logits(output, call)
+        return _without_cache(output)
 
     def _recorded(self, model: nn.Module, name: str, value: Any, forward: Forward) -> Any:
         """What a model recorded inside of its layers, as the user may see it: whole."""
@@ -314,7 +320,9 @@ class Hooks:
                 extent,
                 self.peers,
                 is_separate=is_separate,
-                stays_sharded=stack.name == self.region.before_loss and self.forward.stays_sharded == extent.length,
+                stays_sharded=not is_separate
+                and stack.name == self.region.before_loss
+                and self.forward.stays_sharded == extent.length,
                 seed=randomness.derived(self.forward.seed, self.forward.passes) if self.forward.seed else None,
             )
             self.forward.calls[stack.name] = call
@@ -330,7 +338,7 @@ class Hooks:
         return call
 
     def _call_again(self, layer: Layer, stack: Stack, mask: Mask | None) -> Call:
-        """The call of a layer that is recomputed in backward by a checkpoint around its hooks: the mask remembers it."""
+        """The call of a layer that a checkpoint around its hooks recomputes in backward: the mask remembers it."""
         call = None if mask is None else mask.once(("call", stack.name), lambda: None)
         if call is None or (call.is_separate and call.seed is not None):
             raise UnsupportedError(
@@ -360,7 +368,7 @@ class Hooks:
 
                 return checkpoint(within, *args, **options)
 
-            module._gradient_checkpointing_func = bound
+            module._gradient_checkpointing_func = bound  # type: ignore[assignment]  # an attribute that transformers sets
             self._bound.append((module, checkpoint))
 
     def _unbind(self) -> None:
@@ -486,6 +494,14 @@ def _leaf(tree: Any, path: Path) -> Any:
             return None
         tree = tree[key]
     return tree
+
+
+def _with_sharded_logits(output: Any, call: Call) -> Any:
+    """A causal model's output, a dict or (loss, logits, ...), with logits that cannot be taken for the whole."""
+    if isinstance(output, dict):
+        output["logits"] = ShardedLogits(output["logits"], call.extent.length, call.peers)
+        return output
+    return (output[0], ShardedLogits(output[1], call.extent.length, call.peers), *output[2:])
 
 
 def _without_cache(output: Any) -> Any:
