@@ -217,3 +217,11 @@ def test_the_reference_agrees_with_torch() -> None:
     sinks = request.sinks[None, :, None, None].expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(testing.attend_with_weights(request)[1], weights)
+
+
+def test_the_kernel_of_contributing_is_right() -> None:
+    good = runpy.run_path(str(ROOT / "tests" / "strangers" / "good" / "stranger_good.py"))
+    backend = good["sp_attention_backends"]()[0]
+    refused = {feature for feature in testing.FEATURES if testing.check(backend, feature) is not None}
+    asks_more = {"softcap", "attention sinks", "attention sinks, sliding window", "dropout"}
+    assert refused == asks_more | {"additive bias", "additive bias by head"}
