@@ -8,10 +8,10 @@ over ranks of the gradient of a tensor that every rank holds whole is the true o
 parallel engines take of parameter gradients then gives the single-process gradient.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sp_attention.layout import HeadPlan, Span, span_of, spans
+
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Watch:
+    """In a rehearsal, where a step may fail on one rank alone and leave the others waiting for it in a collective.
+
+    While a step is watched, on `device`, the ranks tell each other before every collective that they come to it.
+    """
+
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,29 @@ class Peers:
     group: dist.ProcessGroup
     rank: int
     size: int
+    watch: Watch = field(default_factory=Watch, compare=False)
+
+    def meet(self) -> None:
+        """Called before a collective. Raises RuntimeError in a watched step that another rank has ended."""
+        if self.watch.device is not None and not all(self._announced(True)):
+            raise RuntimeError("another rank ended this step")
+
+    def watched(self, step: Callable[[], Result], device: torch.device) -> Result:
+        """The result of a step that may raise on some ranks only; all ranks return or raise together."""
+        self.watch.device = device
+        try:
+            return step()
+        finally:
+            # Whoever still waits for a collective is told, and comes here too.
+            while any(self._announced(False)):
+                pass
+            self.watch.device = None
+
+    def _announced(self, coming: bool) -> list[bool]:
+        flags = torch.empty(self.size, dtype=torch.int64, device=self.watch.device)
+        mine = torch.tensor([int(coming)], device=self.watch.device)
+        dist.all_gather(list(flags.split(1)), mine, group=self.group)
+        return [bool(flag) for flag in flags.tolist()]
 
     def span(self, length: int) -> Span:
         """My span of a sequence of `length` tokens."""
@@ -112,6 +147,7 @@ class _Gather(torch.autograd.Function):
         padded = rows.new_zeros(len(cut[0]), *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         received = [torch.empty_like(padded) for _ in cut]
+        peers.meet()
         dist.all_gather(received, padded, group=peers.group)
         whole = torch.cat([piece[: len(span)] for piece, span in zip(received, cut, strict=True)])
         return whole.movedim(0, dim)
@@ -134,6 +170,7 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, peers: Peers) -> Tensor:
         ctx.size = peers.size
         total = part.clone()
+        peers.meet()
         dist.all_reduce(total, group=peers.group)
         return total
 
@@ -161,6 +198,7 @@ def _to_heads(
         for tensor, plan, column in zip(tensors, plans, columns, strict=True):
             column.copy_(tensor[:, :, plan[rank].start : plan[rank].stop])
     received = send.new_empty(sum(out_sizes))
+    peers.meet()
     dist.all_to_all_single(received, send, out_sizes, in_sizes, group=peers.group)
     return _columns(received.view(length, batch, widths[peers.rank]), tensors, plans, peers.rank)
 
@@ -175,6 +213,7 @@ def _to_sequence(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], pee
     in_sizes = [len(span) * batch * send.shape[2] for span in cut]
     out_sizes = [mine * batch * width for width in widths]
     received = send.new_empty(sum(out_sizes))
+    peers.meet()
     dist.all_to_all_single(received, send.view(-1), out_sizes, in_sizes, group=peers.group)
     shared = [any(left.stop > right.start for left, right in pairwise(plan)) for plan in plans]
     results = tuple(

@@ -4,29 +4,39 @@ transformers calls the function registered under our key once per distinct mask 
 to every layer unread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    chunked_overlay,
     packed_sequence_mask_function,
     remap_positions_for_packed_sequence,
+    sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
 
-from sp_attention.attention import Mask
+from sp_attention.attention import Mask, MaskFunction
 from sp_attention.errors import UnsupportedError
 
 # transformers composes masks out of closures. A closure is recognised by its code object, which no other function
-# has, and its numbers and tensors are then read from its cells.
+# has, and its numbers and tensors are then read from its cells. Anything else stays a function.
 _SOME = torch.zeros(1, 1, dtype=torch.int64)
+_CAUSAL: Any = causal_mask_function
+_BIDIRECTIONAL: Any = bidirectional_mask_function
 _AND = and_masks(causal_mask_function).__code__
 _WINDOW = sliding_window_overlay(1).__code__
+_WINDOW_ON_BOTH_SIDES = sliding_window_bidirectional_overlay(1).__code__
+_CHUNKS = chunked_overlay(1, _SOME[0]).__code__
 _DOCUMENTS = packed_sequence_mask_function(_SOME).__code__
 _REMAPPED = remap_positions_for_packed_sequence(causal_mask_function, _SOME).__code__
 
@@ -39,23 +49,26 @@ def describe(
     kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Mask:
     """What transformers' builder asks for, as a Mask. The arguments are those of transformers' `sdpa_mask`.
 
-    Raises UnsupportedError for queries that are not all of the sequence (a filled cache) and for mask functions other
-    than causal, bidirectional, sliding window, packed documents and their combinations.
+    Raises UnsupportedError for a filled cache: queries that are a later part of the sequence, or fewer than the keys of
+    a causal, windowed or packed mask.
     """
-    if isinstance(q_offset, Tensor) or q_offset or kv_offset or q_length != kv_length:
+    parts = _parts(mask_function, batch_size, kv_length)
+    placed = parts.causal or parts.window is not None or parts.documents is not None
+    if isinstance(q_offset, Tensor) or q_offset or kv_offset or (placed and q_length != kv_length):
         raise UnsupportedError(
             f"attention of {q_length} queries over {kv_length} keys: a filled cache, or generation, is not covered "
             "under sequence parallelism yet. Call handle.disable() before, or pass use_cache=False and no cache."
         )
-    parts = _parts(mask_function)
-    window = parts.get("window")
-    if window is not None and not parts.get("causal"):
-        raise UnsupportedError("a sliding window over keys on both sides of a query is not covered yet")
+    function = None
+    if parts.functions:
+        function = parts.functions[0] if len(parts.functions) == 1 else and_masks(*parts.functions)
+        function = element_by_element(function) if use_vmap else function
     padding = None
     if attention_mask is not None:
         # As transformers does: keys that the mask does not reach are not real, and what it has beyond them is not read.
@@ -66,39 +79,143 @@ def describe(
         query_length=q_length,
         key_length=kv_length,
         device=torch.device(device),
-        causal=parts.get("causal", False),
-        window=window if window is not None and window < kv_length else None,
-        documents=parts.get("documents"),
+        causal=parts.causal,
+        window=parts.window if parts.window is not None and parts.window < kv_length else None,
+        documents=parts.documents,
         padding=None if padding is None or bool(padding.all()) else padding,
+        function=function,
     )
 
 
-def _parts(function: Callable[..., Any]) -> dict[str, Any]:
-    if function == causal_mask_function:
-        return {"causal": True}
-    if function == bidirectional_mask_function:
-        return {}
-    code = getattr(function, "__code__", None)
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True)) if code is not None else {}
-    if code is _WINDOW:
-        return {"window": cells["sliding_window"].cell_contents}
-    if code is _DOCUMENTS:
-        return {"documents": cells["packed_sequence_mask"].cell_contents}
-    if code is _REMAPPED:
-        # Positions restart in every document. Inside one they rise by one a token, as the indices do, so causality
-        # and distance are the same in both.
-        parts = _parts(cells["mask_function"].cell_contents)
-        if parts.keys() <= {"causal", "window"}:
-            return parts
-    if code is _AND:
-        merged: dict[str, Any] = {}
-        for part in map(_parts, cells["mask_functions"].cell_contents):
-            if merged.keys() & part.keys() - {"causal"}:
-                break
-            merged |= part
+@dataclass(frozen=True)
+class _Condition:
+    """One of the mask functions that must all hold; with `positions` [B, S] it is asked about those of the indices."""
+
+    function: MaskFunction
+    positions: Tensor | None
+
+    @property
+    def code(self) -> CodeType | None:
+        return getattr(self.function, "__code__", None)
+
+    def __getitem__(self, name: str) -> Any:
+        """What the function has captured under a name."""
+        assert self.code is not None
+        cells = dict(zip(self.code.co_freevars, self.function.__closure__ or (), strict=True))
+        return cells[name].cell_contents
+
+    def whole(self) -> MaskFunction:
+        if self.positions is None:
+            return self.function
+        remapped: MaskFunction = remap_positions_for_packed_sequence(self.function, self.positions)
+        return remapped
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A mask function as fields of Mask; `functions` is what has no field."""
+
+    causal: bool
+    window: int | None
+    documents: Tensor | None
+    functions: tuple[MaskFunction, ...]
+
+
+def _parts(function: MaskFunction, batch: int, length: int) -> _Parts:
+    # Numbers of tokens that change where a document or a chunk ends, and never come back to what they were.
+    numbers: list[Tensor] = []
+    others: list[_Condition] = []
+    for condition in _conjuncts(function):
+        found = _numbers(condition, batch, length) if condition.positions is None else None
+        if found is None:
+            others.append(condition)
         else:
-            return merged
-    raise UnsupportedError(
-        f"the mask function {getattr(function, '__qualname__', function)!r} is not covered yet: causal, bidirectional, "
-        "sliding-window and packed masks are, with padding, and a mask tensor [B, 1, S, S] of your own."
-    )
+            numbers.append(found)
+    documents = reduce(_both, numbers) if numbers else None
+    placed, functions = [], []
+    for condition in others:
+        # Positions that rise by one a token inside every document have the order and the distances of the indices.
+        if condition.positions is None or (documents is not None and _rise(condition.positions, documents)):
+            placed.append(condition)
+        else:
+            functions.append(condition.whole())
+    causal = any(condition.function == _CAUSAL for condition in placed)
+    windows = []
+    for condition in placed:
+        window = _window(condition, causal)
+        chunks = _numbers(condition, batch, length)
+        if window is not None:
+            windows.append(window)
+        elif chunks is not None and documents is not None:
+            documents = _both(documents, chunks)
+        elif condition.function not in (_CAUSAL, _BIDIRECTIONAL):
+            functions.append(condition.whole())
+    if documents is not None and not bool(documents.diff().any()):
+        documents = None
+    return _Parts(causal, min(windows, default=None), documents, tuple(functions))
+
+
+def _conjuncts(function: MaskFunction, positions: Tensor | None = None) -> Iterator[_Condition]:
+    condition = _Condition(function, positions)
+    if condition.code is _AND:
+        for part in condition["mask_functions"]:
+            yield from _conjuncts(part, positions)
+    elif condition.code is _REMAPPED and positions is None:
+        yield from _conjuncts(condition["mask_function"], condition["position_ids"])
+    else:
+        yield condition
+
+
+def _numbers(condition: _Condition, batch: int, length: int) -> Tensor | None:
+    """[B, S] numbers of documents or chunks, when the condition is that query and key have the same one."""
+    if condition.code is _CHUNKS:
+        padding: Tensor = condition["left_padding"]
+        positions = condition.positions
+        if positions is None:
+            positions = torch.arange(length, device=padding.device).expand(batch, length)
+        return (positions - padding[:, None]) // int(condition["chunk_size"])
+    if condition.code is _DOCUMENTS and condition.positions is None:
+        documents: Tensor = condition["packed_sequence_mask"]
+        if documents.shape == (batch, length) and bool((documents.diff() >= 0).all()):
+            return documents
+    return None
+
+
+def _both(documents: Tensor, chunks: Tensor) -> Tensor:
+    """Numbers that change where either changes."""
+    return F.pad(((documents.diff() != 0) | (chunks.diff() != 0)).cumsum(1), (1, 0))
+
+
+def _rise(positions: Tensor, documents: Tensor) -> bool:
+    return bool(((positions.diff() == 1) | (documents.diff() != 0)).all())
+
+
+def _window(condition: _Condition, causal: bool) -> int | None:
+    """The window of a condition on the distance between query and key, None for other conditions."""
+    window = None
+    if condition.code is _WINDOW and causal:
+        window = condition["sliding_window"]
+    elif condition.code is _WINDOW_ON_BOTH_SIDES:
+        window = condition["sliding_window"] + 1
+    return window if window is not None and window >= 1 else None
+
+
+def element_by_element(function: MaskFunction) -> MaskFunction:
+    """A function that is called with one index of each kind, as one that is called with index tensors that broadcast.
+
+    transformers calls the mask functions of users so (`use_vmap`), and they need not be made for tensors.
+    """
+
+    def broadcast(*indices: Tensor) -> Tensor:
+        shape = torch.broadcast_shapes(*(index.shape for index in indices))
+        aligned = [index.reshape((1,) * (len(shape) - index.dim()) + index.shape) for index in indices]
+        mapped: Callable[..., Tensor] = function
+        for dim in reversed(range(len(shape))):
+            if shape[dim] != 1:
+                mapped = torch.vmap(mapped, tuple(0 if index.shape[dim] != 1 else None for index in aligned))
+        # As transformers does: inside, indexing a tensor with an index reads no number back.
+        with TransformGetItemToIndex():
+            result = mapped(*(index.reshape([size for size in index.shape if size != 1]) for index in aligned))
+        return result.reshape(shape)
+
+    return broadcast

@@ -1,12 +1,11 @@
-"""The sequence-parallel region: a stack of layers, each of which works on this rank's span of the sequence.
+"""The sequence-parallel region: stacks of layers, each of which works on this rank's span of the sequence.
 
 Before a layer, whatever still has the length of the whole sequence is cut to my span; after the last, the hidden states
-are gathered, or stay sharded when the sharded loss follows. Nothing is kept from one layer to the next: the length
-comes with the mask, so layers that are recomputed in backward find the same.
+are gathered, or stay sharded when the sharded loss follows. A part of a layer that mixes tokens on its own is given
+whole tensors, and my span of what it returns goes on.
 """
 
 import inspect
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,82 +15,125 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sp_attention import randomness
 from sp_attention.agreement import require_same_batch
+from sp_attention.attention import Mask
+from sp_attention.call import Call, Current
+from sp_attention.dims import Along, Dims, Extent
 from sp_attention.errors import UnsupportedError
-from sp_attention.exchange import Peers, gather
-from sp_attention.trees import Path, map_leaves
-from sp_attention.ulysses import as_mask
+from sp_attention.exchange import Peers
+from sp_attention.trees import Path, map_leaves, tensors
 
-# Arguments of a model's forward whose meaning under sequence parallelism is known.
-_COVERED = {
-    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "labels", "shift_labels",
-    "num_items_in_batch", "use_cache", "return_dict", "output_hidden_states", "logits_to_keep",
-    "start_positions", "end_positions",
-}  # fmt: skip
+# What transformers hands down through the layers although only the loss uses it.
+_FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 
-# Those that transformers hands down through the layers although only the loss uses them.
-_FOR_THE_LOSS = {"shift_labels", "num_items_in_batch"}
+# The arguments that are the tokens of the stack before the loss.
+_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
-DROPOUT = (
-    "dropout, or other random numbers in training, are not covered under sequence parallelism yet: set their "
-    "probabilities to 0 in the configuration that the model is built from"
-)
+# What a model returns whole in any case: it comes from after the last layer.
+_AFTER_THE_STACK = {"loss", "logits", "last_hidden_state", "pooler_output", "past_key_values"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a layer that is given whole tensors, and whose results are cut to my span."""
+
+    name: str
+    module: nn.Module
+    arguments: Dims
+    results: Dims
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the stack: which dim of which of its arguments and results is the sequence, None if none is.
+    """One layer of a stack: which dim of which of its arguments and results is the sequence, None if none is.
 
-    Paths start with 0 in the positional arguments and with 1 in the keyword arguments; `mask` is the mask's, and
-    `handed` are those of what the layer before returned, which arrives cut.
+    Paths start with 0 in the positional arguments and with 1 in the keyword arguments.
+    hidden: the path of the hidden states, which tell B and S.
+    handed: the arguments that an earlier layer returned, which arrive cut. hands: the results that a later one takes.
+    masks: where a description of the mask is given, or in its place a mask tensor of the user's own.
+    gathered: the whole layer is a mixer: it runs on whole tensors, and only what is between the layers is cut.
     """
 
     name: str
     module: nn.Module
-    mask: Path
+    hidden: Path
     handed: frozenset[Path]
-    arguments: Mapping[Path, int | None]
-    results: Mapping[Path, int | None]
+    arguments: Dims
+    hands: frozenset[Path]
+    results: Dims
+    parts: tuple[Part, ...]
+    masks: frozenset[Path]
+    gathered: bool = False
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers in the order of their calls.
+
+    separate: the model works on what is between the layers, so each cuts its arguments and gathers its results.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    separate: bool = False
 
 
 @dataclass(frozen=True)
 class Region:
-    """What is hooked: the layers in the order of their calls, and the models around them, outermost first.
+    """What is hooked: the stacks, and the models around them, outermost first.
 
-    implementation: the key under which transformers knows our attention.
+    implementation: the key under which transformers knows our attention, None when the model attends on its own.
     sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
-    untrainable: None, or why this model cannot be trained under sequence parallelism.
+    before_loss: the stack whose hidden states stay sharded for that loss.
+    arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
+    random: in training the model draws random numbers (dropout).
     """
 
-    layers: tuple[Layer, ...]
+    stacks: tuple[Stack, ...]
     models: tuple[PreTrainedModel, ...]
-    implementation: str
+    arguments: Mapping[nn.Module, frozenset[str]]
+    implementation: str | None
     sharded_loss: Callable[..., Tensor] | str
-    untrainable: str | None = None
+    before_loss: str | None = None
+    random: bool = False
 
 
 @dataclass
 class Forward:
-    """A forward in progress: the model that was called, whether its logits stay sharded, and S once it is known.
+    """A forward in progress.
 
-    randomness: in training, the state of the random number generators at its beginning.
+    model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
+    unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
+    seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
+    calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
     """
 
     model: PreTrainedModel
-    stays_sharded: bool
-    randomness: list[Tensor] | None
-    length: int | None = None
+    stays_sharded: int | None
+    unseen: bool
+    seed: int | None = None
+    states: list[Tensor] | None = None
+    passes: int = 0
+    calls: dict[str, Call] = field(default_factory=dict)
+    inside: set[str] = field(default_factory=set)
 
 
 @dataclass
 class Hooks:
-    """The hooks of one enabled model, and its forward in progress, if any."""
+    """The hooks of one enabled model, and its forward in progress, if any.
+
+    `current` is shared with the model's attention function.
+    """
 
     region: Region
     peers: Peers
+    current: Current
     forward: Forward | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
+    _bound: list[tuple[GradientCheckpointingLayer, Any]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
@@ -100,43 +142,53 @@ class Hooks:
     def install(self) -> None:
         for model in self.region.models:
             self._hook(model, self._before_model, self._after_model)
-        for layer in self.region.layers:
-            self._hook(layer.module, self._before_layer(layer))
-        last = self.region.layers[-1]
-        self._hook(last.module, after=self._after_last_layer(last))
+        for stack in self.region.stacks:
+            for layer in stack.layers:
+                self._hook_layer(stack, layer)
+                for part in layer.parts:
+                    self._hook_part(part)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
-    def _hook(
-        self, module: nn.Module, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
-    ) -> None:
-        if before is not None:
-            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        if after is not None:
-            # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
-            # leaves no forward in progress behind.
-            self.handles.append(module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True))
+    def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
+        # leaves nothing in progress behind.
+        self.handles.append(module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True))
+
+    # Models
 
     def _before_model(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = named_arguments(model, args, kwargs)
         if self.forward is not None and self.forward.model is not model:
-            return  # A model inside the one that was called.
-        given = _named_arguments(model, args, kwargs)
+            # A model inside the one that was called.
+            self.forward.unseen |= self._is_unseen(model, given)
+            return
         mode = {"(training)": model.training, "(gradients)": torch.is_grad_enabled()}
         require_same_batch({**given, **mode}, self.peers, model.device)
         reason = self._refusal(model, given)
         if reason is not None:
             raise UnsupportedError(reason)
-        randomness = random_state(model.device) if model.training else None
-        self.forward = Forward(model, self._may_stay_sharded(model, given), randomness)
+        self.current.call, self.current.weights = None, _is_on("output_attentions", model, given)
+        self._unbind()
+        self.forward = Forward(model, self._stays_sharded(model, given), self._is_unseen(model, given))
+        if model.training and self.region.random:
+            self.forward.seed = randomness.shared_seed(model.device, self.peers)
+        elif model.training:
+            self.forward.states = randomness.states(model.device)
 
-    def _may_stay_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
-        """Whether our loss, and nothing but it, will see the logits."""
-        kept, tokens = given.get("logits_to_keep"), given.get("input_ids", given.get("inputs_embeds"))
+    def _is_unseen(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
+        return bool(tensor_names(given) - self.region.arguments[model])
+
+    def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
+        """S if our loss, and nothing but it, will see the logits."""
+        kept = given.get("logits_to_keep")
+        tokens = next((given[name] for name in _TOKENS if name in given), None)
         labels = [given[name] for name in ("labels", "shift_labels") if name in given]
-        return (
+        stays = (
             model is self.region.models[0]
             and model.training
             and "labels" in given
@@ -149,26 +201,21 @@ class Hooks:
             # The user may have set another since.
             and model.loss_function is self.region.sharded_loss
         )
+        return tokens.shape[1] if stays and tokens is not None else None
 
     def _refusal(self, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
         """Why this forward cannot be exact under sequence parallelism, None when it can."""
-        if any(inner.config._attn_implementation != self.region.implementation for inner in self.region.models):
+        key = self.region.implementation
+        if key is not None and any(inner.config._attn_implementation != key for inner in self.region.models):
             return "the attention implementation was changed after enable(): call handle.disable() before you change it"
         if given.get("use_cache") or "past_key_values" in given:
             return (
                 "a key/value cache (generate(), use_cache=True, past_key_values) is not covered under sequence "
                 "parallelism yet: call handle.disable() before generate(), or pass use_cache=False"
             )
-        switches = {name: value for name, value in vars(model.config).items() if isinstance(value, bool)} | dict(given)
-        for name, value in switches.items():
-            if name.startswith("output_") and name != "output_hidden_states" and value:
-                return f"{name}=True is not covered under sequence parallelism yet: it would give one rank's part"
-        for name in given:
-            if name not in _COVERED and not name.startswith("output_"):
-                return f"the argument {name!r} of {type(model).__name__} is not covered under sequence parallelism yet"
-        if switches.get("output_hidden_states") and switches.get("return_dict") is False:
+        if _is_on("output_hidden_states", model, given) and not _is_on("return_dict", model, given, default=True):
             return "output_hidden_states needs return_dict=True under sequence parallelism"
-        return self.region.untrainable if model.training else None
+        return None
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = self.forward
@@ -176,84 +223,260 @@ class Hooks:
             return None
         if forward.model is model:
             self.forward = None
-            if output is not None and forward.randomness is not None:
-                self._require_no_randomness(forward.model, forward.randomness)
-        if isinstance(output, dict) and output.get("hidden_states") is not None and forward.length is not None:
-            output["hidden_states"] = tuple(self._whole(state, forward.length) for state in output["hidden_states"])
+        if output is None:
+            return None
+        if forward.model is model:
+            if forward.inside:
+                raise UnsupportedError(
+                    f"{', '.join(sorted(forward.inside))}: the last layer was not called, unlike in the rehearsal of "
+                    "enable(): a model that skips layers (layerdrop, early exit) is not covered"
+                )
+            now = randomness.states(forward.model.device)
+            if forward.states is not None and not randomness.are_equal(now, forward.states):
+                raise UnsupportedError(
+                    "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
+                    "before enable()"
+                )
+        if isinstance(output, dict):
+            for name in output.keys() - _AFTER_THE_STACK:
+                output[name] = self._recorded(model, name, output[name], forward)
         return _without_cache(output) if forward.model is model else output
 
-    def _require_no_randomness(self, model: PreTrainedModel, before: list[Tensor]) -> None:
-        """Refuse what was not there in the rehearsal: a dropout that was switched on or added since."""
-        if not all(map(torch.equal, random_state(model.device), before)):
-            raise UnsupportedError(DROPOUT)
+    def _recorded(self, model: nn.Module, name: str, value: Any, forward: Forward) -> Any:
+        """What a model recorded inside of its layers, as the user may see it: whole."""
+        within = set(model.modules())
+        for stack in self.region.stacks:
+            call = forward.calls.get(stack.name)
+            if call is None or not call.is_shared or stack.layers[0].module not in within:
+                continue
+            hidden = stack.layers[0].arguments[stack.layers[0].hidden]
+            assert hidden is not None
 
-    def _whole(self, state: Tensor | None, length: int) -> Tensor | None:
-        """A hidden state [B, S | s, E] as the user may see it; those recorded inside the region are my span only."""
-        if state is None or (state.dim() == 3 and state.shape[1] == length):
-            return state
-        if state.dim() != 3:
-            raise UnsupportedError(f"hidden states of {state.dim()} dims are not covered yet")
-        return gather(state, length, self.peers)
+            def whole(path: Path, leaf: Any, call: Call = call, hidden: Along = hidden) -> Any:
+                if not isinstance(leaf, Tensor):
+                    return leaf
+                if "hidden_states" in name:
+                    recorded = hidden if leaf.dim() > hidden.dim else None
+                else:
+                    # Router logits [B·s, experts] or [B, s, experts]; attention weights are whole already.
+                    recorded = {2: Along(0, rows=True), 3: Along(1)}.get(leaf.dim())
+                if recorded is None or call.is_whole(leaf, recorded) or not call.is_part(leaf, recorded):
+                    return leaf
+                return call.whole(leaf, recorded)
 
-    def _before_layer(self, layer: Layer) -> Callable[..., Any]:
+            value = map_leaves(whole, value)
+        return value
+
+    # Layers
+
+    def _hook_layer(self, stack: Stack, layer: Layer) -> None:
+        checkpointed = [one for one in layer.module.modules() if isinstance(one, GradientCheckpointingLayer)]
+        entered: list[tuple[Call, Call | None, Callable[[], None]]] = []
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            mask = as_mask(_leaf((args, kwargs), layer.mask), layer.name)
-            length, span = mask.query_length, self.peers.span(mask.query_length)
-            if self.forward is not None:
-                self.forward.length = length
-                # Kept with the mask, since a layer that is recomputed in backward must do as it did.
-                mask.once("stays sharded", lambda: self._stays_sharded)
+            call = self._call_of(stack, layer, (args, kwargs))
+            given = map_leaves(lambda path, leaf: _entering(path, leaf, layer, call), (args, kwargs))
+            mine = call.is_shared and not layer.gathered
+            entered.append((call, self.current.call, self._drawing(call, layer.name, mine)))
+            self.current.call = call if mine else None
+            self._bind(checkpointed)
+            return given
 
-            def cut(path: Path, leaf: Any) -> Any:
-                if path == layer.mask:
-                    return mask
-                if isinstance(leaf, Cache):
-                    return None  # It would hold one rank's part, and the model does not return it.
-                if not isinstance(leaf, Tensor) or length < self.peers.size or path[1] in _FOR_THE_LOSS:
-                    return leaf
-                dim = layer.arguments.get(path, -1)
-                if dim is None or (dim == -1 and length not in leaf.shape):
-                    return leaf
-                if path in layer.handed and leaf.shape[dim] == len(span):
-                    return leaf
-                if path not in layer.handed and dim >= 0 and leaf.shape[dim] == length:
-                    return leaf.narrow(dim, span.start, len(span)).contiguous()
-                raise UnsupportedError(
-                    f"{layer.name}: the argument {'.'.join(map(str, path[1:]))} {list(leaf.shape)} is not what "
-                    f"enable() saw in its rehearsal; it is not of {length} tokens and cannot be cut"
-                )
-
-            return map_leaves(cut, (args, kwargs))
-
-        return before
-
-    def _after_last_layer(self, layer: Layer) -> Callable[..., Any]:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if output is None:
+            self._unbind()
+            if not entered:
+                return None  # An error before this layer began.
+            call, self.current.call, restore = entered.pop()
+            restore()
+            is_last = layer is stack.layers[-1]
+            if is_last and self.forward is not None:
+                self.forward.inside.discard(stack.name)
+            if output is None or not call.is_shared:
                 return None
-            mask = as_mask(_leaf((args, kwargs), layer.mask), layer.name)
-            if mask.query_length < self.peers.size or mask.once("stays sharded", lambda: self._stays_sharded):
-                return output
+            leaves = call.is_separate or (is_last and not call.stays_sharded)
+            return map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, leaves), output)
+
+        self._hook(layer.module, before, after)
+
+    def _call_of(self, stack: Stack, layer: Layer, given: Any) -> Call:
+        """The call that a layer belongs to; it is new for the first, and for each where they are separate."""
+        mask = next((leaf for leaf in _leaves(given) if isinstance(leaf, Mask)), None)
+        if self.forward is None:
+            return self._call_again(layer, stack, mask)
+        hidden, along = _leaf(given, layer.hidden), layer.arguments[layer.hidden]
+        assert along is not None
+        is_separate = stack.separate or self.forward.unseen
+        call = self.forward.calls.get(stack.name)
+        if layer is stack.layers[0] or is_separate:
+            extent = Extent(hidden.shape[along.dim - 1 if along.dim else 1], hidden.shape[along.dim])
+            self.forward.passes += 1
+            call = Call(
+                extent,
+                self.peers,
+                is_separate=is_separate,
+                stays_sharded=stack.name == self.region.before_loss and self.forward.stays_sharded == extent.length,
+                seed=randomness.derived(self.forward.seed, self.forward.passes) if self.forward.seed else None,
+            )
+            self.forward.calls[stack.name] = call
+            if not is_separate:
+                self.forward.inside.add(stack.name)
+        if call is None or not (is_separate or stack.name in self.forward.inside):
+            raise UnsupportedError(
+                f"{layer.name} is called before the first layer of its stack, unlike in the rehearsal of enable(): a "
+                "model that skips layers is not covered"
+            )
+        if mask is not None:
+            mask.once(("call", stack.name), lambda: call)
+        return call
+
+    def _call_again(self, layer: Layer, stack: Stack, mask: Mask | None) -> Call:
+        """The call of a layer that is recomputed in backward by a checkpoint around its hooks: the mask remembers it."""
+        call = None if mask is None else mask.once(("call", stack.name), lambda: None)
+        if call is None or (call.is_separate and call.seed is not None):
+            raise UnsupportedError(
+                f"{layer.name} runs outside of a forward of its model, and nothing tells what sequence it is of: to "
+                "checkpoint it use model.gradient_checkpointing_enable()"
+            )
+        return call
+
+    def _drawing(self, call: Call, name: str, mine: bool) -> Callable[[], None]:
+        """Let a layer or a part draw random numbers of its own, or those that all ranks draw; returns what ends it."""
+        if call.seed is None:
+            return lambda: None
+        seed = randomness.derived(call.seed, name, *([self.peers.rank] if mine else []))
+        return randomness.forked(seed, self.region.models[0].device)
+
+    def _bind(self, checkpointed: list[GradientCheckpointingLayer]) -> None:
+        """Tie this call to what transformers' checkpointing recomputes in backward, when it is no longer current."""
+        for module in checkpointed:
+            if not (module.gradient_checkpointing and module.training):
+                continue
+            checkpoint, now = module._gradient_checkpointing_func, (self.current.call, self.current.weights)
+
+            def bound(function: Any, *args: Any, checkpoint: Any = checkpoint, now: Any = now, **options: Any) -> Any:
+                def within(*args: Any, **kwargs: Any) -> Any:
+                    with self.current.set_to(*now):
+                        return function(*args, **kwargs)
+
+                return checkpoint(within, *args, **options)
+
+            module._gradient_checkpointing_func = bound
+            self._bound.append((module, checkpoint))
+
+    def _unbind(self) -> None:
+        for module, checkpoint in self._bound:
+            module._gradient_checkpointing_func = checkpoint
+        self._bound.clear()
+
+    # Parts
+
+    def _hook_part(self, part: Part) -> None:
+        entered: list[tuple[Call | None, Callable[[], None]]] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self.current.call
+            if call is None:
+                entered.append((None, lambda: None))
+                return None
 
             def whole(path: Path, leaf: Any) -> Any:
-                dim = layer.results.get(path)
-                return leaf if dim is None else gather(leaf, mask.query_length, self.peers, dim)
+                if not isinstance(leaf, Tensor):
+                    return leaf
+                if path not in part.arguments and not {call.mine.length, call.extent.length}.isdisjoint(leaf.shape):
+                    raise UnsupportedError(
+                        f"{part.name}: the argument {_text(path)} {list(leaf.shape)} is not what enable() saw in its "
+                        "rehearsal"
+                    )
+                along = part.arguments.get(path)
+                return leaf if along is None or not call.is_part(leaf, along) else call.whole(leaf, along)
 
-            return map_leaves(whole, output)
+            given = map_leaves(whole, (args, kwargs))
+            entered.append((call, self._drawing(call, part.name, mine=False)))
+            self.current.call = None
+            return given
 
-        return after
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not entered:
+                return None
+            call, restore = entered.pop()
+            self.current.call = call
+            restore()
+            if output is None or call is None:
+                return None
 
-    @property
-    def _stays_sharded(self) -> bool:
-        return self.forward is not None and self.forward.stays_sharded
+            def mine(path: Path, leaf: Any) -> Any:
+                along = part.results.get(path)
+                if along is None or not isinstance(leaf, Tensor) or not call.is_whole(leaf, along):
+                    return leaf
+                return call.part(leaf, along)
+
+            return map_leaves(mine, output)
+
+        self._hook(part.module, before, after)
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """The states of Python's and torch's generators, and of the device's; unequal when numbers were drawn between."""
-    states = [torch.tensor(random.getstate()[1]), torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
+def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
+    """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
+    if isinstance(leaf, Cache):
+        return None  # It would hold one rank's part, and the model does not return it.
+    if not isinstance(leaf, Tensor) or not call.is_shared or path[1] in _FOR_THE_LOSS or path in layer.masks:
+        return leaf
+    if path not in layer.arguments:
+        if layer.gathered or call.extent.length not in leaf.shape:
+            return leaf
+    else:
+        along = layer.arguments[path]
+        if along is None or leaf.shape[along.dim] == 1:
+            return leaf
+        if path in layer.handed and not call.is_separate and call.is_part(leaf, along):
+            return call.whole(leaf, along) if layer.gathered else leaf
+        if call.is_whole(leaf, along):
+            return leaf if layer.gathered else call.part(leaf, along, remember=path not in layer.handed)
+    raise UnsupportedError(
+        f"{layer.name}: the argument {_text(path)} {list(leaf.shape)} is not what enable() saw in its rehearsal; it is "
+        f"not of {call.extent.length} tokens and cannot be cut"
+    )
+
+
+def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, leaves: bool) -> Any:
+    """What goes on in place of a layer's result: my span to the next layer, all of it to what is outside."""
+    along = layer.results.get(path)
+    if along is None or not isinstance(leaf, Tensor):
+        return leaf
+    stays = path in layer.hands and not leaves
+    if layer.gathered:
+        return call.part(leaf, along) if stays and call.is_whole(leaf, along) else leaf
+    return leaf if stays or not call.is_part(leaf, along) else call.whole(leaf, along)
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name, without those that are None."""
+    signature = inspect.signature(model.forward)
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def tensor_names(named: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the arguments that are or hold tensors, but for those that only the loss uses."""
+    return frozenset(name for name, value in named.items() if any(tensors(value))) - _FOR_THE_LOSS
+
+
+def _is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
+    """Whether a switch of transformers is on: in the arguments of a forward, or else in the configuration."""
+    return bool(given.get(switch, getattr(model.config, switch, default)))
+
+
+def _text(path: Path) -> str:
+    return ".".join(map(str, path[1:]))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    map_leaves(lambda path, leaf: found.append(leaf), tree)
+    return found
 
 
 def _leaf(tree: Any, path: Path) -> Any:
@@ -263,16 +486,6 @@ def _leaf(tree: Any, path: Path) -> Any:
             return None
         tree = tree[key]
     return tree
-
-
-def _named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name, without those that are None."""
-    signature = inspect.signature(model.forward)
-    named = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return {name: value for name, value in named.items() if value is not None}
 
 
 def _without_cache(output: Any) -> Any:

@@ -1,8 +1,4 @@
-"""Attention under sequence parallelism: exchange, any kernel, exchange back. Called by models as their attention.
-
-Whether a call is inside the region is seen from its shapes alone: the mask knows the whole length S, and queries of my
-span's length are shorter than that. So there is no state to go stale when a layer is recomputed in backward.
-"""
+"""Attention under sequence parallelism: exchange, any kernel, exchange back. Called by models as their attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,26 +9,36 @@ from torch import Tensor, nn
 
 from sp_attention import registry
 from sp_attention.attention import Backend, Mask, Request
-from sp_attention.errors import UnsupportedError
-from sp_attention.exchange import Peers, head_to_seq, seq_to_head
-from sp_attention.layout import HeadPlan, head_plan
+from sp_attention.call import Call, Current
+from sp_attention.dims import Along
+from sp_attention.errors import BackendError, UnsupportedError
+from sp_attention.exchange import Peers, gather, head_to_seq, seq_to_head
+from sp_attention.layout import HeadPlan, Span, head_plan
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
-# window, the causal flag and the positions in it.
-_TOLD_BY_THE_MASK = {"is_causal", "sliding_window", "position_ids", "cache_position"}
-_ABOUT_OTHER_THINGS = {"use_cache", "output_hidden_states", "return_dict", "num_items_in_batch", "shift_labels"}
+# window and the positions in it, and the region knows what is recorded.
+_TOLD_BY_THE_MASK = {"sliding_window", "position_ids", "cache_position"}
+_ABOUT_OTHER_THINGS = {
+    "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "labels",
+    "num_items_in_batch", "shift_labels",
+}  # fmt: skip
+
+Attended = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class UlyssesAttention:
     """The attention function that is registered with transformers for one enabled model.
 
-    `name_of` gives a module's full name, for errors.
+    `current` tells which call is going on; the region sets it. `name_of` gives a module's full name, for errors.
+    `over_memory` are the modules whose keys are of another sequence than their queries (cross-attention).
     """
 
     backend: Backend
     peers: Peers
+    current: Current
     name_of: Callable[[nn.Module | None], str]
+    over_memory: frozenset[nn.Module] = frozenset()
 
     def __call__(
         self,
@@ -44,55 +50,117 @@ class UlyssesAttention:
         scaling: float | None = None,
         dropout: float = 0.0,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        is_causal: bool | None = None,
         **options: Any,
-    ) -> tuple[Tensor, None]:
-        """query [B, H, s | S, D], key and value [B, Hkv, s | S, D | Dv] → ([B, s | S, H, Dv], None).
+    ) -> Attended:
+        """query [B, H, s | S, D], key, value [B, Hkv, s | S, D | Dv] → [B, s | S, H, Dv] and weights [B, H, S, S] | None.
 
-        transformers' calling convention for attention functions. Raises UnsupportedError, equally on every rank, for
-        what the backend does not do exactly and for arguments that nothing is known of.
+        transformers' calling convention for attention functions. `s_aux` [H] are sinks; `position_bias` [1|B, H, S, S]
+        is added to the scores. Raises equally on every rank: BackendError for what the kernel does not do exactly, and
+        UnsupportedError for arguments that nothing is known of.
         """
         self._refuse_unknown(module, options)
         query, key, value = _one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        mask, bias = as_mask(attention_mask, self.name_of(module)), None
-        if mask.explicit is not None and mask.explicit.dtype != torch.bool:
-            mask, bias = replace(mask, explicit=None), mask.explicit
-        scale = scaling if scaling is not None else query.shape[3] ** -0.5
-        request = Request(query, key, value, mask, scale, softcap, bias=bias, dropout=dropout, module=module)
-        length, mine = mask.query_length, len(self.peers.span(mask.query_length))
-        if query.shape[1] not in (length, mine) or key.shape[1] != query.shape[1]:
+        call = self.current.call
+        over_memory = call is not None and module in self.over_memory
+        length = query.shape[1] if call is None else call.extent.length
+        memory = length if call is not None and not over_memory else key.shape[1]
+        mine = length if call is None else call.mine.length
+        if attention_mask is None:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            attention_mask = Mask(query.shape[0], length, memory, query.device, causal=causal and length > 1)
+        if call is not None:
+            attention_mask, position_bias = call.original(attention_mask), call.original(position_bias)
+        mask = as_mask(attention_mask, self.name_of(module), length)
+        expected = (length, memory, mine, memory if over_memory else mine)
+        if (mask.query_length, mask.key_length, query.shape[1], key.shape[1]) != expected:
             raise UnsupportedError(
-                f"{self.name_of(module)}: {query.shape[1]} queries attend to {key.shape[1]} keys in a sequence of "
-                f"{length} tokens, {mine} of them on this rank; cross-attention and filled caches are not covered yet"
+                f"{self.name_of(module)}: {query.shape[1]} queries attend to {key.shape[1]} keys, with a mask for "
+                f"{mask.query_length} and {mask.key_length}, in a sequence of {length} tokens of which this rank has "
+                f"{mine}; filled caches, and what enable() did not see in its rehearsal, are not covered yet"
             )
-        if query.shape[1] == length:
+        bias = None if position_bias is None else _for_all(position_bias, length, memory, self.name_of(module))
+        if mask.explicit is not None and mask.explicit.dtype != torch.bool:
+            mask, bias = replace(mask, explicit=None), mask.explicit if bias is None else mask.explicit + bias
+        scale = scaling if scaling is not None else query.shape[3] ** -0.5
+        sinks = None if s_aux is None else s_aux.reshape(-1)
+        request = Request(query, key, value, mask, scale, softcap, sinks, bias, dropout, module)
+        if call is None:
             self._require_done([request])
-            return self.backend.attend(request), None
-        if dropout:
-            raise UnsupportedError(f"{self.name_of(module)}: attention dropout is not covered yet: set it to 0")
-        plan = head_plan(query.shape[2], key.shape[2], self.peers.size)
+            return self._attend(request)
+        if over_memory:
+            return self._attend_over_memory(request, call)
+        return self._attend_shared(request, call)
+
+    def _attend_over_memory(self, request: Request, call: Call) -> Attended:
+        """My span's queries see keys that every rank holds, of all heads: nothing is exchanged."""
+        bias = request.bias
+        if bias is not None and bias.shape[2] != 1:
+            bias = bias[:, :, call.span.start : call.span.stop]
+        request = replace(request, mask=request.mask.rows(call.span), bias=bias)
+        self._require_done([request])
+        out, weights = self._attend(request)
+        return out, None if weights is None else call.whole(weights, Along(2))
+
+    def _attend_shared(self, request: Request, call: Call) -> Attended:
+        """All queries and keys of my heads: the exchange, the kernel, the exchange back."""
+        all_heads = request.query.shape[2]
+        plan = head_plan(all_heads, request.key.shape[2], self.peers.size)
+        heads = plan.query[self.peers.rank]
+        request = replace(
+            request,
+            mask=_mask_of_heads(request.mask, heads),
+            sinks=None if request.sinks is None else request.sinks[heads.start : heads.stop],
+            bias=_of_heads(request.bias, heads),
+            heads=heads,
+            all_heads=all_heads,
+        )
         self._require_done(_shares(request, plan))
-        query, key, value = seq_to_head(query, key, value, length, plan, self.peers)
-        if not query.shape[2]:
+        query, key, value = seq_to_head(request.query, request.key, request.value, call.extent.length, plan, self.peers)
+        weights: Tensor | None = None
+        if not len(heads):
             # More ranks than heads and none of them here: `value` is empty too, and leads backward to the exchange.
-            return head_to_seq(value, plan, self.peers), None
-        if not plan.is_grouped(self.peers.rank):
-            order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)
-            key, value = key.index_select(2, order), value.index_select(2, order)
-        out = self.backend.attend(replace(request, query=query, key=key, value=value))
-        return head_to_seq(out, plan, self.peers), None
+            out = value
+            if self.current.weights:
+                weights = query.new_empty(len(query), 0, query.shape[1], key.shape[1])
+        else:
+            if not plan.is_grouped(self.peers.rank):
+                order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)
+                key, value = key.index_select(2, order), value.index_select(2, order)
+            out, weights = self._attend(replace(request, query=query, key=key, value=value))
+        if weights is not None:
+            weights = gather(weights, all_heads, self.peers, 1)
+        return head_to_seq(out, plan, self.peers), weights
+
+    def _attend(self, request: Request) -> Attended:
+        if not self.current.weights:
+            return self.backend.attend(request), None
+        assert self.backend.attend_with_weights is not None
+        return self.backend.attend_with_weights(request)
 
     def _require_done(self, requests: list[Request]) -> None:
-        """Raise UnsupportedError unless the backend does every one of the requests exactly."""
+        """Raise BackendError unless the backend does every one of the requests exactly."""
         for request in requests:
-            reason = self.backend.refuses(request)
+            reason = self._why_not(self.backend, request)
             if reason is not None:
                 device = request.query.device.type
-                able = [b.kernel for b in registry.usable(device) if not any(map(b.refuses, requests))]
+                able = [
+                    one.kernel
+                    for one in registry.usable(device)
+                    if not any(self._why_not(one, other) for other in requests)
+                ]
                 cure = f'Use enable(model, backend="{able[0]}"). ' if able else ""
-                raise UnsupportedError(
+                raise BackendError(
                     f"{self.name_of(request.module)}: kernel {self.backend.kernel!r} on {device} cannot do this: "
                     f"{reason}. {cure}Installed kernels that can: {', '.join(able) or 'none'}."
                 )
+
+    def _why_not(self, backend: Backend, request: Request) -> str | None:
+        if self.current.weights and backend.attend_with_weights is None:
+            return "it has no attention weights to return (output_attentions=True)"
+        return backend.refuses(request)
 
     def _refuse_unknown(self, module: nn.Module, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -103,6 +171,27 @@ class UlyssesAttention:
                 f"{self.name_of(module)}: the attention argument {name!r} is not covered under sequence parallelism "
                 "yet, and would be wrong if it were passed on uncut"
             )
+
+
+def _of_heads(tensor: Tensor | None, heads: Span) -> Tensor | None:
+    """[1|B, 1|H, Sq, Sk] → [1|B, 1|h, Sq, Sk]: my heads of what is per head."""
+    if tensor is None or tensor.shape[1] == 1:
+        return tensor
+    return tensor[:, heads.start : heads.stop]
+
+
+def _mask_of_heads(mask: Mask, heads: Span) -> Mask:
+    if mask.explicit is None or mask.explicit.shape[1] == 1:
+        return mask
+    return replace(mask, explicit=_of_heads(mask.explicit, heads))
+
+
+def _for_all(bias: Tensor, length: int, memory: int, name: str) -> Tensor:
+    if bias.dim() != 4 or bias.shape[2] not in (1, length) or bias.shape[3] != memory:
+        raise UnsupportedError(
+            f"{name}: a bias {list(bias.shape)} on the scores is not of {length} queries and {memory} keys"
+        )
+    return bias
 
 
 def _shares(request: Request, plan: HeadPlan) -> list[Request]:
@@ -127,8 +216,8 @@ def _shares(request: Request, plan: HeadPlan) -> list[Request]:
     ]
 
 
-def as_mask(mask: object, name: str) -> Mask:
-    """The description of a mask that arrives at a layer: ours, or a tensor [1|B, 1, S, S] that the user gave.
+def as_mask(mask: Mask | Tensor, name: str, length: int) -> Mask:
+    """The description of a mask that arrives at a layer: ours, or a tensor [1|B, 1|H, 1|Sq, Sk] that hides keys.
 
     Raises UnsupportedError for anything else; `name` is the module's, for the text.
     """
@@ -138,9 +227,9 @@ def as_mask(mask: object, name: str) -> Mask:
         isinstance(mask, Tensor)
         and (mask.dtype == torch.bool or mask.is_floating_point())
         and mask.dim() == 4
-        and mask.shape[1] == 1
+        and mask.shape[2] in (1, length)
     ):
-        return Mask(mask.shape[0], mask.shape[2], mask.shape[3], mask.device, causal=False, explicit=mask)
+        return Mask(mask.shape[0], length, mask.shape[3], mask.device, causal=False, explicit=mask)
     kind = f"a tensor {mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     raise UnsupportedError(
         f"{name}: the attention mask is {kind}; masks that transformers' mask functions build are covered, and your "

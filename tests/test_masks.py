@@ -3,16 +3,30 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig
+from transformers import BartConfig, Gemma3TextConfig, Llama4TextConfig, LlamaConfig, MistralConfig, ModernBertConfig
 from transformers.masking_utils import (
     AttentionMaskInterface,
+    and_masks,
+    bidirectional_mask_function,
+    blockwise_overlay,
+    causal_mask_function,
+    chunked_causal_mask_function,
     create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
     create_causal_mask,
+    create_chunked_causal_mask,
     create_sliding_window_causal_mask,
+    or_masks,
+    packed_sequence_mask_function,
+    remap_positions_for_packed_sequence,
+    sdpa_mask,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
 )
 
 from sp_attention.attention import Mask, Segment
 from sp_attention.errors import UnsupportedError
+from sp_attention.layout import Span
 from sp_attention.masks import describe
 
 LENGTH = 12
@@ -27,6 +41,34 @@ BUILDERS = {
     "causal": (create_causal_mask, LlamaConfig()),
     "window": (create_sliding_window_causal_mask, MistralConfig(sliding_window=4)),
     "bidirectional": (create_bidirectional_mask, LlamaConfig()),
+    "bidirectional-window": (create_bidirectional_sliding_window_mask, ModernBertConfig(local_attention=6)),
+    "chunks": (create_chunked_causal_mask, Llama4TextConfig(attention_chunk_size=5)),
+}
+
+
+def images(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Tokens 2 to 5 and 8 to 10 of the second row are images, which see themselves."""
+    groups = torch.tensor([[0] * 12, [0, 0, 1, 1, 1, 1, 0, 0, 2, 2, 2, 0]])
+    # Indexed one index after the other: this works for one index of each kind only.
+    return (groups[batch][query] == groups[batch][key]) & (groups[batch][query] > 0)
+
+
+def every_third(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (query - key) % 3 == 0
+
+
+def anything(*indices: Tensor) -> Tensor:
+    return torch.tensor(True)
+
+
+BLOCKS = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1, 1, 1, -1, -1], [-1] * 12])
+# What models and users add to those masks.
+ADDITIONS = {
+    "images": {"or_mask_function": images},
+    "every-third": {"and_mask_function": every_third},
+    "both": {"or_mask_function": images, "and_mask_function": every_third},
+    "anything": {"or_mask_function": anything},
+    "blocks": {"block_sequence_ids": BLOCKS},
 }
 
 
@@ -35,17 +77,29 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "described", describe)
 
 
-def built(kind: str, implementation: str, padding: Tensor | None, positions: Tensor | None = None) -> object:
+def built(
+    kind: str, implementation: str, padding: Tensor | None, positions: Tensor | None = None, **additions: object
+) -> object:
     builder, config = BUILDERS[kind]
     config = type(config)(**config.to_dict(), attn_implementation=implementation)
-    options = {} if kind == "bidirectional" else {"past_key_values": None, "position_ids": positions}
-    return builder(config=config, inputs_embeds=torch.zeros(2, LENGTH, 8), attention_mask=padding, **options)
+    options = {} if kind.startswith("bidirectional") else {"past_key_values": None, "position_ids": positions}
+    embeddings = torch.zeros(2, LENGTH, 8)
+    return builder(config=config, inputs_embeds=embeddings, attention_mask=padding, **options | additions)
 
 
-def dense(kind: str, padding: Tensor | None, positions: Tensor | None = None) -> Tensor:
+def dense(kind: str, padding: Tensor | None, positions: Tensor | None = None, **additions: object) -> Tensor:
     """What transformers' own eager builder makes, as True where a query attends."""
-    mask = built(kind, "eager", padding, positions)
+    mask = built(kind, "eager", padding, positions, **additions)
     return torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool) if mask is None else mask == 0
+
+
+def assert_same(described: object, expected: Tensor) -> None:
+    """In one piece, and in rows."""
+    assert isinstance(described, Mask)
+    assert torch.equal(described.dense().expand_as(expected), expected)
+    rows = described.rows(Span(4, 9))
+    assert torch.equal(rows.dense().expand_as(expected[:, :, 4:9]), expected[:, :, 4:9])
+    assert torch.equal(rows.dense(Span(1, 3)).expand_as(expected[:, :, 5:7]), expected[:, :, 5:7])
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -54,15 +108,132 @@ def test_padded_masks_are_those_of_transformers(kind: str, padding: str) -> None
     given = torch.tensor(PADDINGS[padding])
     described = built(kind, "described", given)
     assert isinstance(described, Mask)
-    assert torch.equal(described.dense().expand(2, 1, -1, -1), dense(kind, given).expand(2, 1, -1, -1))
+    assert described.function is None
+    assert_same(described, dense(kind, given).expand(2, -1, -1, -1))
 
 
-@pytest.mark.parametrize("kind", ["causal", "window"])
+@pytest.mark.parametrize("kind", ["causal", "window", "chunks"])
 def test_packed_masks_are_those_of_transformers(kind: str) -> None:
     positions = torch.tensor([[*range(3), *range(7), *range(2)], [*range(12)]])
     described = built(kind, "described", None, positions)
+    assert isinstance(described, Mask)
     assert described.documents is not None
-    assert torch.equal(described.dense(), dense(kind, None, positions))
+    assert described.function is None
+    assert_same(described, dense(kind, None, positions))
+
+
+WITH_FUNCTIONS = [
+    (kind, addition, tokens)
+    for kind in BUILDERS
+    for addition in ADDITIONS
+    for tokens in ("unpadded", "left", "packed")
+    # transformers has no such builders.
+    if not (kind.startswith("bidirectional") and (addition == "blocks" or tokens == "packed"))
+]
+
+
+@pytest.mark.parametrize(("kind", "addition", "tokens"), WITH_FUNCTIONS)
+def test_masks_with_functions_are_those_of_transformers(kind: str, addition: str, tokens: str) -> None:
+    additions = ADDITIONS[addition]
+    padding = None if tokens == "packed" else torch.tensor(PADDINGS[tokens])
+    positions = torch.tensor([[*range(3), *range(7), *range(2)], [*range(12)]]) if tokens == "packed" else None
+    described = built(kind, "described", padding, positions, **additions)
+    assert isinstance(described, Mask)
+    assert described.function is not None
+    assert described.segments is None
+    assert_same(described, dense(kind, padding, positions, **additions).expand(2, -1, -1, -1))
+
+
+def test_images_of_gemma_are_seen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for window, kind in ((None, "causal"), (4, "window")):
+        monkeypatch.setitem(BUILDERS, kind, (BUILDERS[kind][0], Gemma3TextConfig(sliding_window=window or 4096)))
+        described = built(kind, "described", None, block_sequence_ids=BLOCKS)
+        expected = dense(kind, None, block_sequence_ids=BLOCKS)
+        assert expected[0, 0, 1, 3]
+        assert_same(described, expected)
+
+
+DOCUMENTS = torch.tensor([[0] * 4 + [1] * 8, [0] * 12])
+RETURNING = torch.tensor([[0] * 4 + [1] * 4 + [0] * 4, [0] * 12])
+RISING = torch.tensor([[*range(4), *range(8)], [*range(12)]])
+JUMPING = torch.tensor([[*range(4), *range(0, 16, 2)], [*range(12)]])
+COMPOSED = {
+    # What is described without a function, and what only looks like it.
+    "two-windows": (and_masks(sliding_window_overlay(3), causal_mask_function, sliding_window_overlay(5)), True),
+    "windows-of-both-kinds": (
+        and_masks(sliding_window_bidirectional_overlay(2), sliding_window_overlay(5), causal_mask_function),
+        True,
+    ),
+    "nested": (and_masks(bidirectional_mask_function, and_masks(causal_mask_function)), True),
+    "chunks-in-documents": (
+        and_masks(chunked_causal_mask_function(5, torch.tensor([2, 0])), packed_sequence_mask_function(DOCUMENTS)),
+        True,
+    ),
+    "remapped": (
+        and_masks(
+            packed_sequence_mask_function(DOCUMENTS),
+            remap_positions_for_packed_sequence(chunked_causal_mask_function(3, torch.tensor([1, 0])), RISING),
+        ),
+        True,
+    ),
+    "window-to-the-left-only": (sliding_window_overlay(3), False),
+    "window-of-nothing": (and_masks(causal_mask_function, sliding_window_overlay(0)), False),
+    "documents-that-return": (
+        and_masks(causal_mask_function, packed_sequence_mask_function(RETURNING)),
+        False,
+    ),
+    "remapped-without-documents": (remap_positions_for_packed_sequence(causal_mask_function, RISING), False),
+    "remapped-with-jumps": (
+        and_masks(
+            packed_sequence_mask_function(DOCUMENTS),
+            remap_positions_for_packed_sequence(
+                and_masks(causal_mask_function, sliding_window_overlay(3)),
+                JUMPING,
+            ),
+        ),
+        False,
+    ),
+    "remapped-function": (
+        and_masks(packed_sequence_mask_function(DOCUMENTS), remap_positions_for_packed_sequence(every_third, RISING)),
+        False,
+    ),
+    "or": (or_masks(causal_mask_function, blockwise_overlay(BLOCKS)), False),
+}
+
+
+@pytest.mark.parametrize("composed", COMPOSED)
+def test_composed_functions_are_described_where_that_says_the_same(composed: str) -> None:
+    function, described = COMPOSED[composed]
+    mask = describe(2, LENGTH, LENGTH, mask_function=function)
+    assert (mask.function is None) == described
+    assert_same(mask, sdpa_mask(2, LENGTH, LENGTH, mask_function=function, allow_is_causal_skip=False))
+
+
+def test_a_chunk_as_long_as_the_sequence_is_no_chunk() -> None:
+    function = chunked_causal_mask_function(12, torch.tensor([0]))
+    assert describe(1, 12, 12, mask_function=function).documents is None
+    assert describe(1, 13, 13, mask_function=function).documents.tolist() == [[0] * 12 + [1]]
+
+
+@pytest.mark.parametrize("padding", [None, [[1] * 5 + [0] * 2, [1] * 7]])
+@pytest.mark.parametrize("function", [None, every_third])
+def test_masks_of_cross_attention_are_those_of_transformers(padding: object, function: object) -> None:
+    def build(implementation: str) -> object:
+        return create_bidirectional_mask(
+            config=BartConfig(attn_implementation=implementation),
+            inputs_embeds=torch.zeros(2, LENGTH, 8),
+            attention_mask=None if padding is None else torch.tensor(padding),
+            encoder_hidden_states=torch.zeros(2, 7, 8),
+            or_mask_function=function,
+        )
+
+    expected, described = build("eager"), build("described")
+    assert isinstance(described, Mask)
+    assert (described.query_length, described.key_length) == (LENGTH, 7)
+    assert_same(described, torch.ones(2, 1, LENGTH, 7) > 0 if expected is None else expected == 0)
+    if padding is not None and function is None:
+        assert described.segments == ((Segment(0, LENGTH, 0, 5),), (Segment(0, LENGTH, 0, 7),))
+        assert described.rows(Span(3, 9)).segments == ((Segment(0, 6, 0, 5),), (Segment(0, 6, 0, 7),))
 
 
 def test_a_window_as_long_as_the_sequence_is_no_window() -> None:
@@ -83,25 +254,10 @@ def test_masks_of_a_filled_cache_are_refused() -> None:
         describe(1, 1, 9, q_offset=8)
 
 
-def test_mask_functions_that_nothing_is_known_of_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"the mask function .*every_third.* is not covered yet"):
-        describe(1, 9, 9, mask_function=every_third)
-
-
-def every_third(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return (query - key) % 3 == 0
-
-
-def test_prefix_language_models_are_refused() -> None:
-    config = LlamaConfig(attn_implementation="described")
-    with pytest.raises(UnsupportedError, match="or_masks"):
-        create_causal_mask(
-            config=config,
-            inputs_embeds=torch.zeros(1, 6, 8),
-            attention_mask=None,
-            past_key_values=None,
-            or_mask_function=every_third,
-        )
+@pytest.mark.parametrize("kind", ["causal", "window", "chunks"])
+def test_masks_of_other_queries_than_the_keys_are_refused_where_position_matters(kind: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"attention of 12 queries over 15 keys: a filled cache"):
+        built(kind, "described", torch.ones(2, 15))
 
 
 def described_by(padding: list[list[int]] | None = None, documents: list[list[int]] | None = None) -> Mask:
@@ -132,6 +288,33 @@ def test_padding_between_real_keys_has_no_segments() -> None:
     assert described_by([[1, 0, 1, 1, 1, 1]]).segments is None
 
 
-def test_a_window_without_causality_is_an_error() -> None:
-    with pytest.raises(ValueError, match="a window is defined for causal masks only"):
-        Mask(1, 4, 4, torch.device("cpu"), causal=False, window=2)
+def test_rows_of_a_causal_mask_have_no_segments() -> None:
+    assert described_by([[1] * 6]).rows(Span(2, 4)).segments is None
+    assert described_by().rows(Span(0, 3)).segments is None
+
+
+def test_rows_and_heads_are_views_and_kept() -> None:
+    explicit = torch.rand(2, 3, 6, 6) < 0.5
+    mask = Mask(2, 6, 6, torch.device("cpu"), explicit=explicit)
+    rows = mask.rows(Span(1, 4))
+    assert rows is mask.rows(Span(1, 4))
+    assert rows.explicit.data_ptr() == explicit[:, :, 1:].data_ptr()
+    assert torch.equal(rows.heads(Span(1, 3)).dense(), mask.dense()[:, 1:3, 1:4])
+    assert mask.rows(Span(0, 6)) is mask
+    assert mask.heads(Span(0, 3)) is mask
+    assert mask.heads(Span(0, 2)) is mask.heads(Span(0, 2))
+    one = Mask(2, 6, 6, torch.device("cpu"), explicit=explicit[:, :1, :1])
+    assert one.heads(Span(1, 3)) is one
+    assert torch.equal(one.rows(Span(1, 4)).dense(), one.dense()[:, :, 1:4])
+
+
+def test_a_window_counts_the_query_itself() -> None:
+    with pytest.raises(ValueError, match="a window counts the query itself, so it is 1 at least, not 0"):
+        Mask(1, 4, 4, torch.device("cpu"), window=0)
+    both = Mask(1, 4, 4, torch.device("cpu"), causal=False, window=2)
+    assert both.dense()[0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_an_additive_tensor_has_no_bool_form() -> None:
+    with pytest.raises(ValueError, match=r"an additive mask has no bool form; see Request\.bias"):
+        Mask(1, 4, 4, torch.device("cpu"), explicit=torch.zeros(1, 1, 4, 4)).dense()

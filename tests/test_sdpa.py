@@ -6,12 +6,15 @@ import pytest
 import torch
 from models import Tiny
 from torch import Tensor
+from transformers.masking_utils import blockwise_overlay
 
 import sp_attention
+from sp_attention import testing
 from sp_attention.attention import Mask, Request
 from sp_attention.cli.training import resident_memory
 from sp_attention.kernels import sdpa
 from sp_attention.launch import run_ranks
+from sp_attention.layout import Span
 
 LENGTH = 40
 CPU = torch.device("cpu")
@@ -26,6 +29,15 @@ def padding(*rows: tuple[int, int]) -> Tensor:
 def documents(*rows: list[int]) -> Tensor:
     """Documents of the given lengths in each row."""
     return torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows])
+
+
+def prefix(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) | (key < 7 * (batch + 1))
+
+
+def strided(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Far keys, and no query before 20 sees any."""
+    return (query - key >= 20) & ((query - key) % 3 == 0)
 
 
 BASE = Mask(2, LENGTH, LENGTH, CPU)
@@ -47,6 +59,20 @@ MASKS = {
     "documents-window7": replace(BASE, window=7, documents=documents([10, 1, 29], [5, 35])),
     "documents-padded": replace(BASE, documents=documents([10, 30], [20, 20]), padding=padding((3, 40), (0, 33))),
     "holes": replace(BASE, padding=torch.rand(2, LENGTH, generator=GENERATOR) < 0.7),
+    "both-sides1": replace(BASE, causal=False, window=1),
+    "both-sides7": replace(BASE, causal=False, window=7),
+    "both-sides39": replace(BASE, causal=False, window=39),
+    "both-sides7-padded": replace(BASE, causal=False, window=7, padding=padding((12, 25), (0, 33))),
+    "both-sides30-padded": replace(BASE, causal=False, window=30, padding=padding((12, 25), (3, 40))),
+    "both-sides7-documents": replace(BASE, causal=False, window=7, documents=documents([10, 1, 29], [5, 35])),
+    "prefix": replace(BASE, causal=False, function=prefix),
+    "strided": replace(BASE, causal=False, function=strided),
+    "strided-padded": replace(BASE, function=strided, padding=padding((9, LENGTH), (0, 25))),
+    "rows": replace(BASE, window=7, padding=padding((5, 29), (0, LENGTH)), offset=3, query_length=17),
+    "cross": replace(BASE, causal=False, query_length=17, padding=padding((5, 29), (0, LENGTH))),
+    "cross-unpadded": replace(BASE, causal=False, query_length=17),
+    "by-head": replace(BASE, explicit=torch.rand(1, 6, LENGTH, LENGTH, generator=GENERATOR) < 0.5),
+    "keys": replace(BASE, causal=False, explicit=torch.rand(2, 1, 1, LENGTH, generator=GENERATOR) < 0.5),
     "explicit": replace(BASE, causal=False, explicit=torch.rand(1, 1, LENGTH, LENGTH, generator=GENERATOR) < 0.5),
 }
 # (query heads, KV heads, head size, value head size)
@@ -55,57 +81,125 @@ HEADS = {"H2": (2, 2, 8, 8), "H4-Hkv2": (4, 2, 8, 8), "H3-Hkv1-Dv4": (3, 1, 8, 4
 
 def request_for(mask: Mask, heads: str) -> Request:
     query_heads, kv_heads, size, value_size = HEADS[heads]
-    torch.manual_seed(0)
-
-    def tensor(count: int, width: int) -> Tensor:
-        # Strided, as the exchange hands them over.
-        return torch.randn(LENGTH, 2, count, width, dtype=torch.float64).transpose(0, 1).requires_grad_()
-
-    return Request(tensor(query_heads, size), tensor(kv_heads, size), tensor(kv_heads, value_size), mask, scale=0.4)
-
-
-def written_out(request: Request) -> Tensor:
-    """softmax(scale · QKᵀ + bias, over the keys that the mask allows) V; zeros where it allows none."""
-    repeats = request.query.shape[2] // request.key.shape[2]
-    key, value = (tensor.repeat_interleave(repeats, 2) for tensor in (request.key, request.value))
-    scores = torch.einsum("bqhd,bkhd->bhqk", request.query, key) * request.scale
-    if request.bias is not None:
-        scores = scores + request.bias
-    allowed = request.mask.dense()
-    weights = torch.where(allowed, (scores - scores.amax(-1, keepdim=True)).exp(), 0.0)
-    total = weights.sum(-1, keepdim=True)
-    return torch.einsum("bhqk,bkhd->bqhd", weights / torch.where(total > 0, total, 1.0), value)
+    shape = testing.Shape(mask.query_length, LENGTH, query_heads, kv_heads, size, value_size)
+    request = testing.request(mask.heads(Span(0, query_heads)), shape)
+    for tensor in (request.query, request.key, request.value):
+        tensor.requires_grad_()
+    return request
 
 
 def compare(request: Request) -> None:
-    inputs = (request.query, request.key, request.value)
-    outputs = [function(request) for function in (sdpa.attend, written_out)]
+    inputs = [request.query, request.key, request.value]
+    inputs += [tensor for tensor in (request.bias, request.sinks) if tensor is not None]
+    outputs = [function(request) for function in (sdpa.attend, testing.attend)]
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
     weights = torch.randn_like(outputs[1])
     ours, theirs = (torch.autograd.grad((output * weights).sum(), inputs) for output in outputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("band", [6, 256])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("mask", MASKS)
-def test_is_attention_written_out(mask: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_attention_written_out(mask: str, heads: str, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "BAND", band)
+    compare(request_for(replace(MASKS[mask]), heads))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_has_sinks(mask: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa, "BAND", 6)
-    compare(request_for(MASKS[mask], heads))
+    sinks = (3 * torch.randn(HEADS[heads][0], dtype=torch.float64)).requires_grad_()
+    compare(replace(request_for(replace(MASKS[mask]), heads), sinks=sinks))
 
 
-@pytest.mark.parametrize("mask", ["causal", "left", "documents"])
-def test_adds_a_bias(mask: str) -> None:
-    bias = torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64)
-    compare(replace(request_for(MASKS[mask], "H4-Hkv2"), bias=bias))
+def test_sinks_and_no_sinks_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "BAND", 6)
+    request = request_for(replace(MASKS["window7"]), "H2")
+    compare(request)
+    compare(replace(request, sinks=torch.ones(2, dtype=torch.float64, requires_grad=True)))
+    compare(request)
 
 
-def test_refuses_softcap_and_sinks_and_nothing_else() -> None:
+def test_sinks_of_more_precision_than_the_queries_keep_it() -> None:
+    request = testing.request(BASE, testing.Shape(LENGTH, LENGTH, 2, 2, 8), scale=0.3)
+    low = replace(
+        request,
+        **{name: getattr(request, name).bfloat16() for name in ("query", "key", "value")},
+        # All queries and keys alike: the sink's score decides, and rounded to bfloat16 it would be off by 0.02.
+        sinks=torch.tensor([9.77, -1.23]),
+    )
+    low = replace(low, query=torch.zeros_like(low.query), value=torch.ones_like(low.value))
+    exact = replace(
+        low, query=low.query.double(), key=low.key.double(), value=low.value.double(), sinks=low.sinks.double()
+    )
+    torch.testing.assert_close(sdpa.attend(low).double(), testing.attend(exact), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("band", [6, 256])
+@pytest.mark.parametrize("shape", [(1, 4, LENGTH, LENGTH), (2, 1, LENGTH, LENGTH), (2, 4, 1, LENGTH)], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "left", "documents", "window7", "full", "both-sides7", "prefix"])
+def test_adds_a_bias(mask: str, shape: tuple[int, ...], band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "BAND", band)
+    bias = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    request = replace(request_for(replace(MASKS[mask]), "H4-Hkv2"), bias=bias)
+    compare(request)
+    compare(replace(request, sinks=torch.randn(4, dtype=torch.float64, requires_grad=True)))
+
+
+@pytest.mark.parametrize("mask", ["causal", "window7", "prefix"])
+def test_backward_has_the_dropout_of_forward(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "BAND", 6)
+    monkeypatch.setitem(
+        testing.FEATURES,
+        "dropout",
+        lambda: testing.request(
+            replace(MASKS[mask]), testing.Shape(LENGTH, LENGTH), sinks=torch.zeros(3, dtype=torch.float64), dropout=0.4
+        ),
+    )
+    (backend,) = sdpa.sp_attention_backends()
+    assert testing.check(backend, "dropout") is None
+
+
+def test_refuses_softcap_and_nothing_else() -> None:
     request = request_for(BASE, "H2")
     assert sdpa.refuses(request) is None
+    assert sdpa.refuses(replace(request, sinks=torch.zeros(2))) is None
     assert sdpa.refuses(replace(request, softcap=30.0)) == "torch's scaled_dot_product_attention has no softcap"
-    assert sdpa.refuses(replace(request, sinks=torch.zeros(2))) == (
-        "torch's scaled_dot_product_attention has no attention sinks"
-    )
+
+
+def largest_saved(request: Request) -> tuple[int, int]:
+    """Elements of the largest tensor, and of all tensors, that forward keeps for backward."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        sdpa.attend(request).sum().backward()
+    return max(storages.values()), sum(storages.values())
+
+
+SAVING = {
+    "blocks": {"causal": False, "function": blockwise_overlay(torch.arange(4096)[None] // 512)},
+    "both-sides": {"causal": False, "window": 64},
+    "holes": {"padding": (torch.arange(4096) % 5 > 0)[None]},
+    "chunks": {"documents": (torch.arange(4096) // 512)[None]},
+}
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["no-sinks", "sinks"])
+@pytest.mark.parametrize("kind", SAVING)
+def test_keeps_nothing_of_size_length_by_length(kind: str, sinks: bool) -> None:
+    length = 4096
+    mask = Mask(1, length, length, CPU, **SAVING[kind])
+    query, key, value = (torch.randn(1, length, 1, 8, requires_grad=True) for _ in range(3))
+    scores = torch.zeros(1, requires_grad=True) if sinks else None
+    largest, together = largest_saved(Request(query, key, value, mask, 0.3, sinks=scores))
+    assert largest < length * length / 100
+    assert together < length * length / 8
 
 
 LONG = 32_768

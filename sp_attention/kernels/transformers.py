@@ -1,23 +1,26 @@
 """Kernels `transformers:<key>`: the attention functions that transformers itself knows.
 
-They get the mask in transformers' own form, built by transformers' own builder for that key from our description.
+They get the mask as a tensor, in the form that transformers would have given it for that key. A model's own
+`eager_attention_forward` is asked for a softcap or sinks only if it has them.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sp_attention.attention import Backend, Mask, Request
+from sp_attention.attention import Backend, Request
 from sp_attention.errors import UnsupportedError
 from sp_attention.hookspecs import hookimpl
 
 # Keys whose function takes the whole mask as one tensor, so that nothing of the mask can get lost on the way.
 TENSOR_MASKS = ("eager", "sdpa")
+# The names under which eager functions of models take attention sinks, or read them from the module.
+SINKS = ("s_aux", "sinks")
 
 
 @hookimpl
@@ -27,73 +30,126 @@ def sp_attention_backends() -> list[Backend]:
 
 
 def _backend(key: str) -> Backend:
-    reason = None
-    if key not in TENSOR_MASKS:
-        reason = "its mask does not travel as a tensor, which is not covered yet; use sdpa or transformers:eager"
-    return Backend(
-        device="any", kernel=f"transformers:{key}", attend=_attend_by(key), unavailable=reason, refuses=_refuses_by(key)
+    kernel = f"transformers:{key}"
+    if key == "eager":
+        return Backend("any", kernel, eager, refuses=refuses_eager, attend_with_weights=eager_with_weights)
+    if key == "sdpa":
+        return Backend("any", kernel, sdpa, refuses=refuses_sdpa)
+    reason = "its mask does not travel as a tensor, which is not covered yet; use sdpa or transformers:eager"
+    return Backend("any", kernel, _unused, unavailable=reason)
+
+
+def _unused(request: Request) -> Tensor:
+    raise UnsupportedError("this kernel is listed as unavailable")
+
+
+def refuses_sdpa(request: Request) -> str | None:
+    """The reason why transformers' sdpa function cannot do this exactly, None when it can."""
+    if request.softcap is not None:
+        return "transformers' sdpa attention has no softcap"
+    if request.sinks is not None:
+        return "transformers' sdpa attention has no attention sinks"
+    return None
+
+
+def sdpa(request: Request) -> Tensor:
+    """transformers' sdpa function; see `Backend.attend`."""
+    mask = request.mask
+    further = (mask.window, mask.documents, mask.padding, mask.function, mask.explicit, request.bias)
+    seen = None
+    if any(condition is not None for condition in further) or (
+        mask.causal and (mask.offset or mask.query_length != mask.key_length)
+    ):
+        seen = mask.dense()
+        seen = seen if request.bias is None else torch.where(seen, request.bias, float("-inf"))
+    out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        HeadView(request, request.query.shape[2] // request.key.shape[2]),
+        *(tensor.transpose(1, 2) for tensor in (request.query, request.key, request.value)),
+        seen,
+        scaling=request.scale,
+        dropout=request.dropout,
+        is_causal=mask.causal,
     )
-
-
-def _refuses_by(key: str) -> Callable[[Request], str | None]:
-    def refuses(request: Request) -> str | None:
-        if key == "eager" and _eager_function(request.module) is None:
-            return f"{type(request.module).__name__} has no eager_attention_forward in its module"
-        if request.softcap is not None and key != "eager":
-            return f"transformers' {key} attention has no softcap"
-        if request.sinks is not None:
-            return "attention sinks are not covered for transformers' functions yet"
-        if request.bias is not None:
-            return "an additive bias is not covered for transformers' functions yet"
-        return None
-
-    return refuses
-
-
-def _attend_by(key: str) -> Callable[[Request], Tensor]:
-    def attend(request: Request) -> Tensor:
-        assert request.module is not None
-        function = _eager_function(request.module) if key == "eager" else ALL_ATTENTION_FUNCTIONS[key]
-        assert function is not None
-        options: dict[str, Any] = {} if request.softcap is None else {"softcap": request.softcap}
-        out, _ = function(
-            HeadView(request.module, request.query.shape[2] // request.key.shape[2]),
-            *(tensor.transpose(1, 2) for tensor in (request.query, request.key, request.value)),
-            request.mask.once(("transformers", key, request.query.dtype), lambda: _native_mask(key, request)),
-            scaling=request.scale,
-            dropout=request.dropout,
-            is_causal=request.mask.causal,
-            **options,
-        )
-        result: Tensor = out
-        return result
-
-    return attend
-
-
-def _native_mask(key: str, request: Request) -> Tensor | None:
-    """The mask that transformers would have built for `key`: bool or additive [B, 1, Sq, Sk], or None if not needed."""
-    mask: Mask = request.mask
-    if mask.explicit is not None:
-        allowed = mask.dense()
-        if key == "eager":
-            return torch.zeros_like(allowed, dtype=request.query.dtype).masked_fill_(
-                ~allowed, torch.finfo(request.query.dtype).min
-            )
-        return allowed
-    result: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[key](
-        batch_size=mask.batch,
-        q_length=mask.query_length,
-        kv_length=mask.key_length,
-        q_offset=mask.key_length - mask.query_length,
-        mask_function=mask.allows,
-        allow_is_causal_skip=mask.causal and mask.window is None and mask.documents is None and mask.padding is None,
-        allow_is_bidirectional_skip=not mask.causal and mask.documents is None and mask.padding is None,
-        dtype=request.query.dtype,
-        device=mask.device,
-        config=request.module.config if request.module is not None else None,
-    )
+    result: Tensor = out
     return result
+
+
+def refuses_eager(request: Request) -> str | None:
+    """The reason why the model's own eager function cannot do this exactly, None when it can."""
+    function, name = _eager_function(request.module), type(request.module).__name__
+    if function is None:
+        return f"{name} has no eager_attention_forward in its module"
+    if request.softcap is not None and "softcap" not in inspect.signature(function).parameters:
+        return f"the eager attention of {name} has no softcap"
+    read = _names_read(function)
+    takes_sinks = any(sink in inspect.signature(function).parameters for sink in SINKS) or "sinks" in read
+    if request.sinks is not None and not takes_sinks:
+        return f"the eager attention of {name} has no attention sinks"
+    view = HeadView(request, 1)
+    for attribute in sorted(read):
+        try:
+            getattr(view, attribute, None)
+        except UnsupportedError as error:
+            return str(error)
+    return None
+
+
+def eager(request: Request) -> Tensor:
+    """The model's own `eager_attention_forward`; see `Backend.attend`."""
+    return eager_with_weights(request)[0]
+
+
+def eager_with_weights(request: Request) -> tuple[Tensor, Tensor]:
+    """The model's own `eager_attention_forward`; see `Backend.attend_with_weights`."""
+    function = _eager_function(request.module)
+    assert function is not None
+    parameters = inspect.signature(function).parameters
+    options: dict[str, Any] = {} if request.softcap is None else {"softcap": request.softcap}
+    if request.sinks is not None:
+        options |= {name: request.sinks for name in SINKS if name in parameters}
+    # Not every eager function repeats KV heads for their groups.
+    repeats = request.query.shape[2] // request.key.shape[2]
+    key, value = (
+        tensor if repeats == 1 else tensor.repeat_interleave(repeats, 2) for tensor in (request.key, request.value)
+    )
+    additive, blind = _added_to_scores(request)
+    out, weights = function(
+        HeadView(request, 1),
+        *(tensor.transpose(1, 2) for tensor in (request.query, key, value)),
+        additive,
+        scaling=request.scale,
+        dropout=request.dropout,
+        **options,
+    )
+    if blind is not None:
+        out, weights = out.masked_fill(blind.transpose(1, 2), 0.0), weights.masked_fill(blind, 0.0)
+    return out, weights
+
+
+def _added_to_scores(request: Request) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and bias [1|B, 1|h, Sq, Sk], and [1|B, 1|h, Sq, 1] which queries see nothing; None for what changes nothing.
+
+    What is hidden has the lowest finite number, as in transformers. Queries that see nothing get all keys, for a
+    softmax over nothing is no number, and it is for the caller to put zeros there.
+    """
+    mask, bias, dtype = request.mask, request.bias, request.query.dtype
+
+    def derive() -> tuple[Tensor | None, Tensor | None]:
+        allowed = mask.dense()
+        blind = ~allowed.any(-1, keepdim=True)
+        visible = allowed | blind
+        return None if bool(visible.all()) else visible, blind if bool(blind.any()) else None
+
+    visible, blind = mask.once("transformers:eager visible", derive)
+    if visible is None:
+        return bias, blind
+    if bias is not None:
+        return torch.where(visible, bias.to(dtype), torch.finfo(dtype).min), blind
+
+    def add() -> Tensor:
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+    return mask.once(("transformers:eager", dtype), add), blind
 
 
 def _eager_function(module: nn.Module | None) -> Callable[..., Any] | None:
@@ -106,21 +162,43 @@ def _eager_function(module: nn.Module | None) -> Callable[..., Any] | None:
     return None
 
 
-class HeadView:
-    """The attention module as transformers' functions see it: with the head groups of this rank, and no tensors.
+def _names_read(function: Callable[..., Any]) -> set[str]:
+    """Every attribute that a function's code mentions, those of its module among them."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set(code.co_names) if code is not None else set()
 
-    A tensor of the module is of all heads, and nothing tells how to cut it.
+
+class HeadView:
+    """The attention module as transformers' functions see it: with the heads of the request only.
+
+    A tensor of the module with one dim of all heads is cut to those of the request; gradients go to the whole. The
+    sinks of a request stand for the module's. Nothing tells how to cut another tensor, or a submodule with parameters.
     """
 
-    def __init__(self, module: nn.Module, groups: int) -> None:
-        self._module = module
+    def __init__(self, request: Request, groups: int) -> None:
+        self._request = request
         self.num_key_value_groups = groups
+        # Models ask for no dropout outside of training; the functions ask the module again.
+        self.training = request.dropout > 0
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
+        module, heads, all_heads = self._request.module, self._request.heads, self._request.all_heads
+        if name == "sinks" and self._request.sinks is not None:
+            return self._request.sinks
+        value = getattr(module, name)
+        if heads is None or len(heads) == all_heads:
+            return value
         if isinstance(value, Tensor):
+            dims = [dim for dim, size in enumerate(value.shape) if size == all_heads]
+            if len(dims) == 1:
+                return value.narrow(dims[0], heads.start, len(heads))
             raise UnsupportedError(
-                f"{type(self._module).__name__}: its eager attention reads the tensor {name!r} from the module, "
-                "which holds all heads; this is not covered yet"
+                f"the eager attention of {type(module).__name__} reads the tensor {name!r} {list(value.shape)} from "
+                f"the module, which holds all {all_heads} heads, and which dim is theirs is not known"
+            )
+        if isinstance(value, nn.Module) and any(True for _ in value.parameters()):
+            raise UnsupportedError(
+                f"the eager attention of {type(module).__name__} uses the submodule {name!r}, whose parameters may be "
+                "of all heads"
             )
         return value

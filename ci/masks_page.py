@@ -1,0 +1,100 @@
+"""Writes docs/masks.md: what each kernel that comes along does, from what it says itself.
+
+python ci/masks_page.py > docs/masks.md
+"""
+
+from dataclasses import replace
+
+from torch import nn
+from transformers import Gemma2Config, GptOssConfig, LlamaConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from sp_attention import registry, testing
+from sp_attention.attention import Backend
+
+KERNELS = ("sdpa", "transformers:eager", "transformers:sdpa")
+SIZES = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
+TEXT = """# What kernels are asked, and what they do
+
+A kernel gets a `Request`: queries, keys and values of the whole sequence for some heads, and a `Mask`, which describes
+what each query may see. A query sees a key when **every** condition that the mask has holds:
+
+| field of `Mask` | a query sees a key when |
+|---|---|
+| `causal` | the key is not after the query |
+| `window` | \\|query - key\\| < window; so a causal window is the number of keys seen, the query's own included |
+| `documents` | both are of one document, or one chunk; the numbers never decrease along a row |
+| `padding` | the key is real |
+| `function` | a function of transformers' signature, `(batch, head, query, key)`, says so: prefix-LM, images, yours |
+| `explicit` | a tensor `[1\\|B, 1\\|H, 1\\|Sq, Sk]` says so |
+
+Positions count in the sequence of the keys; the first query stands at `offset`. A query that sees nothing yields zeros.
+All of it has a bool form: `mask.dense()`, or `mask.dense(Span(0, 256))` for some of the queries. What is cheaper than
+that is `mask.segments`: documents with their real keys, `None` for masks that are more than documents and padding.
+
+A kernel does a request exactly, or its `refuses` gives the reason. This is what the kernels that come along say to the
+smallest request for each feature. A **yes** is tested: output, weights and every gradient, against attention written
+out in float64. `transformers:eager` is the model's own function, here of a model that has the feature.
+
+"""
+CHECK = """
+## Check a kernel of your own
+
+`sp_attention.testing` has these requests, and the check: a kernel that neither refuses nor is right is an
+`AssertionError`, which says for what.
+
+```python
+from sp_attention import Backend, testing
+
+
+def refuses(request):
+    return "it has no dropout" if request.dropout else None
+
+
+backend = Backend("cpu", "written-out", testing.attend, refuses=refuses)
+for feature in testing.FEATURES:
+    reason = testing.check(backend, feature)
+    assert (reason is not None) == (feature == "dropout")
+```
+
+For a kernel in low precision, `check(..., device="cuda", dtype=torch.bfloat16)` allows twice the error that attention
+written out has in that dtype.
+
+This page is written by `python ci/masks_page.py > docs/masks.md`; a test compares.
+"""
+
+
+def module_for(feature: str) -> nn.Module:
+    """A model's attention, 3 heads of 8, whose own eager function has the feature."""
+    if feature.startswith("attention sinks"):
+        return GptOssAttention(GptOssConfig(**SIZES), layer_idx=0)
+    if feature == "softcap":
+        return Gemma2Attention(Gemma2Config(**SIZES), layer_idx=0)
+    return LlamaAttention(LlamaConfig(**SIZES), layer_idx=0)
+
+
+def backends() -> dict[str, Backend]:
+    """The kernels that come along, for the CPU."""
+    found = {backend.kernel: backend for backend in registry.usable("cpu")}
+    return {name: found[name] for name in KERNELS}
+
+
+def page() -> str:
+    rows = {
+        feature: [
+            backend.refuses(replace(build(), module=module_for(feature))) or "yes" for backend in backends().values()
+        ]
+        for feature, build in testing.FEATURES.items()
+    }
+    rows["attention weights"] = [
+        "yes" if backend.attend_with_weights else "never holds them" for backend in backends().values()
+    ]
+    head = ["", *(f"`{name}`" for name in backends())]
+    lines = [head, ["---"] * len(head), *([feature, *cells] for feature, cells in rows.items())]
+    return TEXT + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + CHECK
+
+
+if __name__ == "__main__":
+    print(page(), end="")

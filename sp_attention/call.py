@@ -1,0 +1,93 @@
+"""One pass of one batch through a stack of layers: its length, my span, and what was cut out of what."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sp_attention.dims import Along, Extent
+from sp_attention.exchange import Peers, gather
+from sp_attention.layout import Span
+
+
+@dataclass(eq=False)
+class Call:
+    """A batch on its way through a stack.
+
+    extent: B and S of the whole batch. is_separate: each layer cuts its arguments and gathers its results.
+    stays_sharded: nothing is gathered after the last layer. seed: of the random numbers that are drawn in it.
+    """
+
+    extent: Extent
+    peers: Peers
+    is_separate: bool = False
+    stays_sharded: bool = False
+    seed: int | None = None
+    _parts: dict[tuple[int, Along], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _wholes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def span(self) -> Span:
+        return self.peers.span(self.extent.length)
+
+    @property
+    def mine(self) -> Extent:
+        """B and s: the size of my part."""
+        return Extent(self.extent.batch, len(self.span))
+
+    @property
+    def is_shared(self) -> bool:
+        """A sequence shorter than the ranks are many is not cut: every rank does all of it."""
+        return self.extent.length >= self.peers.size
+
+    def is_part(self, tensor: Tensor, along: Along) -> bool:
+        return tensor.shape[along.dim] == along.size(self.mine)
+
+    def is_whole(self, tensor: Tensor, along: Along) -> bool:
+        return tensor.shape[along.dim] == along.size(self.extent)
+
+    def part(self, whole: Tensor, along: Along, remember: bool = False) -> Tensor:
+        """My span of a whole tensor. With `remember`, what every layer is given, such as rotary tables, is cut once."""
+        if whole.requires_grad or not remember:
+            return along.cut(whole, self.span.start, self.span.stop, self.extent)
+        key = (id(whole), along)
+        if key not in self._parts:
+            part = along.cut(whole, self.span.start, self.span.stop, self.extent)
+            self._parts[key] = (whole, part)
+            self._wholes[id(part)] = (whole, part)
+        return self._parts[key][1]
+
+    def whole(self, part: Tensor, along: Along) -> Tensor:
+        """The whole tensor of which I have my span: the one it was cut from, or gathered from all ranks."""
+        if id(part) in self._wholes:
+            return self.original(part)
+        if not along.rows:
+            return gather(part, self.extent.length, self.peers, along.dim)
+        rows = part.unflatten(0, (self.mine.batch, self.mine.length))
+        return gather(rows, self.extent.length, self.peers, 1).flatten(0, 1)
+
+    def original(self, value: Any) -> Any:
+        """The whole tensor that a remembered part was cut from; anything else as it is."""
+        return self._wholes[id(value)][0] if id(value) in self._wholes else value
+
+
+@dataclass(eq=False)
+class Current:
+    """What the running code belongs to.
+
+    call: None outside of the stacks and in what is given whole tensors. weights: the user wants attention weights.
+    """
+
+    call: Call | None = None
+    weights: bool = False
+
+    @contextmanager
+    def set_to(self, call: Call | None, weights: bool) -> Iterator[None]:
+        before = self.call, self.weights
+        self.call, self.weights = call, weights
+        try:
+            yield
+        finally:
+            self.call, self.weights = before

@@ -1,0 +1,337 @@
+"""Put a model's region in place, and prove that the sharded model gives what the whole one gives.
+
+What cannot be proven falls back step by step, slower each time: masks as tensors instead of descriptions; mixers, what
+attends, whole layers on whole tensors; a region around every layer instead of one around the stack; and in the end a
+refusal.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from sp_attention import randomness
+from sp_attention.agreement import first_reason, share_problem
+from sp_attention.dims import Extent
+from sp_attention.errors import BackendError, UnsupportedError
+from sp_attention.exchange import Peers
+from sp_attention.loss import sharded_causal_loss
+from sp_attention.masks import describe
+from sp_attention.region import Forward, Hooks, Region
+from sp_attention.rehearsal import EVERYTHING, Attended, Findings, Found, Run, explore, same, undisturbed
+from sp_attention.specimens import Specimen, specimens
+from sp_attention.ulysses import UlyssesAttention
+
+_UNPROVEN = "enable(rehearse=False) did not prove that the loss can be computed from a part of the logits"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model attends: through us, with its masks described or as tensors; or on its own."""
+
+    text: str
+    masks: Callable[..., Any] | None
+
+
+def _tensor_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask as transformers builds it for torch's attention, never left out; for models that compute with it."""
+    mask: Tensor | None = sdpa_mask(
+        *args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
+    return mask
+
+
+WAYS = (
+    Way("with masks as descriptions", describe),
+    Way("with masks as tensors", _tensor_mask),
+    Way("with the model's own attention", None),
+)
+
+
+def install(
+    model: PreTrainedModel, attention: UlyssesAttention, key: str, undo: ExitStack, rehearse: bool
+) -> tuple[Findings, Region]:
+    """Find, prove and hook the region of a model; whatever is put in place can be undone by `undo`.
+
+    `key` is the name under which transformers gets to know `attention`. Raises UnsupportedError, on every rank.
+    """
+    peers = attention.peers
+    size = max(5, 2 * peers.size + 1)
+    narrow, wide = Extent(2, size), Extent(3, size + peers.size + 1)
+    with undisturbed(model):
+        model.eval()
+        problem, pairs = _attempted(partial(specimens, model, narrow, wide), peers)
+        if pairs is None:
+            raise UnsupportedError(problem)
+        if model.device.type == "meta":
+            pairs = pairs[-1:]  # Whether a mask hides anything cannot be read.
+        reasons: dict[str | None, None] = {}
+        for way in WAYS:
+            with ExitStack() as attempt:
+                step = partial(_place, model, attention, key, way, pairs, attempt, rehearse)
+                reason, done = _attempted(step, peers)
+                if done is not None:
+                    undo.push(attempt.pop_all())
+                    findings, hooks, draws = done
+                    break
+            reasons[reason] = None
+        else:
+            raise UnsupportedError("\n".join(map(str, reasons)))
+        if rehearse and not draws.after:
+            _shard_loss(model, hooks, findings, pairs[0][0], undo)
+    return findings, hooks.region
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Where a model draws random numbers in training: at all, between which stacks' layers, after the last layer."""
+
+    anywhere: bool = False
+    between: frozenset[str] = frozenset()
+    after: bool = False
+
+
+def _draws(model: PreTrainedModel, findings: Findings, specimen: Specimen) -> Draws:
+    """Leaves the model in training mode unless it draws random numbers there."""
+    if model.device.type == "meta":
+        return Draws(anywhere=True, between=frozenset(findings.stacks), after=True)
+    seen: list[tuple[str | None, list[Tensor]]] = []
+    handles = []
+    for name, layers in findings.stacks.items():
+        for found in layers:
+            module = found.layer.module
+
+            def note(*_: Any, name: str = name) -> None:
+                seen.append((name, randomness.states(model.device)))
+
+            handles += [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
+    model.train()
+    before = randomness.states(model.device)
+    try:
+        model(**specimen.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    after = randomness.states(model.device)
+    if randomness.are_equal(before, after):
+        return Draws()
+    model.eval()
+    # Two notes a layer: what lies between the second of one and the first of the next is the model's own.
+    gaps = [(one, other) for one, other in zip(seen[1::2], seen[2::2], strict=False) if one[0] == other[0]]
+    between = frozenset(str(one[0]) for one, other in gaps if not randomness.are_equal(one[1], other[1]))
+    return Draws(True, between, not seen or not randomness.are_equal(seen[-1][1], after))
+
+
+def _place(
+    model: PreTrainedModel,
+    attention: UlyssesAttention,
+    key: str,
+    way: Way,
+    pairs: list[tuple[Specimen, Specimen]],
+    undo: ExitStack,
+    rehearse: bool,
+) -> tuple[Findings, Hooks, Draws]:
+    peers, narrow = attention.peers, [pair[0] for pair in pairs]
+    model.eval()
+    attended: list[Attended] = []
+
+    def recorded(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        attended.append(Attended(module, (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
+        return attention(module, query, key, *args, **kwargs)
+
+    if way.masks is not None:
+        _attend_by(model, key, recorded, way.masks, undo)
+    findings, runs = explore(model, pairs, attended, proves=rehearse, attends=way.masks is not None)
+    if way.masks is not None:
+        AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
+    draws = _draws(model, findings, narrow[-1])
+    findings = replace(findings, separate=findings.separate | draws.between)
+    if rehearse:
+        # The specimen without padding: what kernels return for queries that see nothing is no one's business.
+        trains = model.training
+        _require_same(model.eval()(**narrow[-1].inputs), narrow[-1].output, f"kernel {attention.backend.kernel!r}")
+        model.train(trains)
+    region = Region(
+        findings.planned(),
+        findings.models,
+        findings.arguments,
+        key if way.masks is not None else None,
+        _UNPROVEN if not rehearse else "the model has no causal loss, or draws random numbers before it",
+        random=draws.anywhere,
+    )
+    hooks = Hooks(region, peers, attention.current)
+    undo.callback(hooks.remove)
+    if rehearse:
+        whole = [model(**specimen.inputs) for specimen in narrow]
+        findings = _prove(model, hooks, findings, [pair[0] for pair in runs], whole)
+    else:
+        hooks.install()
+    return findings, hooks, draws
+
+
+def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run], whole: list[Any]) -> Findings:
+    """The findings with as much gathered as the sharded model needs to give what the whole one gives."""
+
+    def tried(plan: Findings) -> str | None:
+        hooks.remove()
+        hooks.region = replace(hooks.region, stacks=plan.planned())
+        hooks.install()
+
+        def compare() -> None:
+            for run, expected in zip(runs, whole, strict=True):
+                _require_same(model(**run.specimen.inputs), expected, f"{type(model).__name__} sharded")
+
+        return _attempted(compare, hooks.peers, model.device)[0]
+
+    reason = tried(findings)
+    if reason is None:
+        return findings
+    findings = replace(
+        findings,
+        stacks={
+            name: tuple(_gathering_enough(found, hooks, runs) for found in layers)
+            for name, layers in findings.stacks.items()
+        },
+    )
+    everything = {
+        name: tuple(replace(found, gathers=EVERYTHING) for found in layers) for name, layers in findings.stacks.items()
+    }
+    for plan in (
+        findings,
+        replace(findings, separate=frozenset(findings.stacks)),
+        replace(findings, separate=frozenset(findings.stacks), stacks=everything),
+    ):
+        again = tried(plan)
+        if again is None:
+            return plan
+    raise UnsupportedError(f"{reason}; with everything gathered: {again}")
+
+
+def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
+    """The layer with as much gathered as it needs to give alone, sharded, what it gave in the rehearsal."""
+    for gathers in range(found.gathers, EVERYTHING + 1):
+        found = replace(found, gathers=gathers)
+        layer = found.planned()
+        stacks = tuple(
+            replace(stack, layers=tuple(layer if one.module is layer.module else one for one in stack.layers))
+            for stack in hooks.region.stacks
+        )
+        hooks.remove()
+        hooks.region = replace(hooks.region, stacks=stacks)
+        hooks.install()
+
+        def compare(layer: Any = layer) -> None:
+            for run in runs:
+                for called in run.calls[layer.module]:
+                    hooks.forward = Forward(hooks.region.models[0], None, unseen=True)
+                    args, kwargs = called.inputs
+                    _require_same(layer.module(*args, **kwargs), called.output, layer.name)
+
+        reason, _ = _attempted(compare, hooks.peers, hooks.region.models[0].device)
+        hooks.forward, hooks.current.call = None, None
+        if reason is None:
+            break
+    return found
+
+
+def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen: Specimen, undo: ExitStack) -> None:
+    """Let logits stay sharded in training if all that follows the last stack works with a part of the sequence."""
+    before = [name for name, extent in findings.extents.items() if extent == specimen.extent]
+    if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters or not before:
+        return
+    ids = specimen.inputs["input_ids"]
+    labels = ids.masked_fill(specimen.inputs.get("attention_mask", ids) == 0, -100)
+    batch = {**specimen.inputs, "labels": labels}
+    failed, whole = _attempted(lambda: model(**batch), hooks.peers)
+    if failed is not None:
+        return  # Such a model wants other labels.
+    loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers)
+    own = vars(model).get("_loss_function")
+    model.loss_function = loss
+    undo.callback(lambda: delattr(model, "_loss_function") if own is None else setattr(model, "loss_function", own))
+    hooks.region = replace(hooks.region, sharded_loss=loss, before_loss=before[-1])
+    span = hooks.peers.span(specimen.extent.length)
+
+    def compare() -> None:
+        output = model(**batch)
+        mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
+        if not same({"loss": output["loss"], "logits": output["logits"]}, mine):
+            raise UnsupportedError("from a part of the sequence the model computes another loss")
+
+    reason, _ = _attempted(compare, hooks.peers, model.device)
+    hooks.region = replace(hooks.region, sharded_loss=reason or loss)
+
+
+def _require_same(output: Any, expected: Any, what: str) -> None:
+    if not same(output, expected):
+        raise UnsupportedError(f"{what} gives other numbers than the model on its own")
+
+
+def _attend_by(
+    model: PreTrainedModel, key: str, attention: Callable[..., Any], masks: Callable[..., Any], undo: ExitStack
+) -> None:
+    """Let the model attend by `attention`, known to transformers as `key`, with masks made by `masks`."""
+    before = [(config, config._attn_implementation) for config in configs(model)]
+
+    # A callback and no context manager: a generator that is collected would undo it, and handles need not be kept.
+    def restore() -> None:
+        # Setting a configuration sets those inside it too, so they come after it.
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        # transformers has a function to register and none to take back.
+        AttentionInterface._global_mapping.pop(key, None)
+        AttentionMaskInterface._global_mapping.pop(key, None)
+
+    AttentionInterface.register(key, attention)
+    AttentionMaskInterface.register(key, masks)
+    undo.callback(restore)
+    model.set_attn_implementation(key)
+
+
+def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations of a model and of the models in it, each before the ones it contains."""
+    found: dict[int, PreTrainedConfig] = {}
+
+    def add(config: PreTrainedConfig) -> None:
+        found.setdefault(id(config), config)
+        for name in config.sub_configs:
+            if getattr(config, name, None) is not None:
+                add(getattr(config, name))
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            add(module.config)
+    return list(found.values())
+
+
+Result = TypeVar("Result")
+
+
+def _attempted(
+    step: Callable[[], Result], peers: Peers, device: torch.device | None = None
+) -> tuple[str | None, Result | None]:
+    """Why a step of the rehearsal failed on any rank, None if it did on none, and what it returned.
+
+    Whatever the model raises is a reason; what a kernel refuses is raised, since another one can do it. `device` is
+    the model's in a step with collectives.
+    """
+    reason, refusal, result = None, None, None
+    try:
+        result = step() if device is None else peers.watched(step, device)
+    except BackendError as error:
+        refusal = error
+    except Exception as error:
+        reason = str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
+    share_problem(refusal, peers)
+    reason = first_reason(reason, peers)
+    return reason, None if reason is not None else result

@@ -1,0 +1,272 @@
+"""Checks of a kernel: it does what it is asked, feature by feature, or it refuses.
+
+for feature in FEATURES:
+    print(feature, check(backend, feature) or "right")
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sp_attention.attention import Backend, Mask, Request
+
+BATCH, LENGTH = 2, 37
+# Draws of dropout that a mean is taken of, and how many standard errors it may be off.
+DRAWS, ERRORS = 400, 6.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a small request; none of them is even where another would do."""
+
+    query_length: int = LENGTH
+    key_length: int = LENGTH
+    heads: int = 3
+    kv_heads: int = 3
+    size: int = 8
+    value_size: int = 8
+
+
+def request(mask: Mask, shape: Shape | None = None, scale: float = 0.4, **features: Any) -> Request:
+    """Random float64 queries, keys and values on the CPU, always the same; strided, as the exchange hands them over."""
+    shape = shape or Shape()
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(length: int, heads: int, size: int) -> Tensor:
+        return torch.randn(length, BATCH, heads, size, dtype=torch.float64, generator=generator).transpose(0, 1)
+
+    query = tensor(shape.query_length, shape.heads, shape.size)
+    key = tensor(shape.key_length, shape.kv_heads, shape.size)
+    value = tensor(shape.key_length, shape.kv_heads, shape.value_size)
+    return Request(query, key, value, mask, scale, **features)
+
+
+def _mask(causal: bool = True, query_length: int = LENGTH, key_length: int = LENGTH, **conditions: Any) -> Mask:
+    return Mask(BATCH, query_length, key_length, torch.device("cpu"), causal=causal, **conditions)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def _real(*rows: tuple[int, int]) -> Tensor:
+    places = torch.arange(LENGTH)
+    return torch.stack([(places >= first) & (places < last) for first, last in rows])
+
+
+def _documents() -> Tensor:
+    return torch.stack(
+        [torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in ([9, 1, 27], [16, 20, 1])]
+    )
+
+
+def _prefix(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    lengths = torch.tensor([5, 11], device=batch.device)
+    return (key <= query) | (key < lengths[batch])
+
+
+def _chunks() -> Tensor:
+    return (torch.arange(LENGTH) // 8).expand(BATCH, -1)
+
+
+_LEFT, _RIGHT = _real((9, LENGTH), (0, LENGTH)), _real((0, 30), (3, 33))
+_HOLES = torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.7
+
+# What a request can ask for, by name, and the smallest request that asks for it.
+FEATURES: dict[str, Callable[[], Request]] = {
+    "causal": lambda: request(_mask()),
+    "bidirectional": lambda: request(_mask(causal=False)),
+    "sliding window": lambda: request(_mask(window=7)),
+    "sliding window on both sides": lambda: request(_mask(causal=False, window=7)),
+    "chunks": lambda: request(_mask(documents=_chunks())),
+    "packed documents": lambda: request(_mask(documents=_documents())),
+    "left padding": lambda: request(_mask(padding=_LEFT)),
+    "right padding": lambda: request(_mask(padding=_RIGHT)),
+    "padding between real tokens": lambda: request(_mask(padding=_HOLES)),
+    "padding, bidirectional": lambda: request(_mask(causal=False, padding=_RIGHT)),
+    "any mask function (prefix-LM)": lambda: request(_mask(causal=False, function=_prefix)),
+    "mask tensor": lambda: request(_mask(causal=False, explicit=_random(BATCH, 1, LENGTH, LENGTH) > 0)),
+    "mask tensor by head": lambda: request(_mask(causal=False, explicit=_random(1, 3, LENGTH, LENGTH) > 0)),
+    "mask tensor of keys": lambda: request(_mask(causal=False, explicit=_random(BATCH, 1, 1, LENGTH) > 0)),
+    "additive bias": lambda: request(_mask(causal=False), bias=_random(BATCH, 1, LENGTH, LENGTH)),
+    "additive bias by head": lambda: request(_mask(padding=_LEFT), bias=_random(1, 3, LENGTH, LENGTH)),
+    "softcap": lambda: request(_mask(padding=_LEFT), softcap=1.5),
+    "attention sinks": lambda: request(_mask(padding=_LEFT), sinks=_random(3)),
+    "attention sinks, sliding window": lambda: request(_mask(window=7), sinks=_random(3)),
+    "dropout": lambda: request(_mask(padding=_LEFT), dropout=0.3),
+    "scale": lambda: request(_mask(), scale=0.05),
+    "grouped KV heads": lambda: request(_mask(padding=_LEFT), Shape(heads=6)),
+    "head sizes of values": lambda: request(_mask(), Shape(value_size=12)),
+    "cross-attention": lambda: request(_mask(causal=False, query_length=11, padding=_RIGHT), Shape(query_length=11)),
+    "later queries of a sequence": lambda: request(
+        _mask(query_length=11, offset=17, window=7, documents=_documents()), Shape(query_length=11)
+    ),
+}
+
+
+def attend(request: Request) -> Tensor:
+    """softmax(scale · QKᵀ, capped, + bias, over the keys that the mask allows and the sink) V, as it is written.
+
+    The reference; see `Backend.attend`. No dropout.
+    """
+    return attend_with_weights(request)[0]
+
+
+def attend_with_weights(request: Request) -> tuple[Tensor, Tensor]:
+    """`attend`, and its weights [B, h, Sq, Sk]."""
+    repeats = request.query.shape[2] // request.key.shape[2]
+    key, value = (tensor.repeat_interleave(repeats, 2) for tensor in (request.key, request.value))
+    scores = torch.einsum("bqhd,bkhd->bhqk", request.query, key) * request.scale
+    if request.softcap is not None:
+        scores = request.softcap * (scores / request.softcap).tanh()
+    if request.bias is not None:
+        scores = scores + request.bias
+    allowed = request.mask.dense().expand_as(scores)
+    highest = scores.detach().masked_fill(~allowed, float("-inf")).amax(-1, keepdim=True)
+    if request.sinks is not None:
+        sinks = request.sinks[None, :, None, None]
+        highest = torch.maximum(highest, sinks.detach())
+    highest = highest.masked_fill(highest == float("-inf"), 0.0)
+    shares = torch.where(allowed, scores - highest, float("-inf")).exp()
+    total = shares.sum(-1, keepdim=True)
+    if request.sinks is not None:
+        total = total + (sinks - highest).exp()
+    weights = shares / total.masked_fill(total == 0, 1.0)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value), weights
+
+
+def check(
+    backend: Backend,
+    feature: str,
+    *,
+    module: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    tolerance: float | None = None,
+) -> str | None:
+    """Let a kernel do one of `FEATURES`: the reason if it refuses, None if it is right.
+
+    Right is: the output, and the gradients of queries, keys, values, bias and sinks, are those of `attend` in float64,
+    each to a relative error of `tolerance` (of the largest number), and so are the weights of `attend_with_weights`;
+    queries that see nothing yield zeros; nothing of the request is changed. Dropout is right if the mean and variance
+    of many draws are, and backward has the draws of forward. AssertionError says what is wrong.
+
+    module: the request's, for kernels that need one. dtype: what queries, keys, values, bias and sinks are given in.
+    tolerance: by default 1e-9, or in a lower precision than float64 twice the largest error of `attend` in that one.
+    """
+    asked = _moved(replace(FEATURES[feature](), module=module), torch.device(device), dtype)
+    reason = backend.refuses(asked)
+    if reason is not None:
+        return reason
+    exact = _moved(asked, torch.device(device), torch.float64)
+    if asked.dropout:
+        _check_dropout(backend, feature, asked, exact)
+        return None
+    expected, weights = _results(attend, exact), attend_with_weights(exact)[1]
+    if tolerance is None:
+        own = _results(attend, asked)
+        tolerance = max(1e-9, 2 * max(_error(own[name], result) for name, result in expected.items()))
+    before = _copies(asked)
+    results = _results(backend.attend, asked)
+    for name, result in results.items():
+        _require_close(backend, feature, name, result, expected[name], tolerance)
+    blind = ~asked.mask.dense().any(-1)
+    nothing = results["output"].transpose(1, 2).masked_select(blind[..., None])
+    if bool(nothing.any()):
+        raise AssertionError(f"{backend.kernel}, {feature}: queries that see no key yield something else than zeros")
+    if backend.attend_with_weights is not None:
+        out, given = backend.attend_with_weights(asked)
+        _require_close(backend, feature, "output beside weights", out, expected["output"], tolerance)
+        _require_close(backend, feature, "weights", given, weights, tolerance)
+    for name, copy in _copies(asked).items():
+        if not torch.equal(before[name], copy):
+            raise AssertionError(f"{backend.kernel}, {feature}: the kernel has changed its request's {name}")
+    return None
+
+
+def _check_dropout(backend: Backend, feature: str, asked: Request, exact: Request) -> None:
+    torch.manual_seed(0)
+    draws = torch.stack([backend.attend(asked).detach().double() for _ in range(DRAWS)])
+    expected, weights = attend_with_weights(exact)
+    repeats = exact.query.shape[2] // exact.key.shape[2]
+    values = exact.value.repeat_interleave(repeats, 2)
+    # A weight w is kept with probability 1 - p and grows to w / (1 - p) then: its variance is w² p / (1 - p).
+    spread = torch.einsum("bhqk,bkhd->bqhd", weights**2, values**2) * asked.dropout / (1 - asked.dropout)
+    rounding = max(1e-6, 2 * float((attend(asked) - expected).abs().max()))
+    off = float(((draws.mean(0) - expected).abs() - ERRORS * (spread / DRAWS).sqrt()).max())
+    # Summed over all numbers of the output, chance makes this a tenth or so, and other variances make it near 1.
+    variance = float((draws.var(0) - spread).abs().sum() / spread.sum())
+    if off > rounding or not variance < 0.3:
+        raise AssertionError(
+            f"{backend.kernel}, {feature}: the mean of {DRAWS} draws is off by {off:.1e} more than chance explains, "
+            f"and their variance by {variance:.0%}"
+        )
+    # For one draw the output is linear in the values, so their gradient gives the output back.
+    value = asked.value.detach().requires_grad_()
+    out = backend.attend(replace(asked, value=value))
+    products = out * _random(*out.shape).to(out)
+    (gradient,) = torch.autograd.grad(products.sum(), value)
+    difference = float(((gradient * value).sum() - products.sum()).detach().abs() / products.detach().abs().sum())
+    if difference > max(1e-6, torch.finfo(asked.value.dtype).eps):
+        raise AssertionError(f"{backend.kernel}, {feature}: backward does not have the draws of forward")
+
+
+_TENSORS = ("query", "key", "value", "bias", "sinks")
+
+
+def _moved(request: Request, device: torch.device, dtype: torch.dtype) -> Request:
+    mask = request.mask
+    places = {
+        name: getattr(mask, name).to(device)
+        for name in ("documents", "padding", "explicit")
+        if getattr(mask, name) is not None
+    }
+    tensors = {
+        name: getattr(request, name).detach().to(device, dtype)
+        for name in _TENSORS
+        if getattr(request, name) is not None
+    }
+    return replace(request, mask=replace(mask, device=device, **places), **tensors)
+
+
+def _results(function: Callable[[Request], Tensor], asked: Request) -> dict[str, Tensor]:
+    """The output and the gradient of every tensor of a request."""
+    inputs = {
+        name: getattr(asked, name).detach().requires_grad_() for name in _TENSORS if getattr(asked, name) is not None
+    }
+    out = function(replace(asked, **inputs))
+    down = _random(*out.shape).to(out)
+    gradients = torch.autograd.grad((out * down).sum(), list(inputs.values()), allow_unused=True)
+    found = {"output": out.detach()}
+    for (name, tensor), gradient in zip(inputs.items(), gradients, strict=True):
+        found[f"gradient of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return found
+
+
+def _copies(asked: Request) -> dict[str, Tensor]:
+    """What of a request a kernel could change."""
+    found = {}
+    for owner in (asked, asked.mask):
+        for field in fields(owner):
+            tensor = getattr(owner, field.name)
+            if isinstance(tensor, Tensor):
+                found[field.name] = tensor.detach().clone()
+    return found | {"mask": asked.mask.dense().clone()}
+
+
+def _error(result: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a part of the largest number that is expected."""
+    return float((result.detach().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+
+
+def _require_close(backend: Backend, feature: str, name: str, result: Tensor, expected: Tensor, bound: float) -> None:
+    if result.shape != expected.shape:
+        raise AssertionError(
+            f"{backend.kernel}, {feature}: {name} has shape {list(result.shape)}, not {list(expected.shape)}"
+        )
+    error = _error(result, expected)
+    if not error <= bound:
+        raise AssertionError(f"{backend.kernel}, {feature}: {name} is off by {error:.1e}, more than {bound:.1e}")
