@@ -19,7 +19,8 @@ from sp_attention.cli.outcomes import Comparison
 from sp_attention.cli.reduced import NotBuildableError, prepare, types_of
 from sp_attention.launch import RanksError, run_ranks
 
-CHUNK, SECONDS_EACH, SECONDS_TO_BUILD = 12, 40, 20
+# A rank that hangs costs most of a chunk's time: small chunks, though every one starts its ranks anew.
+CHUNK, SECONDS_TO_START, SECONDS_EACH, SECONDS_TO_BUILD = 8, 30, 6, 20
 KERNELS = ("sdpa", "transformers:eager")
 Record = dict[str, Any]
 
@@ -36,14 +37,18 @@ def sweep(mapping: str, only: set[str], ranks: int, length: int, results: Path, 
         before = results.stat().st_size if results.exists() else 0
         problem = ""
         try:
-            run_ranks(ranks, _run_chunk, mapping, chunk, length, results, timeout=SECONDS_EACH + 10.0 * len(chunk))
+            run_ranks(
+                ranks, _run_chunk, mapping, chunk, length, results, timeout=SECONDS_TO_START + SECONDS_EACH * len(chunk)
+            )
         except RanksError as error:
             problem = str(error)
         finished = [record["type"] for record in read(results, before)]
+        unfinished = [kind for kind in chunk if kind not in finished]
+        if problem and unfinished:
+            finished.append(unfinished[0])
+            record = {"type": unfinished[0], "mapping": mapping, "ranks": ranks, "crashed": problem[-3000:]}
+            _append(results, record)
         types = [kind for kind in types if kind not in finished]
-        if problem and types:
-            _append(results, {"type": types[0], "mapping": mapping, "ranks": ranks, "crashed": problem[-3000:]})
-            types = types[1:]
         click.echo(f"{mapping}, {ranks} ranks: {len(types)} left, {monotonic() - began:.0f} s", err=True)
 
 
@@ -90,7 +95,8 @@ def _run(mapping: str, kind: str, length: int) -> Record:
             return {"kernel": kernel, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         if not _refused_by_kernel(comparison, kernel):
             break
-    return {"kernel": kernel, "parameters": model.num_parameters()} | asdict(comparison)
+    of_model = {"parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
+    return {"kernel": kernel} | of_model | asdict(comparison)
 
 
 def _refused_by_kernel(comparison: Comparison, kernel: str) -> bool:

@@ -37,7 +37,7 @@ def reason(record: Record) -> str:
             return str(record[key])
     if "crashed" in record:
         return "a rank hangs or dies: " + str(record["crashed"]).strip().rsplit("\n", 1)[-1]
-    parts = []
+    parts = ["compared in float32"] if record["dtype"] == "float32" else []
     for verdict in record["verdicts"]:
         if verdict["outcome"] == "exact":
             continue

@@ -31,16 +31,23 @@ def candidates(model: PreTrainedModel, task: str, length: int) -> Iterator[dict[
         kinds = [kind for kind in KINDS if kind != "pixels" and (kind != "packed" or _takes_positions(model, task))]
         text = {kind: _text(model, task, kind, length) for kind in kinds}
         yield text
+        # Some decoders of encoder-decoders start from as many tokens as the encoder reads.
+        alike = {"labels": _ids(model, length, length + 1)}
+        if model.config.is_encoder_decoder and task == "seq2seq-lm":
+            yield {"plain": text["plain"] | alike}
         if "num_codebooks" in vars(model.config):
             yield {"plain": _codes(model, length)}
         if "pixel_values" in takes:
             for pixels in _pixels(model):
                 yield {kind: batch | pixels for kind, batch in text.items()}
+                yield {"plain": pixels | {"labels": text["plain"]["labels"]}}
+                yield {"plain": pixels | alike}
 
 
 def with_pixels(model: PreTrainedModel, task: str, length: int) -> Batch | None:
     """A batch of text with an image in every row, where that needs no processor; None where it does."""
-    marker = next((getattr(model.config, f"image_token_{end}", None) for end in ("id", "index")), None)
+    markers = [getattr(model.config, f"image_token_{end}", None) for end in ("id", "index")]
+    marker = next((marker for marker in markers if marker is not None), None)
     takes = signature(model.forward).parameters
     if marker is None or "pixel_values" not in takes:
         return None
@@ -66,8 +73,9 @@ def _with_image_tokens(batch: Batch, takes: Any, marker: int, count: int) -> Bat
     is_image[:, 2 : 2 + count] = True
     extra = {name: is_image.long() for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
     ids, labels = batch["input_ids"], batch["labels"]
-    changed = {"input_ids": ids.masked_fill(is_image, marker), "labels": labels.masked_fill(is_image, -100)}
-    return batch | extra | changed
+    if labels.shape == ids.shape:  # not those of a decoder
+        labels = labels.masked_fill(is_image, -100)
+    return batch | extra | {"input_ids": ids.masked_fill(is_image, marker), "labels": labels}
 
 
 def _generator(length: int) -> torch.Generator:

@@ -48,10 +48,12 @@ def _reduced(config_class: type[PreTrainedConfig], depth: int, settings: dict[st
     values |= {name: depth for name in _DEPTH_NAMES if name in known and isinstance(values.get(name), int)}
     if "kv_lora_rank" in known and "num_key_value_heads" in known:
         values["num_key_value_heads"] = HEADS  # latent attention has keys for every head
-    values |= {name: value for name, value in settings.items() if name in known}
+    for name, value in settings.items():
+        if name in known:
+            values[name] = [value] * len(known[name]) if isinstance(known[name], (list, tuple)) else value
     inside = {name: value for name, value in settings.items() if name != "is_decoder"}
     values |= {name: _reduced(part, depth, inside) for name, part in _parts(config_class).items()}
-    values |= OVERRIDES.get(config_class.model_type, {})
+    values |= OVERRIDES.get(config_class.model_type) or OVERRIDES.get(config_class.__name__, {})
     # Not every expert of transformers keeps float64 in its fast implementations.
     config = config_class(**values | {"experts_implementation": "eager"})
     _without_dropout(config)

@@ -56,8 +56,10 @@ def _build(model_type: str, task: str, dtype: torch.dtype) -> PreTrainedModel:
         if task == "image-classification":
             settings |= {"image_size": 64, "window_size": 2}  # room for several halvings
         config = reduced(model_class.config_class, **settings)
-        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = 1
+        if config.is_encoder_decoder:
+            for name, token in (("decoder_start_token_id", 1), ("pad_token_id", 0)):
+                if getattr(config, name, None) is None:
+                    setattr(config, name, token)
         _require_small(model_class, config)
         torch.manual_seed(0)
         model: PreTrainedModel = model_class(config)

@@ -42,7 +42,7 @@ def _finite(model: PreTrainedModel, batches: dict[str, Batch]) -> int:
 
 
 def batches_for(model: PreTrainedModel, task: str, length: int) -> dict[str, Batch]:
-    """Batches of every kind that the model may take; "plain" is one that it does take."""
+    """Batches of every kind that the model may take; the first is one that it does take."""
     reasons: list[str] = []
     for batches in candidates(model, task, length):
         try:
@@ -56,4 +56,7 @@ def batches_for(model: PreTrainedModel, task: str, length: int) -> dict[str, Bat
             continue
         pixels = with_pixels(model, task, length) if task == "image-text-to-text" else None
         return batches | ({"pixels": pixels} if pixels is not None else {})
+    pixels = with_pixels(model, task, length) if task == "image-text-to-text" else None
+    if pixels is not None:  # it does not read without seeing
+        return {"pixels": pixels}
     raise NotBuildableError(reasons[0] if reasons else "no batch can be made for it")

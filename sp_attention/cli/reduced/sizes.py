@@ -12,8 +12,7 @@ POSITIONS = 128
 _NAMES: dict[int, str] = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size audio_vocab_size src_vocab_size "
     "tgt_vocab_size codebook_vocab_size pronunciation_vocab_size shape_vocab_size t2u_vocab_size "
-    "char_vocab_size entity_vocab_size encoder_hash_byte_group_vocab num_embeddings ngram_vocab_size_base "
-    "codebook_size",
+    "char_vocab_size entity_vocab_size encoder_hash_byte_group_vocab num_embeddings ngram_vocab_size_base",
     HIDDEN: "hidden_size d_model n_embd embed_dim emb_dim dim projection_dim out_hidden_size text_hidden_size "
     "projection_size embedding_size output_dim adapter_out_dim projector_hidden_size encoder_hidden_size "
     "vision_hidden_size cross_attention_hidden_size attention_hidden_size word_embed_proj_dim "
@@ -21,10 +20,10 @@ _NAMES: dict[int, str] = {
     "decoder_hidden_size hidden_dim patch_embed_hidden_size output_proj_dims pooler_output_size "
     "shape_embed_dim pronunciation_embed_dim lru_width conv_dim intra_bottleneck_size lang_embed_dim "
     "unit_embed_dim spkr_embed_dim vision_output_dim adapter_in_dim mm_embed_dim "
-    "speech_decoder_postnet_units d_latents entity_emb_size hidden_size_global cross_hidden_size "
-    "projector_input_dim projector_output_dim moe_hidden_size image_token_embed_dim output_channels "
-    "subsampling_conv_channels shared_experts_intermediate_size hc_lowrank post_conv_in_channels "
-    "post_conv_mid_channels post_conv_out_channels audio_embed_dim codebook_dim "
+    "speech_decoder_postnet_units d_latents entity_emb_size audio_hidden_size hidden_size_global "
+    "cross_hidden_size projector_input_dim projector_output_dim moe_hidden_size image_token_embed_dim "
+    "output_channels subsampling_conv_channels shared_experts_intermediate_size hc_lowrank "
+    "post_conv_in_channels post_conv_mid_channels post_conv_out_channels audio_embed_dim codebook_dim "
     "vector_quantization_hidden_dimension conv_channels",
     64: "intermediate_size ffn_dim d_ff n_inner d_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size "
     "mlp_dim router_hidden_size dim_ff t2u_encoder_ffn_dim t2u_decoder_ffn_dim "
@@ -32,11 +31,11 @@ _NAMES: dict[int, str] = {
     32: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
     "expert_ffn_hidden_size base_channels latent_channels intermediate_size_mlp "
     "moe_shared_expert_intermediate_size share_expert_dim dense_intermediate_size",
-    HEADS: "num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads "
-    "attention_heads mamba_n_heads mamba_num_heads linear_num_value_heads swa_num_attention_heads "
-    "linear_num_heads t2u_encoder_attention_heads t2u_decoder_attention_heads "
-    "speech_encoder_attention_heads index_n_heads n_mamba_heads num_sliding_attention_heads "
-    "resampler_n_heads",
+    HEADS: "num_attention_heads decoder_num_attention_heads encoder_num_attention_heads num_heads n_head n_heads "
+    "encoder_attention_heads decoder_attention_heads attention_heads mamba_n_heads mamba_num_heads "
+    "linear_num_value_heads swa_num_attention_heads linear_num_heads t2u_encoder_attention_heads "
+    "t2u_decoder_attention_heads speech_encoder_attention_heads index_n_heads n_mamba_heads "
+    "num_sliding_attention_heads resampler_n_heads",
     KV_HEADS: "num_key_value_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads num_kv_heads "
     "decoder_num_key_value_heads encoder_num_key_value_heads",
     HEAD_DIM: "head_dim d_kv d_head attention_head_dim dim_head v_head_dim qk_nope_head_dim qk_rope_head_dim "
@@ -44,10 +43,10 @@ _NAMES: dict[int, str] = {
     "mamba_d_state ssm_state_size state_size kv_channels resampler_head_dim linear_head_dim mamba_dt_rank "
     "time_step_rank query_pre_attn_scalar coordinate_size shape_size index_topk num_latents "
     "frequency_embedding_size rotary_dim laurel_rank d_rel o_lora_rank cross_head_dim",
-    16: "q_lora_rank kv_lora_rank mamba_d_head mamba_head_dim xpath_unit_hidden_size "
+    16: "q_lora_rank max_image_size kv_lora_rank mamba_d_head mamba_head_dim xpath_unit_hidden_size "
     "relative_attention_num_buckets num_buckets relative_attention_max_distance num_mel_bins "
     "input_feat_per_channel feature_projection_input_dim image_size min_image_size force_image_size",
-    LAYERS: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers depth layers "
+    LAYERS: "num_hidden_layers num_filters num_layers n_layer n_layers encoder_layers decoder_layers depth layers "
     "num_decoder_layers num_encoder_layers t2u_encoder_layers t2u_decoder_layers speech_encoder_layers "
     "num_blocks num_adapter_layers resampler_depth num_global_layers encoder_num_hidden_layers "
     "decoder_num_hidden_layers num_hidden_groups num_experts_per_tok moe_top_k top_k_experts moe_topk "
