@@ -33,6 +33,7 @@ _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 # The arguments that are the tokens of the stack before the loss.
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
+
 @dataclass(frozen=True)
 class Part:
     """A part of a layer that is given whole tensors, and whose results are cut to my span."""

@@ -231,8 +231,10 @@ def explore(
             continue
         stacks[draft.name] = tuple(_found(layer, draft, names, runs, position_wise) for layer in draft.layers)
     if not stacks:
+        lists = "; ".join(f"{name}: {why}" for name, why in left_alone.items())
         raise UnsupportedError(
-            f"{type(model).__name__} has no stack of layers that hand on a sequence: there is nothing to share out"
+            f"{type(model).__name__} has no stack of layers that hand on a sequence, so there is nothing to share out "
+            f"({lists or 'it has no list of modules'})"
         )
     models = [
         module
@@ -314,12 +316,13 @@ def _hidden(module: nn.Module, narrow: Run, wide: Run) -> tuple[Path, tuple[Exte
         other = others.get(path)
         if other is None or other.dim() != tensor.dim() or tensor.dim() < 3 or not tensor.is_floating_point():
             continue
-        pairs = list(zip(tensor.shape, other.shape, strict=True))[:-1]
+        pairs = list(zip(tensor.shape, other.shape, strict=True))
         rows = (here.extent.batch, there.extent.batch)
         if rows not in pairs:
             continue
+        # The sequence is one that the specimens have, or else what follows the batch.
         after = pairs.index(rows) + 1
-        length = next((pair for pair in lengths if pair in pairs), pairs[after] if after < len(pairs) else None)
+        length = next((pair for pair in lengths if pair in pairs), pairs[after] if after + 1 < len(pairs) else None)
         if length is not None:
             return path, (Extent(rows[0], int(length[0] or 0)), Extent(rows[1], int(length[1] or 0)))
     return None

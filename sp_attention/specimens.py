@@ -76,8 +76,10 @@ def _kinds(model: PreTrainedModel, extent: Extent, rows: int) -> list[list[Speci
             # An encoder of sound or images is left alone: the decoder is given what it would have returned.
             states = maker.noise(extent.batch, memory, model.config.get_text_config().hidden_size)
             tokens["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
-        return [kind(tokens, padding, memory), kind(tokens, {}, memory)]
-    if "input_ids" in takes and maker.vocabulary is not None:
+        # Some heads look for the one end of each text, and make the decoder's tokens out of the encoder's.
+        text = {"input_ids": maker.ended(memory)}
+        return [kind(tokens, padding, memory), [*kind(tokens, {}, memory), *kind(text, {}, memory)]]
+    if "input_ids" in takes:
         tokens = {"input_ids": maker.ids(extent.length)}
         types = torch.zeros_like(tokens["input_ids"])
         positions = {"position_ids": maker.restarting(), "token_type_ids": types, **uncached}
@@ -97,10 +99,10 @@ class _Maker:
     rows: int
 
     @property
-    def vocabulary(self) -> int | None:
+    def vocabulary(self) -> int:
         config = self.model.config
         sizes = (getattr(one, "vocab_size", None) for one in (config.get_text_config(decoder=True), config))
-        return next((size for size in sizes if size), None)
+        return next((size for size in sizes if size), 64)  # No vocabulary where characters are hashed.
 
     def ids(self, length: int) -> Tensor:
         """Ordinary tokens [B, length]: none that the configuration gives a meaning to."""
@@ -114,11 +116,14 @@ class _Maker:
                     special.update(one for one in (value if isinstance(value, list) else [value]) if type(one) is int)
 
         collect(self.model.config.to_dict())
-        if self.vocabulary is None:
-            raise UnsupportedError(f"{type(self.model).__name__} has no vocabulary to make tokens from")
         ordinary = torch.tensor([token for token in range(min(self.vocabulary, 1024)) if token not in special])
         picked = torch.randint(len(ordinary), (self.extent.batch * self.rows, length), generator=self._generator())
         return ordinary[picked].to(self.model.device)
+
+    def ended(self, length: int) -> Tensor:
+        ids = self.ids(length)
+        ids[:, -1] = getattr(self.model.config, "eos_token_id", None) or 0
+        return ids
 
     def padding(self, length: int) -> Tensor:
         mask = torch.ones(self.extent.batch, length, dtype=torch.int64, device=self.model.device)

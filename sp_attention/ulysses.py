@@ -13,7 +13,7 @@ from sp_attention.call import Call, Current
 from sp_attention.dims import Along
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, gather, head_to_seq, seq_to_head
-from sp_attention.layout import HeadPlan, Span, head_plan
+from sp_attention.layout import HeadPlan, head_plan
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
 # window and the positions in it, and the region knows what is recorded.
@@ -73,7 +73,7 @@ class UlyssesAttention:
             attention_mask = Mask(query.shape[0], length, memory, query.device, causal=causal and length > 1)
         if call is not None:
             attention_mask, position_bias = call.original(attention_mask), call.original(position_bias)
-        mask = as_mask(attention_mask, self.name_of(module), length)
+        mask = as_mask(attention_mask, self.name_of(module), query.shape[0], length)
         expected = (length, memory, mine, memory if over_memory else mine)
         if (mask.query_length, mask.key_length, query.shape[1], key.shape[1]) != expected:
             raise UnsupportedError(
@@ -109,19 +109,11 @@ class UlyssesAttention:
         """All queries and keys of my heads: the exchange, the kernel, the exchange back."""
         all_heads = request.query.shape[2]
         plan = head_plan(all_heads, request.key.shape[2], self.peers.size)
-        heads = plan.query[self.peers.rank]
-        request = replace(
-            request,
-            mask=_mask_of_heads(request.mask, heads),
-            sinks=None if request.sinks is None else request.sinks[heads.start : heads.stop],
-            bias=_of_heads(request.bias, heads),
-            heads=heads,
-            all_heads=all_heads,
-        )
         self._require_done(_shares(request, plan))
+        request = _of_rank(request, plan, self.peers.rank)
         query, key, value = seq_to_head(request.query, request.key, request.value, call.extent.length, plan, self.peers)
         weights: Tensor | None = None
-        if not len(heads):
+        if not query.shape[2]:
             # More ranks than heads and none of them here: `value` is empty too, and leads backward to the exchange.
             out = value
             if self.current.weights:
@@ -174,17 +166,18 @@ class UlyssesAttention:
             )
 
 
-def _of_heads(tensor: Tensor | None, heads: Span) -> Tensor | None:
-    """[1|B, 1|H, Sq, Sk] → [1|B, 1|h, Sq, Sk]: my heads of what is per head."""
-    if tensor is None or tensor.shape[1] == 1:
-        return tensor
-    return tensor[:, heads.start : heads.stop]
-
-
-def _mask_of_heads(mask: Mask, heads: Span) -> Mask:
-    if mask.explicit is None or mask.explicit.shape[1] == 1:
-        return mask
-    return replace(mask, explicit=_of_heads(mask.explicit, heads))
+def _of_rank(request: Request, plan: HeadPlan, rank: int) -> Request:
+    """The request with what is per head, or read from the module by head, cut to one rank's heads."""
+    heads = plan.query[rank]
+    bias = request.bias
+    return replace(
+        request,
+        mask=request.mask.heads(heads),
+        sinks=None if request.sinks is None else request.sinks[heads.start : heads.stop],
+        bias=bias if bias is None or bias.shape[1] == 1 else bias[:, heads.start : heads.stop],
+        heads=heads,
+        all_heads=plan.query[-1].stop,
+    )
 
 
 def _for_all(bias: Tensor, length: int, memory: int, name: str) -> Tensor:
@@ -206,18 +199,22 @@ def _shares(request: Request, plan: HeadPlan) -> list[Request]:
     def shaped(like: Tensor, heads: int) -> Tensor:
         return like.new_empty(like.shape[3]).expand(like.shape[0], length, heads, -1)
 
-    shares = dict.fromkeys(
-        (len(query), len(kv) if plan.is_grouped(rank) else len(query))
-        for rank, (query, kv) in enumerate(zip(plan.query, plan.kv, strict=True))
-        if len(query)
-    )
+    shares: dict[tuple[int, int], int] = {}
+    for rank, (query, kv) in enumerate(zip(plan.query, plan.kv, strict=True)):
+        if len(query):
+            shares.setdefault((len(query), len(kv) if plan.is_grouped(rank) else len(query)), rank)
     return [
-        replace(request, query=shaped(request.query, h), key=shaped(request.key, n), value=shaped(request.value, n))
-        for h, n in shares
+        replace(
+            _of_rank(request, plan, rank),
+            query=shaped(request.query, h),
+            key=shaped(request.key, n),
+            value=shaped(request.value, n),
+        )
+        for (h, n), rank in shares.items()
     ]
 
 
-def as_mask(mask: Mask | Tensor, name: str, length: int) -> Mask:
+def as_mask(mask: Mask | Tensor, name: str, batch: int, length: int) -> Mask:
     """The description of a mask that arrives at a layer: ours, or a tensor [1|B, 1|H, 1|Sq, Sk] that hides keys.
 
     Raises UnsupportedError for anything else; `name` is the module's, for the text.
@@ -230,7 +227,7 @@ def as_mask(mask: Mask | Tensor, name: str, length: int) -> Mask:
         and mask.dim() == 4
         and mask.shape[2] in (1, length)
     ):
-        return Mask(mask.shape[0], length, mask.shape[3], mask.device, causal=False, explicit=mask)
+        return Mask(batch, length, mask.shape[3], mask.device, causal=False, explicit=mask)
     kind = f"a tensor {mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     raise UnsupportedError(
         f"{name}: the attention mask is {kind}; masks that transformers' mask functions build are covered, and your "

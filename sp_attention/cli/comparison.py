@@ -29,7 +29,7 @@ from sp_attention.trees import tensors
 # The largest relative error that is still the same number. Models in float64 compute some parts in float32.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 # What is compared of a gradient is at least this part of the largest gradient of the model: less is rounding.
-NOISE = 1e-6
+NOISE = 0.02
 
 Batch = dict[str, Any]
 Values = dict[str, Tensor]
