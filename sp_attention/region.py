@@ -248,13 +248,18 @@ class Hooks:
                     "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
                     "before enable()"
                 )
+        call = forward.calls.get(self.region.before_loss or "")
+        if call is not None and not (call.stays_sharded and call.is_shared):
+            call = None
         if isinstance(output, dict):
+            if call is not None:
+                # Recorded too, after a norm that no layer's result tells of.
+                forward.note(output.get("last_hidden_state"), Along(1), call)
             for name in [name for name in output if "hidden_states" in name or "router" in name]:
                 output[name] = map_leaves(lambda _, leaf: self._recorded(leaf, forward), output[name])
         if forward.model is not model:
             return output
-        call = forward.calls.get(self.region.before_loss or "")
-        if call is not None and call.stays_sharded and call.is_shared:
+        if call is not None:
             output = _with_sharded_logits(output, call)
         return _without_cache(output)
 
