@@ -291,9 +291,10 @@ def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
 def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen: Specimen, undo: ExitStack) -> None:
     """Let logits stay sharded in training if all that follows the last stack works with a part of the sequence."""
     before = [name for name, extent in findings.extents.items() if extent == specimen.extent]
-    if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters or not before:
+    ids = specimen.inputs.get("input_ids")  # None where an encoder reads something else than text.
+    takes = signature(model.forward).parameters
+    if model.loss_function is not ForCausalLMLoss or "labels" not in takes or ids is None or not before:
         return
-    ids = specimen.inputs["input_ids"]
     labels = ids.masked_fill(specimen.inputs.get("attention_mask", ids) == 0, -100)
     batch = {**specimen.inputs, "labels": labels}
     _, whole = _attempted(lambda: model(**batch), hooks.peers)

@@ -8,6 +8,7 @@ whole tensors, and my span of what it returns goes on.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,7 +148,8 @@ class Hooks:
 
     def install(self) -> None:
         for model in self.region.models:
-            self._hook(model, self._before_model, self._after_model)
+            # Not looked up by the model when it is called, since that may be a copy of it.
+            self._hook(model, partial(self._before_model, self.region.arguments[model]), self._after_model)
         for stack in self.region.stacks:
             for layer in stack.layers:
                 self._hook_layer(stack, layer)
@@ -167,11 +169,14 @@ class Hooks:
 
     # Models
 
-    def _before_model(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(
+        self, seen: frozenset[str], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         given = named_arguments(model, args, kwargs)
+        unseen = bool(tensor_names(given) - seen)
         if self.forward is not None and self.forward.model is not model:
             # A model inside the one that was called.
-            self.forward.unseen |= self._is_unseen(model, given)
+            self.forward.unseen |= unseen
             return
         mode = {"(training)": model.training, "(gradients)": torch.is_grad_enabled()}
         require_same_batch({**given, **mode}, self.peers, model.device)
@@ -183,16 +188,13 @@ class Hooks:
         self.forward = Forward(
             model,
             self._stays_sharded(model, given),
-            self._is_unseen(model, given),
+            unseen,
             records=_is_on("output_hidden_states", model, given),
         )
         if model.training and self.region.random:
             self.forward.seed = randomness.shared_seed(model.device, self.peers)
         elif model.training:
             self.forward.states = randomness.states(model.device)
-
-    def _is_unseen(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
-        return bool(tensor_names(given) - self.region.arguments[model])
 
     def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
         """S if our loss, and nothing but it, will see the logits."""
