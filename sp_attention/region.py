@@ -31,7 +31,7 @@ from sp_attention.trees import Path, map_leaves, tensors
 _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 
 # The arguments that are the tokens of the stack before the loss.
-_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Hooks:
     def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
         """S if our loss, and nothing but it, will see the logits."""
         kept = given.get("logits_to_keep")
-        tokens = next((given[name] for name in _TOKENS if name in given), None)
+        tokens = next((given[name] for name in TOKENS if name in given), None)
         labels = [given[name] for name in ("labels", "shift_labels") if name in given]
         stays = (
             model is self.region.models[0]
@@ -248,15 +248,18 @@ class Hooks:
                     "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
                     "before enable()"
                 )
+        call = forward.calls.get(self.region.before_loss or "")
+        if call is not None and not (call.stays_sharded and call.is_shared):
+            call = None
         if isinstance(output, dict):
+            if call is not None and forward.model is not model:
+                # transformers records what follows the last layer as the last of the hidden states.
+                forward.note(output.get("last_hidden_state"), Along(1), call)
             for name in [name for name in output if "hidden_states" in name or "router" in name]:
                 output[name] = map_leaves(lambda _, leaf: self._recorded(leaf, forward), output[name])
         if forward.model is not model:
             return output
-        call = forward.calls.get(self.region.before_loss or "")
-        if call is not None and call.stays_sharded and call.is_shared:
-            output = _with_sharded_logits(output, call)
-        return _without_cache(output)
+        return _without_cache(output if call is None else _with_sharded_logits(output, call))
 
     def _recorded(self, value: Any, forward: Forward) -> Any:
         """What transformers recorded inside of the layers, as the user may see it: whole."""
