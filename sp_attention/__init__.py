@@ -4,9 +4,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sp_attention.attention import Backend, Mask, Request
-from sp_attention.errors import BackendError, BatchError, UnsupportedError
+from sp_attention.errors import BackendError, BatchError, ShardedLogitsError, UnsupportedError
 from sp_attention.gradients import average_gradients
 from sp_attention.hookspecs import hookimpl
+from sp_attention.logits import ShardedLogits
 
 if TYPE_CHECKING:
     from sp_attention.enabling import Handle, enable
@@ -19,6 +20,8 @@ __all__ = [
     "Handle",
     "Mask",
     "Request",
+    "ShardedLogits",
+    "ShardedLogitsError",
     "UnsupportedError",
     "average_gradients",
     "enable",

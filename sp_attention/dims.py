@@ -30,7 +30,8 @@ class Along:
     def cut(self, tensor: Tensor, start: int, stop: int, extent: Extent) -> Tensor:
         """The tokens [start, stop) of each row, contiguous."""
         if self.rows:
-            return tensor.unflatten(0, (extent.batch, extent.length))[:, start:stop].flatten(0, 1)
+            rows: Tensor = tensor.unflatten(0, (extent.batch, extent.length))
+            return rows[:, start:stop].flatten(0, 1)
         return tensor.narrow(self.dim, start, stop - start).contiguous()
 
 

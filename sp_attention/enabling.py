@@ -78,6 +78,7 @@ def enable(
     group: Group | None = None,
     sp_size: int | None = None,
     rehearse: bool = True,
+    whole_logits: bool = False,
 ) -> Handle:
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
@@ -85,6 +86,9 @@ def enable(
     backend: the kernel, such as "sdpa"; "auto" takes the one of highest priority for the model's device.
     group: the ranks that share a sequence: a ProcessGroup, a DeviceMesh dimension, or an object with
         `get_sequence_parallel_group()`. By default all processes.
+    rehearse: False skips the proof (below): what does not attend is taken to treat each token alone, and the loss is
+        computed from whole logits. For models that are known, and for weights that are not materialised yet.
+    whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
     sp_size: instead of `group`, cuts all processes into groups of this many neighbouring ranks; all must call.
 
     Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is
@@ -107,7 +111,7 @@ def enable(
     names = {id(module): name for name, module in inner.named_modules()}
     attention = UlyssesAttention(chosen, peers, Current(), lambda module: names.get(id(module), type(module).__name__))
     try:
-        findings, region = install(inner, attention, next(_KEYS), undo, rehearse)
+        findings, region = install(inner, attention, next(_KEYS), undo, rehearse, whole_logits)
     except BaseException:
         undo.close()
         raise

@@ -2,7 +2,8 @@
 
     NotImplementedError
     └── UnsupportedError        a feature that cannot be done exactly
-        └── BackendError        an unknown, unavailable or broken backend
+        ├── BackendError        an unknown, unavailable or broken backend, or a kernel that cannot do what is asked
+        └── ShardedLogitsError  a part of the logits used as if they were all; also an AttributeError
     ValueError
     └── BatchError              the ranks of a group were given different batches
 
@@ -15,8 +16,12 @@ class UnsupportedError(NotImplementedError):
 
 
 class BackendError(UnsupportedError):
-    """The backend that was asked for does not exist on this device or cannot be used; the text has the reason."""
+    """The backend does not exist here, or cannot be used, or cannot do what a model asks; the text has the reason."""
 
 
 class BatchError(ValueError):
     """The ranks of a sequence-parallel group did not all get the same whole batch."""
+
+
+class ShardedLogitsError(UnsupportedError, AttributeError):
+    """Logits of this rank's span were used as if they were all; an AttributeError, so that `hasattr` is answered."""

@@ -109,6 +109,11 @@ def sum_over_ranks(part: Tensor, peers: Peers) -> Tensor:
     return result
 
 
+def mean_over_ranks(whole: Tensor, peers: Peers) -> Tensor:
+    """The mean of what each rank has of a tensor, such as a gradient; without a gradient of its own."""
+    return sum_over_ranks(whole.detach(), peers) / peers.size
+
+
 # torch has no types for `Function.apply`, hence the ignores above.
 class _SeqToHead(torch.autograd.Function):
     @staticmethod
@@ -161,6 +166,7 @@ class _Gather(torch.autograd.Function):
         mine = len(cut[peers.rank])
         received = rows.new_empty(peers.size * mine, *rows.shape[1:])
         sizes = [len(span) for span in cut]
+        peers.meet()
         dist.all_to_all_single(received, rows, [mine] * peers.size, sizes, group=peers.group)
         return received.unflatten(0, (peers.size, mine)).sum(0).movedim(0, ctx.dim), None, None, None
 

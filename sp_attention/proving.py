@@ -5,7 +5,7 @@ attends, whole layers on whole tensors; a region around every layer instead of o
 refusal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,23 +14,29 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
 
 from sp_attention import randomness
 from sp_attention.agreement import first_reason, share_problem
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
-from sp_attention.exchange import Peers
+from sp_attention.exchange import Peers, mean_over_ranks
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe
 from sp_attention.region import Forward, Hooks, Region
 from sp_attention.rehearsal import EVERYTHING, Attended, Findings, Found, Run, explore, same, undisturbed
 from sp_attention.specimens import Specimen, specimens
+from sp_attention.trees import tensors
 from sp_attention.ulysses import UlyssesAttention
+
+# Numbers in the gradients that are compared.
+_SLOPES = 2**18
 
 _UNPROVEN = "enable(rehearse=False) did not prove that the loss can be computed from a part of the logits"
 
@@ -59,11 +65,17 @@ WAYS = (
 
 
 def install(
-    model: PreTrainedModel, attention: UlyssesAttention, key: str, undo: ExitStack, rehearse: bool
+    model: PreTrainedModel,
+    attention: UlyssesAttention,
+    key: str,
+    undo: ExitStack,
+    rehearse: bool,
+    whole_logits: bool,
 ) -> tuple[Findings, Region]:
     """Find, prove and hook the region of a model; whatever is put in place can be undone by `undo`.
 
-    `key` is the name under which transformers gets to know `attention`. Raises UnsupportedError, on every rank.
+    `key` is the name under which transformers gets to know `attention`. With `whole_logits` they never stay sharded.
+    Raises UnsupportedError, on every rank.
     """
     peers = attention.peers
     size = max(5, 2 * peers.size + 1)
@@ -87,7 +99,9 @@ def install(
             reasons[reason] = None
         else:
             raise UnsupportedError("\n".join(map(str, reasons)))
-        if rehearse and not draws.after:
+        if whole_logits:
+            hooks.region = replace(hooks.region, sharded_loss="enable(whole_logits=True)")
+        elif rehearse and not draws.after:
             _shard_loss(model, hooks, findings, pairs[0][0], undo)
     return findings, hooks.region
 
@@ -172,15 +186,17 @@ def _place(
     hooks = Hooks(region, peers, attention.current)
     undo.callback(hooks.remove)
     if rehearse:
-        whole = [model(**specimen.inputs) for specimen in narrow]
-        findings = _prove(model, hooks, findings, [pair[0] for pair in runs], whole)
+        findings = _prove(model, hooks, findings, [pair[0] for pair in runs])
     else:
         hooks.install()
     return findings, hooks, draws
 
 
-def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run], whole: list[Any]) -> Findings:
+def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run]) -> Findings:
     """The findings with as much gathered as the sharded model needs to give what the whole one gives."""
+    inputs = [run.specimen.inputs for run in runs]
+    whole = [model(**some) for some in inputs[:-1]]
+    last, slopes = _with_slopes(model, inputs[-1])
 
     def tried(plan: Findings) -> str | None:
         hooks.remove()
@@ -188,8 +204,11 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
         hooks.install()
 
         def compare() -> None:
-            for run, expected in zip(runs, whole, strict=True):
-                _require_same(model(**run.specimen.inputs), expected, f"{type(model).__name__} sharded")
+            for some, expected in zip(inputs[:-1], whole, strict=True):
+                _require_same(model(**some), expected, f"{type(model).__name__} sharded")
+            output, mine = _with_slopes(model, inputs[-1])
+            _require_same(output, last, f"{type(model).__name__} sharded")
+            _require_same(mean_over_ranks(mine, hooks.peers), slopes, f"the backward of {type(model).__name__} sharded")
 
         return _attempted(compare, hooks.peers, model.device)[0]
 
@@ -215,6 +234,31 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
         if again is None:
             return plan
     raise UnsupportedError(f"{reason}; with everything gathered: {again}")
+
+
+def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
+
+    Small, so that they take no memory, while the path to them leads through all of the model. None for a model whose
+    parameters an engine shards, since backward would set the engine to work.
+    """
+    parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
+    small: list[Tensor] = []
+    for parameter in sorted(parameters, key=Tensor.numel):
+        if sum(map(Tensor.numel, small)) + parameter.numel() <= _SLOPES:
+            small.append(parameter)
+    if not small or any(isinstance(parameter, DTensor) for parameter in parameters):
+        return model(**inputs), torch.zeros(0)
+    with torch.enable_grad():
+        output = model(**inputs)
+        number = torch.zeros((), dtype=torch.float64, device=model.device)
+        for _, tensor in tensors(output):
+            if tensor.requires_grad:
+                weights = torch.arange(tensor.numel(), device=tensor.device).cos().view(tensor.shape)
+                number = number + torch.where(tensor.isfinite(), tensor, 0).mul(weights).double().sum()
+        slopes = torch.autograd.grad(number, small, allow_unused=True)
+    found = [torch.zeros_like(one) if slope is None else slope for one, slope in zip(small, slopes, strict=True)]
+    return output, torch.cat([one.detach().to(model.dtype).flatten() for one in found])
 
 
 def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
@@ -252,8 +296,8 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
     ids = specimen.inputs["input_ids"]
     labels = ids.masked_fill(specimen.inputs.get("attention_mask", ids) == 0, -100)
     batch = {**specimen.inputs, "labels": labels}
-    failed, whole = _attempted(lambda: model(**batch), hooks.peers)
-    if failed is not None:
+    _, whole = _attempted(lambda: model(**batch), hooks.peers)
+    if whole is None:
         return  # Such a model wants other labels.
     loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers)
     own = vars(model).get("_loss_function")
@@ -265,7 +309,7 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
     def compare() -> None:
         output = model(**batch)
         mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
-        if not same({"loss": output["loss"], "logits": output["logits"]}, mine):
+        if not same({"loss": output["loss"], "logits": output["logits"].part}, mine):
             raise UnsupportedError("from a part of the sequence the model computes another loss")
 
     reason, _ = _attempted(compare, hooks.peers, model.device)
@@ -295,7 +339,13 @@ def _attend_by(
     AttentionInterface.register(key, attention)
     AttentionMaskInterface.register(key, masks)
     undo.callback(restore)
-    model.set_attn_implementation(key)
+    verbosity = logging.get_verbosity()
+    # A model that cannot be told how to attend is found out right after, and no one needs a warning of it.
+    logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(key)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

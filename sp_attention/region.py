@@ -24,6 +24,7 @@ from sp_attention.call import Call, Current
 from sp_attention.dims import Along, Dims, Extent
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
+from sp_attention.logits import ShardedLogits
 from sp_attention.trees import Path, map_leaves, tensors
 
 # What transformers hands down through the layers although only the loss uses it.
@@ -31,10 +32,6 @@ _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 
 # The arguments that are the tokens of the stack before the loss.
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-
-# What a model returns whole in any case: it comes from after the last layer.
-_AFTER_THE_STACK = {"loss", "logits", "last_hidden_state", "pooler_output", "past_key_values"}
-
 
 @dataclass(frozen=True)
 class Part:
@@ -108,6 +105,7 @@ class Forward:
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
+    records: the user wants hidden states, so that `parts` are remembered: by id, with where the sequence is.
     calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
     """
 
@@ -119,6 +117,13 @@ class Forward:
     passes: int = 0
     calls: dict[str, Call] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
+    records: bool = False
+    parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
+
+    def note(self, tensor: Any, along: Along | None, call: Call) -> None:
+        """Remember a part that transformers may record between the layers, if it records anything."""
+        if self.records and along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
+            self.parts[id(tensor)] = (tensor, along, call)
 
 
 @dataclass
@@ -174,7 +179,12 @@ class Hooks:
             raise UnsupportedError(reason)
         self.current.call, self.current.weights = None, _is_on("output_attentions", model, given)
         self._unbind()
-        self.forward = Forward(model, self._stays_sharded(model, given), self._is_unseen(model, given))
+        self.forward = Forward(
+            model,
+            self._stays_sharded(model, given),
+            self._is_unseen(model, given),
+            records=_is_on("output_hidden_states", model, given),
+        )
         if model.training and self.region.random:
             self.forward.seed = randomness.shared_seed(model.device, self.peers)
         elif model.training:
@@ -238,33 +248,25 @@ class Hooks:
                     "before enable()"
                 )
         if isinstance(output, dict):
-            for name in output.keys() - _AFTER_THE_STACK:
-                output[name] = self._recorded(model, name, output[name], forward)
-        return _without_cache(output) if forward.model is model else output
+            for name in [name for name in output if "hidden_states" in name or "router" in name]:
+                output[name] = map_leaves(lambda _, leaf: self._recorded(leaf, forward), output[name])
+        if forward.model is not model:
+            return output
+        call = forward.calls.get(self.region.before_loss or "")
+        if call is not None and call.stays_sharded and call.is_shared:
+            output = _with_sharded_logits(output, call)
+        return _without_cache(output)
 
-    def _recorded(self, model: nn.Module, name: str, value: Any, forward: Forward) -> Any:
-        """What a model recorded inside of its layers, as the user may see it: whole."""
-        within = set(model.modules())
-        for stack in self.region.stacks:
-            call = forward.calls.get(stack.name)
-            if call is None or not call.is_shared or stack.layers[0].module not in within:
-                continue
-            hidden = stack.layers[0].arguments[stack.layers[0].hidden]
-            assert hidden is not None
-
-            def whole(path: Path, leaf: Any, call: Call = call, hidden: Along = hidden) -> Any:
-                if not isinstance(leaf, Tensor):
-                    return leaf
-                if "hidden_states" in name:
-                    recorded = hidden if leaf.dim() > hidden.dim else None
-                else:
-                    # Router logits [B·s, experts] or [B, s, experts]; attention weights are whole already.
-                    recorded = {2: Along(0, rows=True), 3: Along(1)}.get(leaf.dim())
-                if recorded is None or call.is_whole(leaf, recorded) or not call.is_part(leaf, recorded):
-                    return leaf
-                return call.whole(leaf, recorded)
-
-            value = map_leaves(whole, value)
+    def _recorded(self, value: Any, forward: Forward) -> Any:
+        """What transformers recorded inside of the layers, as the user may see it: whole."""
+        if id(value) in forward.parts:
+            _, along, call = forward.parts[id(value)]
+            return call.whole(value, along)
+        # Router logits [B·s, experts], of which the layers' results say nothing.
+        rows = Along(0, rows=True)
+        for call in forward.calls.values():
+            if isinstance(value, Tensor) and value.dim() == 2 and call.is_shared and call.is_part(value, rows):
+                return call.whole(value, rows)
         return value
 
     # Layers
@@ -279,6 +281,8 @@ class Hooks:
             mine = call.is_shared and not layer.gathered
             entered.append((call, self.current.call, self._drawing(call, layer.name, mine)))
             self.current.call = call if mine else None
+            if self.forward is not None and call.is_shared:
+                self.forward.note(_leaf(given, layer.hidden), layer.arguments[layer.hidden], call)
             self._bind(checkpointed)
             return given
 
@@ -294,7 +298,11 @@ class Hooks:
             if output is None or not call.is_shared:
                 return None
             leaves = call.is_separate or (is_last and not call.stays_sharded)
-            return map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, leaves), output)
+            output = map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, leaves), output)
+            if self.forward is not None:
+                for path, tensor in tensors(output):
+                    self.forward.note(tensor, layer.results.get(path), call)
+            return output
 
         self._hook(layer.module, before, after)
 
@@ -314,7 +322,9 @@ class Hooks:
                 extent,
                 self.peers,
                 is_separate=is_separate,
-                stays_sharded=stack.name == self.region.before_loss and self.forward.stays_sharded == extent.length,
+                stays_sharded=not is_separate
+                and stack.name == self.region.before_loss
+                and self.forward.stays_sharded == extent.length,
                 seed=randomness.derived(self.forward.seed, self.forward.passes) if self.forward.seed else None,
             )
             self.forward.calls[stack.name] = call
@@ -330,7 +340,7 @@ class Hooks:
         return call
 
     def _call_again(self, layer: Layer, stack: Stack, mask: Mask | None) -> Call:
-        """The call of a layer that is recomputed in backward by a checkpoint around its hooks: the mask remembers it."""
+        """The call of a layer that a checkpoint around its hooks recomputes in backward: the mask remembers it."""
         call = None if mask is None else mask.once(("call", stack.name), lambda: None)
         if call is None or (call.is_separate and call.seed is not None):
             raise UnsupportedError(
@@ -360,7 +370,7 @@ class Hooks:
 
                 return checkpoint(within, *args, **options)
 
-            module._gradient_checkpointing_func = bound
+            module._gradient_checkpointing_func = bound  # type: ignore[assignment]  # an attribute that transformers sets
             self._bound.append((module, checkpoint))
 
     def _unbind(self) -> None:
@@ -486,6 +496,14 @@ def _leaf(tree: Any, path: Path) -> Any:
             return None
         tree = tree[key]
     return tree
+
+
+def _with_sharded_logits(output: Any, call: Call) -> Any:
+    """A causal model's output, a dict or (loss, logits, ...), with logits that cannot be taken for the whole."""
+    if isinstance(output, dict):
+        output["logits"] = ShardedLogits(output["logits"], call.extent.length, call.peers)
+        return output
+    return (output[0], ShardedLogits(output[1], call.extent.length, call.peers), *output[2:])
 
 
 def _without_cache(output: Any) -> Any:

@@ -355,7 +355,7 @@ def _modes(layers: list[Layer], narrow: Run, wide: Run, extents: tuple[Extent, E
 def _handing_over(draft: _Draft, runs: Runs) -> _Draft:
     """The draft with what each layer hands to later ones; separate where the next is not given what one returned."""
     separate = any(len(narrow.calls[layer.module]) != 1 for narrow, _ in runs for layer in draft.layers)
-    layers = []
+    layers: list[Layer] = []
     for i, layer in enumerate(draft.layers):
         handed: set[Path] = set()
         hands: set[Path] = set()

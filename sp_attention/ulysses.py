@@ -55,7 +55,7 @@ class UlyssesAttention:
         is_causal: bool | None = None,
         **options: Any,
     ) -> Attended:
-        """query [B, H, s | S, D], key, value [B, Hkv, s | S, D | Dv] → [B, s | S, H, Dv] and weights [B, H, S, S] | None.
+        """query [B, H, s | S, D], key, value [B, Hkv, s | S, D | Dv] → [B, s | S, H, Dv], weights [B, H, S, S] | None.
 
         transformers' calling convention for attention functions. `s_aux` [H] are sinks; `position_bias` [1|B, H, S, S]
         is added to the scores. Raises equally on every rank: BackendError for what the kernel does not do exactly, and
@@ -83,7 +83,8 @@ class UlyssesAttention:
             )
         bias = None if position_bias is None else _for_all(position_bias, length, memory, self.name_of(module))
         if mask.explicit is not None and mask.explicit.dtype != torch.bool:
-            mask, bias = replace(mask, explicit=None), mask.explicit if bias is None else mask.explicit + bias
+            additive = mask.explicit
+            mask, bias = replace(mask, explicit=None), additive if bias is None else additive + bias
         scale = scaling if scaling is not None else query.shape[3] ** -0.5
         sinks = None if s_aux is None else s_aux.reshape(-1)
         request = Request(query, key, value, mask, scale, softcap, sinks, bias, dropout, module)

@@ -5,6 +5,7 @@ import inspect
 import click
 
 import sp_attention
+from sp_attention import testing
 from sp_attention.cli import cli
 
 
@@ -34,17 +35,17 @@ def test_arguments() -> None:
     assert arguments(sp_attention.enable) == ["model", "backend", "group", "sp_size"]
     assert arguments(sp_attention.average_gradients) == ["model", "group"]
     assert arguments(sp_attention.Backend) == [
-        "device",
-        "kernel",
-        "attend",
-        "priority",
-        "unavailable",
-        "refuses",
-        "attend_with_weights",
-    ]
-    assert arguments(sp_attention.Request) == [
-        "query", "key", "value", "mask", "scale", "softcap", "sinks", "bias", "dropout", "module",
+        "device", "kernel", "attend", "priority", "unavailable", "refuses", "attend_with_weights",
     ]  # fmt: skip
+    assert arguments(sp_attention.Request) == [
+        "query", "key", "value", "mask", "scale", "softcap", "sinks", "bias", "dropout", "module", "heads",
+        "all_heads",
+    ]  # fmt: skip
+    assert arguments(sp_attention.Mask) == [
+        "batch", "query_length", "key_length", "device", "causal", "window", "documents", "padding", "explicit",
+        "function", "offset",
+    ]  # fmt: skip
+    assert arguments(testing.check) == ["backend", "feature", "module", "device", "dtype", "tolerance"]
 
 
 def test_commands_and_options() -> None:

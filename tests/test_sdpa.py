@@ -64,6 +64,7 @@ MASKS = {
     "both-sides39": replace(BASE, causal=False, window=39),
     "both-sides7-padded": replace(BASE, causal=False, window=7, padding=padding((12, 25), (0, 33))),
     "both-sides30-padded": replace(BASE, causal=False, window=30, padding=padding((12, 25), (3, 40))),
+    "both-sides30-left": replace(BASE, causal=False, window=30, padding=padding((12, LENGTH), (15, LENGTH))),
     "both-sides7-documents": replace(BASE, causal=False, window=7, documents=documents([10, 1, 29], [5, 35])),
     "prefix": replace(BASE, causal=False, function=prefix),
     "strided": replace(BASE, causal=False, function=strided),

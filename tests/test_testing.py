@@ -53,6 +53,16 @@ def test_low_precision_is_allowed_twice_its_error(feature: str, dtype: torch.dty
             testing.check(backend, feature, dtype=dtype, tolerance=1e-9)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_bias_may_be_of_another_dtype_than_the_queries(kernel: str, causal: bool) -> None:
+    request = testing.request(Mask(2, testing.LENGTH, testing.LENGTH, torch.device("cpu"), causal=causal))
+    bias = torch.randn(1, 3, testing.LENGTH, testing.LENGTH)
+    request = replace(request, bias=bias, module=PAGE["module_for"]("additive bias"))
+    out = PAGE["backends"]()[kernel].attend(request)
+    torch.testing.assert_close(out, testing.attend(request), rtol=1e-6, atol=1e-6)
+
+
 def test_refusals_are_handed_back() -> None:
     backend = Backend("cpu", "unwilling", testing.attend, refuses=lambda request: "not today")
     assert testing.check(backend, "causal") == "not today"
@@ -217,3 +227,11 @@ def test_the_reference_agrees_with_torch() -> None:
     sinks = request.sinks[None, :, None, None].expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(testing.attend_with_weights(request)[1], weights)
+
+
+def test_the_kernel_of_contributing_is_right() -> None:
+    good = runpy.run_path(str(ROOT / "tests" / "strangers" / "good" / "stranger_good.py"))
+    backend = good["sp_attention_backends"]()[0]
+    refused = {feature for feature in testing.FEATURES if testing.check(backend, feature) is not None}
+    asks_more = {"softcap", "attention sinks", "attention sinks, sliding window", "dropout"}
+    assert refused == asks_more | {"additive bias", "additive bias by head"}

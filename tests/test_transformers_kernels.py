@@ -99,6 +99,12 @@ def test_eager_refuses_what_its_function_would_drop() -> None:
     )
 
 
+def test_sdpa_knows_where_its_queries_stand() -> None:
+    rows = testing.request(replace(MASK, query_length=11, offset=17), testing.Shape(query_length=11))
+    module = LlamaAttention(LlamaConfig(**SIZES), layer_idx=0)
+    torch.testing.assert_close(kernels.sdpa(replace(rows, module=module)), testing.attend(rows))
+
+
 def test_sdpa_refuses_what_it_would_drop() -> None:
     request = testing.request(MASK)
     assert kernels.refuses_sdpa(replace(request, softcap=2.0)) == "transformers' sdpa attention has no softcap"
@@ -189,17 +195,26 @@ def test_dropout_is_that_of_the_request_not_of_the_module() -> None:
     assert not torch.allclose(dropped, kernels.eager(request), atol=1e-3)
 
 
+def test_queries_that_see_nothing_yield_zeros_and_gradients_where_the_mask_overflows() -> None:
+    module = LlamaAttention(LlamaConfig(**SIZES), layer_idx=0)
+    padding = (torch.arange(LENGTH) >= 9).expand(testing.BATCH, -1)
+    request = replace(testing.request(replace(MASK, padding=padding), SIX), module=module)
+    # Every score is -200, which together with the lowest number of float16 is -inf.
+    query = torch.full_like(request.query, -10.0, dtype=torch.float16).requires_grad_()
+    key = torch.full_like(request.key, 6.25, dtype=torch.float16)
+    out = kernels.eager(replace(request, query=query, key=key, value=request.value.half()))
+    assert not out[:, :9].any()
+    assert out[:, 9:].any()
+    (gradient,) = torch.autograd.grad(out.sum(), query)
+    assert gradient.isfinite().all()
+
+
 def test_masks_are_made_tensors_once() -> None:
     module = LlamaAttention(LlamaConfig(**SIZES), layer_idx=0)
-    seen = []
-
-    def record(request: Request) -> int:
-        additive, _ = kernels._added_to_scores(request)
-        return additive.data_ptr()
-
     request = replace(testing.request(replace(MASK, window=3), SIX), module=module)
-    seen = [record(request), record(replace(request, query=request.query * 2))]
-    assert seen[0] == seen[1]
+    first, _ = kernels._added_to_scores(request)
+    second, _ = kernels._added_to_scores(replace(request, query=request.query * 2))
+    assert first is second
 
 
 def test_other_keys_are_listed_with_the_reason() -> None:

@@ -101,9 +101,10 @@ def _values(model: PreTrainedModel, batch: Batch, variant: str) -> Values:
     """Everything that is compared of one training step, or of one evaluation, by name; logits may be this rank's."""
     with _varied(model, variant):
         output = _forward(model, batch, variant)
+        logits = output.get("logits")
         values = {
             ".".join(map(str, path)): _of_real_tokens(tensor.detach(), batch)
-            for path, tensor in tensors(output)
+            for path, tensor in tensors(dict(output) | {"logits": getattr(logits, "part", logits)})
             if path[0] in ("loss", "logits", "start_logits", "end_logits") or "hidden_state" in str(path[0])
         }
         if "loss" not in values:

@@ -127,7 +127,8 @@ def _attend_tile(request: Request, tile: Piece, query: Tensor, bias: Tensor | No
     if not len(tile.keys):
         return _nothing_seen(query, request.value, query.shape[1])
     keys = slice(tile.keys.start, tile.keys.stop)
-    mask = None if bias is None else bias[..., keys]
+    # torch wants it in the dtype of the queries.
+    mask = None if bias is None else bias[..., keys].to(query.dtype)
     if tile.pattern == "tile":
         allowed = request.mask.dense(tile.queries)[..., keys]
         mask = allowed if mask is None else torch.where(allowed, mask, float("-inf"))

@@ -61,7 +61,7 @@ def sdpa(request: Request) -> Tensor:
         mask.causal and (mask.offset or mask.query_length != mask.key_length)
     ):
         seen = mask.dense()
-        seen = seen if request.bias is None else torch.where(seen, request.bias, float("-inf"))
+        seen = seen if request.bias is None else torch.where(seen, request.bias.to(request.query.dtype), float("-inf"))
     out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         HeadView(request, request.query.shape[2] // request.key.shape[2]),
         *(tensor.transpose(1, 2) for tensor in (request.query, request.key, request.value)),
@@ -142,7 +142,7 @@ def _added_to_scores(request: Request) -> tuple[Tensor | None, Tensor | None]:
 
     visible, blind = mask.once("transformers:eager visible", derive)
     if visible is None:
-        return bias, blind
+        return None if bias is None else bias.to(dtype), blind
     if bias is not None:
         return torch.where(visible, bias.to(dtype), torch.finfo(dtype).min), blind
 

@@ -1,0 +1,62 @@
+"""What stands in `outputs.logits` where logits stay sharded: no tensor, so that nobody takes a part for the whole."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sp_attention.errors import ShardedLogitsError
+from sp_attention.exchange import Peers, gather
+from sp_attention.layout import Span
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ShardedLogits:
+    """This rank's span of a causal model's logits, in training with labels.
+
+    part: [B, s, V], with its gradient path. length: S, the tokens of the whole sequence. Whatever else is asked of it,
+    as if it were a tensor, raises ShardedLogitsError, which says what to do.
+    """
+
+    part: Tensor
+    length: int
+    peers: Peers
+
+    @property
+    def span(self) -> Span:
+        """The tokens that `part` is of."""
+        return self.peers.span(self.length)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, s, V]: of the part."""
+        return self.part.shape
+
+    def whole(self) -> Tensor:
+        """All logits [B, S, V], on every rank. A collective: every rank of the group must call it."""
+        return gather(self.part, self.length, self.peers)
+
+    def __repr__(self) -> str:
+        return f"ShardedLogits({list(self.part.shape)}, tokens {self.span.start} to {self.span.stop} of {self.length})"
+
+    def _refuse(self, *_: Any) -> Any:
+        raise ShardedLogitsError(
+            f"outputs.logits hold {len(self.span)} of {self.length} tokens: in training with labels a causal model's "
+            "logits stay sharded. Use outputs.logits.part, or outputs.logits.whole() on every rank of the group, or "
+            "enable(model, whole_logits=True)."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own, asked of what is copied or pickled.
+            raise AttributeError(name)
+        return self._refuse()
+
+    __getitem__ = __len__ = __iter__ = __array__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __neg__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = [one for one in [*args, *(kwargs or {}).values()] if isinstance(one, cls)]
+        return found[0]._refuse()
