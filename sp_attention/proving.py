@@ -49,19 +49,19 @@ class Way:
     masks: Callable[..., Any] | None
 
 
-def _tensor_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask as transformers builds it for torch's attention, never left out; for models that compute with it."""
-    mask: Tensor | None = sdpa_mask(
-        *args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    )
-    return mask
-
-
 WAYS = (
     Way("with masks as descriptions", describe),
-    Way("with masks as tensors", _tensor_mask),
+    # For models that compute with the mask: it is left out where torch's attention has a flag for it.
+    Way("with masks as tensors", sdpa_mask),
     Way("with the model's own attention", None),
 )
+
+
+def _never_left_out(*args: Any, **kwargs: Any) -> Tensor | None:
+    """A mask tensor for a model whose own attention takes a mask that is left out to hide nothing."""
+    flags = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor | None = sdpa_mask(*args, **kwargs | flags)
+    return mask
 
 
 def install(
@@ -166,7 +166,8 @@ def _place(
         return attention(module, query, key, *args, **kwargs)
 
     if way.masks is not None:
-        _attend_by(model, key, recorded, way.masks, undo)
+        eager = way.masks is sdpa_mask and own[0][1] == "eager"
+        _attend_by(model, key, recorded, _never_left_out if eager else way.masks, undo)
     findings, runs = explore(model, pairs, attended, proves=rehearse, attends=way.masks is not None)
     if way.masks is not None:
         AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))

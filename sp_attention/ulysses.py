@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -72,8 +72,8 @@ class UlyssesAttention:
         length = query.shape[1] if call is None else call.extent.length
         memory = length if call is not None and not over_memory else key.shape[1]
         mine = length if call is None else call.mine.length
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if attention_mask is None:
-            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             attention_mask = Mask(query.shape[0], length, memory, query.device, causal=causal and length > 1)
         if call is not None:
             attention_mask, position_bias = call.original(attention_mask), call.original(position_bias)
@@ -84,6 +84,11 @@ class UlyssesAttention:
                 f"{self.name_of(module)}: {query.shape[1]} queries attend to {key.shape[1]} keys, with a mask for "
                 f"{mask.query_length} and {mask.key_length}, in a sequence of {length} tokens of which this rank has "
                 f"{mine}; filled caches, and what enable() did not see in its rehearsal, are not covered yet"
+            )
+        if mask.is_plainly_causal and not causal:
+            raise UnsupportedError(
+                f"{self.name_of(module)} says that it is not causal, and is given a causal mask: transformers' kernels "
+                "do not agree on what that is without padding. Give an attention_mask [B, 1, S, S] of your own."
             )
         bias = None if position_bias is None else _for_all(position_bias, length, memory, self.name_of(module))
         if mask.explicit is not None and mask.explicit.dtype != torch.bool:
@@ -176,8 +181,8 @@ def _may_be_per_head(value: object, heads: int) -> bool:
     return isinstance(value, Tensor) and heads in value.shape
 
 
-@lru_cache(maxsize=None)
-def _read_by_transformers(module: type) -> frozenset[str]:
+@cache
+def _read_by_transformers(module: Any) -> frozenset[str]:
     """The arguments that transformers' own attention functions take by name in this module."""
     functions = [sdpa_attention_forward]
     for cls in module.__mro__:
