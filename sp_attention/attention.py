@@ -108,6 +108,12 @@ class Mask:
             raise ValueError("an additive mask has no bool form; see Request.bias")
         return result & _cut(self.explicit, 2, queries)
 
+    @property
+    def is_plainly_causal(self) -> bool:
+        """Causal and nothing else: the mask that kernels have a flag for."""
+        others = (self.window, self.documents, self.padding, self.explicit, self.function)
+        return self.causal and all(other is None for other in others)
+
     def rows(self, span: Span) -> "Mask":
         """The mask of the queries [start, stop) only, which stay where they are in the sequence; built once per mask.
 

@@ -29,8 +29,8 @@ from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, mean_over_ranks
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe
-from sp_attention.region import Forward, Hooks, Region
-from sp_attention.rehearsal import EVERYTHING, Attended, Findings, Found, Run, explore, same, undisturbed
+from sp_attention.region import TOKENS, Forward, Hooks, Region
+from sp_attention.rehearsal import EVERYTHING, Attended, Findings, Found, Run, explore, same, same_buffers, undisturbed
 from sp_attention.specimens import Specimen, specimens
 from sp_attention.trees import tensors
 from sp_attention.ulysses import UlyssesAttention
@@ -49,19 +49,19 @@ class Way:
     masks: Callable[..., Any] | None
 
 
-def _tensor_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask as transformers builds it for torch's attention, never left out; for models that compute with it."""
-    mask: Tensor | None = sdpa_mask(
-        *args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    )
-    return mask
-
-
 WAYS = (
     Way("with masks as descriptions", describe),
-    Way("with masks as tensors", _tensor_mask),
+    # For models that compute with the mask: it is left out where torch's attention has a flag for it.
+    Way("with masks as tensors", sdpa_mask),
     Way("with the model's own attention", None),
 )
+
+
+def _never_left_out(*args: Any, **kwargs: Any) -> Tensor | None:
+    """A mask tensor for a model whose own attention takes a mask that is left out to hide nothing."""
+    flags = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask: Tensor | None = sdpa_mask(*args, **kwargs | flags)
+    return mask
 
 
 def install(
@@ -132,7 +132,8 @@ def _draws(model: PreTrainedModel, findings: Findings, specimen: Specimen) -> Dr
     model.train()
     before = randomness.states(model.device)
     try:
-        model(**specimen.inputs)
+        with same_buffers(model):
+            model(**specimen.inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -156,6 +157,7 @@ def _place(
     rehearse: bool,
 ) -> tuple[Findings, Hooks, Draws]:
     peers, narrow = attention.peers, [pair[0] for pair in pairs]
+    own = [(config, config._attn_implementation) for config in configs(model)]
     model.eval()
     attended: list[Attended] = []
 
@@ -164,10 +166,12 @@ def _place(
         return attention(module, query, key, *args, **kwargs)
 
     if way.masks is not None:
-        _attend_by(model, key, recorded, way.masks, undo)
+        eager = way.masks is sdpa_mask and own[0][1] == "eager"
+        _attend_by(model, key, recorded, _never_left_out if eager else way.masks, undo)
     findings, runs = explore(model, pairs, attended, proves=rehearse, attends=way.masks is not None)
     if way.masks is not None:
         AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
+        _release(model, findings, own)
     draws = _draws(model, findings, narrow[-1])
     findings = replace(findings, separate=findings.separate | draws.between)
     if rehearse:
@@ -291,11 +295,14 @@ def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
 def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen: Specimen, undo: ExitStack) -> None:
     """Let logits stay sharded in training if all that follows the last stack works with a part of the sequence."""
     before = [name for name, extent in findings.extents.items() if extent == specimen.extent]
-    ids = specimen.inputs.get("input_ids")  # None where an encoder reads something else than text.
-    takes = signature(model.forward).parameters
-    if model.loss_function is not ForCausalLMLoss or "labels" not in takes or ids is None or not before:
+    if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters or not before:
         return
-    labels = ids.masked_fill(specimen.inputs.get("attention_mask", ids) == 0, -100)
+    name = next((name for name in TOKENS if name in specimen.inputs), None)
+    if name is None:
+        return
+    ids = specimen.inputs[name]
+    padding = specimen.inputs.get(name.replace("input_ids", "attention_mask"))
+    labels = ids if padding is None else ids.masked_fill(padding == 0, -100)
     batch = {**specimen.inputs, "labels": labels}
     _, whole = _attempted(lambda: model(**batch), hooks.peers)
     if whole is None:
@@ -347,6 +354,15 @@ def _attend_by(
         model.set_attn_implementation(key)
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _release(model: PreTrainedModel, findings: Findings, own: list[tuple[PreTrainedConfig, str | None]]) -> None:
+    """Give back their own attention to the models in which there is no stack, such as a tower of images."""
+    ours = {id(inner.config) for inner in findings.models}
+    for config, implementation in own:
+        if id(config) not in ours:
+            # Not by the property, which sets the configurations inside it too.
+            config._attn_implementation_internal = implementation
 
 
 def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

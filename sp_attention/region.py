@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -32,7 +33,10 @@ from sp_attention.trees import Path, map_leaves, tensors
 _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 
 # The arguments that are the tokens of the stack before the loss.
-_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+
+# Where transformers' layers and torch's wrapper keep the function that checkpoints.
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class Hooks:
     current: Current
     forward: Forward | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
-    _bound: list[tuple[GradientCheckpointingLayer, Any]] = field(default_factory=list)
+    _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
@@ -199,7 +203,7 @@ class Hooks:
     def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
         """S if our loss, and nothing but it, will see the logits."""
         kept = given.get("logits_to_keep")
-        tokens = next((given[name] for name in _TOKENS if name in given), None)
+        tokens = next((given[name] for name in TOKENS if name in given), None)
         labels = [given[name] for name in ("labels", "shift_labels") if name in given]
         stays = (
             model is self.region.models[0]
@@ -254,16 +258,14 @@ class Hooks:
         if call is not None and not (call.stays_sharded and call.is_shared):
             call = None
         if isinstance(output, dict):
-            if call is not None:
-                # Recorded too, after a norm that no layer's result tells of.
+            if call is not None and forward.model is not model:
+                # transformers records what follows the last layer as the last of the hidden states.
                 forward.note(output.get("last_hidden_state"), Along(1), call)
             for name in [name for name in output if "hidden_states" in name or "router" in name]:
                 output[name] = map_leaves(lambda _, leaf: self._recorded(leaf, forward), output[name])
         if forward.model is not model:
             return output
-        if call is not None:
-            output = _with_sharded_logits(output, call)
-        return _without_cache(output)
+        return _without_cache(output if call is None else _with_sharded_logits(output, call))
 
     def _recorded(self, value: Any, forward: Forward) -> Any:
         """What transformers recorded inside of the layers, as the user may see it: whole."""
@@ -280,7 +282,12 @@ class Hooks:
     # Layers
 
     def _hook_layer(self, stack: Stack, layer: Layer) -> None:
-        checkpointed = [one for one in layer.module.modules() if isinstance(one, GradientCheckpointingLayer)]
+        checkpointed = [
+            (one, name)
+            for one in layer.module.modules()
+            for name, kind in zip(_CHECKPOINTS, (GradientCheckpointingLayer, CheckpointWrapper), strict=True)
+            if isinstance(one, kind)
+        ]
         entered: list[tuple[Call, Call | None, Callable[[], None]]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -364,12 +371,15 @@ class Hooks:
         seed = randomness.derived(call.seed, name, *([self.peers.rank] if mine else []))
         return randomness.forked(seed, self.region.models[0].device)
 
-    def _bind(self, checkpointed: list[GradientCheckpointingLayer]) -> None:
-        """Tie this call to what transformers' checkpointing recomputes in backward, when it is no longer current."""
-        for module in checkpointed:
-            if not (module.gradient_checkpointing and module.training):
+    def _bind(self, checkpointed: list[tuple[nn.Module, str]]) -> None:
+        """Tie this call to what a checkpoint inside these hooks recomputes in backward, when it is no longer current.
+
+        checkpointed: modules that may recompute, and the attribute that holds the function that does it.
+        """
+        for module, name in checkpointed:
+            if name == _CHECKPOINTS[0] and not (module.gradient_checkpointing and module.training):
                 continue
-            checkpoint, now = module._gradient_checkpointing_func, (self.current.call, self.current.weights)
+            checkpoint, now = getattr(module, name), (self.current.call, self.current.weights)
 
             def bound(function: Any, *args: Any, checkpoint: Any = checkpoint, now: Any = now, **options: Any) -> Any:
                 def within(*args: Any, **kwargs: Any) -> Any:
@@ -378,12 +388,12 @@ class Hooks:
 
                 return checkpoint(within, *args, **options)
 
-            module._gradient_checkpointing_func = bound  # type: ignore[assignment]  # an attribute that transformers sets
-            self._bound.append((module, checkpoint))
+            setattr(module, name, bound)
+            self._bound.append((module, name, checkpoint))
 
     def _unbind(self) -> None:
-        for module, checkpoint in self._bound:
-            module._gradient_checkpointing_func = checkpoint
+        for module, name, checkpoint in self._bound:
+            setattr(module, name, checkpoint)
         self._bound.clear()
 
     # Parts

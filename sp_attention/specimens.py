@@ -13,6 +13,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from sp_attention.dims import Extent
 from sp_attention.errors import UnsupportedError
 
+Inputs = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Specimen:
@@ -50,44 +52,45 @@ def specimens(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[tupl
                     break
         if pairs:
             return pairs
-    raise UnsupportedError(
-        f"enable() found no small batch for {type(model).__name__}: {type(problem).__name__}: {problem}"
-    )
+    why = "nothing is known of its inputs" if problem is None else f"{type(problem).__name__}: {problem}"
+    raise UnsupportedError(f"enable() found no small batch that {type(model).__name__} takes: {why}")
 
 
 def _kinds(model: PreTrainedModel, extent: Extent, rows: int) -> list[list[Specimen]]:
     """Kinds of batches, each with what to take instead when the model does not take it."""
     takes = inspect.signature(model.forward).parameters
     maker = _Maker(model, extent, rows)
-    uncached = {"use_cache": False} if "use_cache" in takes else {}
-
-    def kind(tokens: Mapping[str, Any], more: Mapping[str, Any], memory: int | None = None) -> list[Specimen]:
-        extras = {name: value for name, value in more.items() if name in takes}
-        return [Specimen({**tokens, **extras, **cache}, extent, memory) for cache in ({}, uncached)]
-
+    length, memory = extent.length, None
+    padding: Inputs = {"attention_mask": maker.padding(length)}
+    positions: Inputs = {}
     if getattr(model.config, "is_encoder_decoder", False):
-        memory = extent.length + 3
-        tokens: dict[str, Any] = {"decoder_input_ids": maker.ids(extent.length)}
-        padding = {"decoder_attention_mask": maker.padding(extent.length)}
+        memory = length + 3
+        tokens = {"decoder_input_ids": maker.ids(length)}
         if model.main_input_name == "input_ids":
-            tokens["input_ids"] = maker.ids(memory)
-            padding["attention_mask"] = maker.padding(memory)
+            padding = {"attention_mask": maker.padding(memory), "decoder_attention_mask": maker.padding(length)}
+            # Some heads look for the end of each text, and make the decoder's tokens out of the encoder's.
+            choices: list[Inputs] = [tokens | {"input_ids": maker.ids(memory)}, {"input_ids": maker.marked(memory)}]
         else:
-            # An encoder of sound or images is left alone: the decoder is given what it would have returned.
+            padding = {"decoder_attention_mask": maker.padding(length)}
+            # The encoder of sound or images is left alone: the decoder is given what it might have returned.
             states = maker.noise(extent.batch, memory, model.config.get_text_config().hidden_size)
-            tokens["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
-        # Some heads look for the one end of each text, and make the decoder's tokens out of the encoder's.
-        text = {"input_ids": maker.ended(memory)}
-        return [kind(tokens, padding, memory), [*kind(tokens, {}, memory), *kind(text, {}, memory)]]
-    if "input_ids" in takes:
-        tokens = {"input_ids": maker.ids(extent.length)}
-        types = torch.zeros_like(tokens["input_ids"])
-        positions = {"position_ids": maker.restarting(), "token_type_ids": types, **uncached}
-        return [
-            kind(tokens, {"attention_mask": maker.padding(extent.length)}),
-            [*kind(tokens, positions), *kind(tokens, {})],
-        ]
-    return [kind({model.main_input_name: maker.signal()}, {})]
+            choices = [tokens | {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}]
+            choices += [tokens | signal for signal in maker.signals(model.main_input_name)]
+    elif "input_ids" in takes:
+        tokens = {"input_ids": maker.ids(length)}
+        positions = {"position_ids": maker.restarting(), "token_type_ids": torch.zeros_like(tokens["input_ids"])}
+        choices = [tokens, {"input_ids": maker.marked(length)}]
+        choices += [tokens | {"bbox": maker.boxes()}] if "bbox" in takes else []
+        choices += [tokens | signal for signal in maker.signals("pixel_values")] if "pixel_values" in takes else []
+    else:
+        choices, padding = maker.signals(model.main_input_name), {}
+    uncached: Inputs = {"use_cache": False} if "use_cache" in takes else {}
+    padding, positions = ({name: more[name] for name in more if name in takes} for more in (padding, positions))
+    kinds: list[list[Inputs]] = [
+        [choice | padding | cache for choice in choices for cache in ({}, uncached)],
+        [choice | more for choice in choices for more in (positions | uncached, {}, uncached)],
+    ]
+    return [[Specimen(inputs, extent, memory) for inputs in kind] for kind in (kinds if padding else kinds[1:])]
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,22 @@ class _Maker:
         picked = torch.randint(len(ordinary), (self.extent.batch * self.rows, length), generator=self._generator())
         return ordinary[picked].to(self.model.device)
 
-    def ended(self, length: int) -> Tensor:
+    def marked(self, length: int) -> Tensor:
+        """Tokens with what heads for classes and for answers look for: three separators, or an end."""
         ids = self.ids(length)
-        ids[:, -1] = getattr(self.model.config, "eos_token_id", None) or 0
+        end, separator = (getattr(self.model.config, f"{name}_token_id", None) for name in ("eos", "sep"))
+        if isinstance(separator, int):
+            ids[:, -3:] = separator
+        elif isinstance(end, int):
+            ids[:, -1] = end
         return ids
+
+    def boxes(self) -> Tensor:
+        """Where on its page each token stands: [B, S, 4] of left, top, right, bottom."""
+        corners = torch.arange(self.extent.length, device=self.model.device)[:, None] + torch.tensor(
+            [0, 0, 2, 2], device=self.model.device
+        )
+        return corners.expand(self.extent.batch, -1, -1).contiguous()
 
     def padding(self, length: int) -> Tensor:
         mask = torch.ones(self.extent.batch, length, dtype=torch.int64, device=self.model.device)
@@ -138,26 +153,27 @@ class _Maker:
     def noise(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator()).to(self.model.device, self.model.dtype)
 
-    def signal(self) -> Tensor:
-        """An image, a video, or sound, of the size that the configuration tells."""
+    def signals(self, name: str) -> list[Inputs]:
+        """Images, videos or sound, of the sizes that the configuration tells, in the layouts that are in use."""
         config = getattr(self.model.config, "vision_config", self.model.config)
-        batch, name = self.extent.batch, self.model.main_input_name
+
+        def first(*settings: str) -> Any:
+            return next((getattr(config, one) for one in settings if getattr(config, one, None) is not None), None)
+
+        shapes: list[tuple[int, ...]] = []
         if name in ("pixel_values", "pixel_values_videos"):
-            size = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
-            height, width = (size, size) if isinstance(size, int) else tuple(size or ())[-2:] or (64, 64)
-            channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
-            frames = [config.num_frames] if isinstance(getattr(config, "num_frames", None), int) else []
-            return self.noise(batch, *frames, channels, height, width)
-        if name == "input_values":
-            return self.noise(batch, 400 * self.extent.length)
-        if name == "input_features":
-            bands = next(
-                (getattr(config, one) for one in ("num_mel_bins", "feature_size", "input_feat_per_channel")
-                 if hasattr(config, one)),
-                80,
-            )  # fmt: skip
-            return self.noise(batch, bands, 8 * self.extent.length)
-        raise UnsupportedError(f"{type(self.model).__name__} takes {name!r}, of which enable() can make no example")
+            size = first("image_size", "crop_size") or 64
+            height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+            image = (first("num_channels", "in_channels", "in_chans") or 3, height, width)
+            frames = first("num_frames")
+            shapes = [(frames, *image)] * isinstance(frames, int) + [image]
+        elif name == "input_values":
+            shapes = [(400 * self.extent.length,)]
+        elif name == "input_features":
+            bands = first("num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels") or 80
+            frames = 2 * (first("max_source_positions") or 4 * self.extent.length)
+            shapes = [(bands, frames), (frames, bands)]
+        return [{name: self.noise(self.extent.batch, *shape)} for shape in shapes]
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(0)

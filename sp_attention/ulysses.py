@@ -1,11 +1,15 @@
 """Attention under sequence parallelism: exchange, any kernel, exchange back. Called by models as their attention."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sp_attention import registry
 from sp_attention.attention import Backend, Mask, Request
@@ -61,25 +65,30 @@ class UlyssesAttention:
         is added to the scores. Raises equally on every rank: BackendError for what the kernel does not do exactly, and
         UnsupportedError for arguments that nothing is known of.
         """
-        self._refuse_unknown(module, options)
+        self._refuse_unknown(module, query.shape[1], options)
         query, key, value = _one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         call = self.current.call
         over_memory = call is not None and module in self.over_memory
         length = query.shape[1] if call is None else call.extent.length
         memory = length if call is not None and not over_memory else key.shape[1]
         mine = length if call is None else call.mine.length
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if attention_mask is None:
-            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             attention_mask = Mask(query.shape[0], length, memory, query.device, causal=causal and length > 1)
         if call is not None:
             attention_mask, position_bias = call.original(attention_mask), call.original(position_bias)
         mask = as_mask(attention_mask, self.name_of(module), query.shape[0], length)
-        expected = (length, memory, mine, memory if over_memory else mine)
+        expected = (length, memory, mine, memory if call is None or over_memory else mine)
         if (mask.query_length, mask.key_length, query.shape[1], key.shape[1]) != expected:
             raise UnsupportedError(
                 f"{self.name_of(module)}: {query.shape[1]} queries attend to {key.shape[1]} keys, with a mask for "
                 f"{mask.query_length} and {mask.key_length}, in a sequence of {length} tokens of which this rank has "
                 f"{mine}; filled caches, and what enable() did not see in its rehearsal, are not covered yet"
+            )
+        if mask.is_plainly_causal and not causal:
+            raise UnsupportedError(
+                f"{self.name_of(module)} says that it is not causal, and is given a causal mask: transformers' kernels "
+                "do not agree on what that is without padding. Give an attention_mask [B, 1, S, S] of your own."
             )
         bias = None if position_bias is None else _for_all(position_bias, length, memory, self.name_of(module))
         if mask.explicit is not None and mask.explicit.dtype != torch.bool:
@@ -155,15 +164,32 @@ class UlyssesAttention:
             return "it has no attention weights to return (output_attentions=True)"
         return backend.refuses(request)
 
-    def _refuse_unknown(self, module: nn.Module, options: dict[str, Any]) -> None:
+    def _refuse_unknown(self, module: nn.Module, heads: int, options: dict[str, Any]) -> None:
         for name, value in options.items():
             # A flag that is off, or absent, asks for nothing.
             if name in _TOLD_BY_THE_MASK | _ABOUT_OTHER_THINGS or value is None or value is False:
                 continue
+            if name not in _read_by_transformers(type(module)) and not _may_be_per_head(value, heads):
+                continue  # Passed down to no effect: transformers' own attention does not look at it.
             raise UnsupportedError(
                 f"{self.name_of(module)}: the attention argument {name!r} is not covered under sequence parallelism "
                 "yet, and would be wrong if it were passed on uncut"
             )
+
+
+def _may_be_per_head(value: object, heads: int) -> bool:
+    return isinstance(value, Tensor) and heads in value.shape
+
+
+@cache
+def _read_by_transformers(module: Any) -> frozenset[str]:
+    """The arguments that transformers' own attention functions take by name in this module."""
+    functions = [sdpa_attention_forward]
+    for cls in module.__mro__:
+        eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            functions.append(eager)
+    return frozenset(name for function in functions for name in signature(function).parameters)
 
 
 def _of_rank(request: Request, plan: HeadPlan, rank: int) -> Request:

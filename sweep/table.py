@@ -53,7 +53,7 @@ def how(record: Record) -> str:
     """Which parts run head-parallel or position-wise and which on gathered tokens, in the words of the report."""
     parts = parts_of(record.get("report", ""))
     if "head-parallel" not in parts:
-        return "gathered"
+        return next((kind for kind in ("gathered", "position-wise") if kind in parts), "nothing is cut")
     return f"head-parallel; gathered: {', '.join(parts['gathered'])}" if "gathered" in parts else "head-parallel"
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import sp_attention
-from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
 
 Step = Callable[[PreTrainedModel], Any]

@@ -190,7 +190,6 @@ def test_the_worst_verdict_counts() -> None:
     assert outcome("exact", "refused") == "refused"
     assert outcome("refused", "differs", "exact") == "differs"
     assert outcome("not comparable") == "not comparable"
-    assert parts_of("  layers 0, 1:\n    mlp: position-wise\n    attn: head-parallel\n  logits are whole: x") == {
-        "position-wise": ["mlp"],
-        "head-parallel": ["attn"],
-    }
+    lines = ["  layers 0, 1:", "    mlp: position-wise", "    conv: gathered: mixes tokens", "    attn: head-parallel"]
+    found = parts_of("\n".join([*lines, "  logits are whole: gathered"]))
+    assert found == {"position-wise": ["mlp"], "gathered": ["conv"], "head-parallel": ["attn"]}

@@ -24,12 +24,15 @@ from sp_attention.cli.outcomes import (
     Verdict,
 )
 from sp_attention.layout import spans
-from sp_attention.trees import tensors
+from sp_attention.trees import Path, tensors
 
 # The largest relative error that is still the same number. Models in float64 compute some parts in float32.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 # What is compared of a gradient is at least this part of the largest gradient of the model: less is rounding.
 NOISE = 0.02
+
+# The variants with gradient checkpointing, and whether it is re-entrant.
+CHECKPOINTING = {"checkpointing": False, "reentrant-checkpointing": True}
 
 Batch = dict[str, Any]
 Values = dict[str, Tensor]
@@ -152,8 +155,8 @@ def _turned(batch: Batch) -> Batch:
 @contextmanager
 def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
     trainable = [parameter.requires_grad for parameter in model.parameters()]
-    if variant == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if variant in CHECKPOINTING:
+        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[variant]})
     if variant == "frozen":
         for parameter in list(model.parameters())[::2]:
             parameter.requires_grad_(False)
@@ -161,7 +164,7 @@ def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if variant == "checkpointing":
+        if variant in CHECKPOINTING:
             model.gradient_checkpointing_disable()
         for parameter, was in zip(model.parameters(), trainable, strict=True):
             parameter.requires_grad_(was)
@@ -179,7 +182,7 @@ def largest_error(values: Values, expected: Values) -> tuple[float, str]:
     for name in sorted(expected.keys() | values.keys(), key=lambda name: (name != "loss", name)):
         of_gradient = name.startswith("gradient of ")
         if name in expected and name in values:
-            is_cut = "hidden_state" in name and values[name].shape != expected[name].shape  # they are promised whole
+            is_cut = "hidden_states." in name and values[name].shape != expected[name].shape  # they are promised whole
             error = relative_error(values[name], expected[name], noise if of_gradient else 0.0)
             error = float("inf") if is_cut else error
         else:  # a gradient that is nowhere may as well be zero
@@ -233,24 +236,24 @@ def _parting(reference: PreTrainedModel, model: PreTrainedModel, batch: Batch, v
     except Exception:  # what runs without hooks need not run with them
         return None
     for position, (call, outputs) in enumerate(expected.items()):
-        for value, whole in zip(got.get(call, []), outputs, strict=False):
-            if matching_part(whole, value.shape) is None:
+        for path, value in got.get(call, {}).items():
+            if path not in outputs or matching_part(outputs[path], value.shape) is None:
                 continue  # something inside attention, of other heads
-            error = relative_error(value, whole)
+            error = relative_error(value, outputs[path])
             if error is not None and not error <= tolerance(model):
                 return Parting(call[0] or type(model).__name__, error, position)
     return None
 
 
-def _outputs(model: PreTrainedModel, batch: Batch, variant: str) -> dict[tuple[str, int], list[Tensor]]:
+def _outputs(model: PreTrainedModel, batch: Batch, variant: str) -> dict[tuple[str, int], dict[Path, Tensor]]:
     """What every module gave at each of its calls, in the order in which they ended."""
-    outputs: dict[tuple[str, int], list[Tensor]] = {}
+    outputs: dict[tuple[str, int], dict[Path, Tensor]] = {}
     calls: dict[str, int] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             calls[name] = calls.get(name, -1) + 1
-            floats = [tensor.detach().clone() for _, tensor in tensors(output) if tensor.is_floating_point()]
+            floats = {path: tensor.detach().clone() for path, tensor in tensors(output) if tensor.is_floating_point()}
             outputs[name, calls[name]] = floats
 
         return hook

@@ -1,12 +1,13 @@
 """What a comparison says: verdicts on batches, and what a report says of parts; no torch, so that --help is quick."""
 
+import re
 from dataclasses import dataclass
 
 EXACT, DIFFERS, REFUSED, NOT_COMPARABLE, FAILED = "exact", "differs", "refused", "not comparable", "failed"
 # Of several ranks' verdicts the first of these counts.
 WORST_FIRST = (FAILED, DIFFERS, REFUSED, NOT_COMPARABLE, EXACT)
 
-VARIANTS = ("checkpointing", "hidden-states", "two-forwards", "no-grad", "frozen")
+VARIANTS = ("checkpointing", "reentrant-checkpointing", "hidden-states", "two-forwards", "no-grad", "frozen")
 KINDS = ("plain", "left-padded", "right-padded", "packed", "pixels")
 
 
@@ -47,10 +48,10 @@ class Comparison:
 
 
 def parts_of(report: str) -> dict[str, list[str]]:
-    """From the text of a report: the parts of layers that run head-parallel, position-wise, gathered, and so on."""
+    """From the text of a report: the parts of layers that run head-parallel, position-wise, gathered or left alone."""
     parts: dict[str, list[str]] = {}
     for line in report.splitlines():
-        name, colon, kind = line.strip().rpartition(": ")
-        if colon and kind in ("head-parallel", "gathered", "position-wise") and name not in parts.get(kind, []):
-            parts.setdefault(kind, []).append(name)
+        found = re.match(r" +(\S+): (head-parallel|gathered|position-wise|left alone)\b", line)
+        if found is not None and found[1] not in parts.get(found[2], []):
+            parts.setdefault(found[2], []).append(found[1])
     return parts

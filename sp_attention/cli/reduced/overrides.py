@@ -75,6 +75,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 3, "IMGIMGAZ": 4}},
     "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "efficientnet": {"width_coefficient": 0.2, "depth_coefficient": 0.3, "hidden_dim": 256},
+    "dots3_note_vision_encoder": {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "emu3_vqgan": {"codebook_size": 64},
     "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4, "<|visual token 000000|>": 5}},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32], "rope_parameters": _AXES},
     "qwen4_exp_text": {

@@ -53,8 +53,8 @@ _NAMES: dict[int, str] = {
     "moe_k expert_layer_period spatial_merge_size num_codebooks",
     1: "first_k_dense_replace n_group topk_group n_groups mamba_n_groups num_dense_layers n_shared_experts "
     "num_shared_experts moe_num_shared_experts max_window_layers num_nextn_predict_layers "
-    "moe_layer_start_index expert_layer_offset num_mem_blocks num_random_blocks num_conv_layers "
-    "temporal_patch_size insert_layer_id",
+    "moe_layer_start_index expert_layer_offset num_mem_blocks num_random_blocks temporal_patch_size "
+    "insert_layer_id",
     0: "num_kv_shared_layers num_mtp_layers",
     EXPERTS: "num_experts num_local_experts n_routed_experts moe_num_experts patch_size chunk_size "
     "num_query_tokens mm_tokens_per_image",
