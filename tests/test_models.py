@@ -4,6 +4,7 @@ import warnings
 from functools import cache
 
 import pytest
+import torch.distributed as dist
 import transformers
 
 from sp_attention.cli.comparison import compare
@@ -55,6 +56,8 @@ MODELS = (
         "albert": "masked-lm",
     },
 )
+# What every number of ranks runs beside plain training.
+VARIANTS_OF = {2: VARIANTS, 3: ("reentrant-checkpointing", "two-forwards")}
 # Torch's kernel has no soft cap.
 BACKENDS = {"gemma2": "transformers:eager"}
 
@@ -69,7 +72,7 @@ def compare_all(models: dict[str, str]) -> dict[str, tuple[Comparison, list[str]
         plain = compare(model, batches, backend)
         # One batch, padded where it can be, in every variant.
         kind = "left-padded" if "left-padded" in batches else "plain"
-        varied = compare(model, {kind: batches[kind]}, backend, VARIANTS)
+        varied = compare(model, {kind: batches[kind]}, backend, VARIANTS_OF[dist.get_world_size()])
         found[name] = (Comparison((*plain.verdicts, *varied.verdicts), plain.report, plain.refused), list(batches))
     return found
 
@@ -88,7 +91,9 @@ def test_every_number_is_that_of_one_process(group: int, name: str, ranks: int) 
     comparison, kinds = comparisons(group, ranks)[name]
     assert not comparison.refused
     wrong = [verdict for verdict in comparison.verdicts if verdict.outcome != "exact"]
+    if name == "albert":  # which transformers cannot checkpoint
+        wrong = [verdict for verdict in wrong if "does not support activation checkpointing" not in verdict.reason]
     assert not wrong, comparison.report
-    assert len(comparison.verdicts) == len(kinds) + 1 + len(VARIANTS)
+    assert len(comparison.verdicts) == len(kinds) + 1 + len(VARIANTS_OF[ranks])
     if MODELS[group][name] == "image-text-to-text":
         assert "pixels" in kinds
