@@ -7,7 +7,7 @@ whole tensors, and my span of what it returns goes on.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -169,7 +169,9 @@ class Hooks:
 
     def _before_model(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = named_arguments(model, args, kwargs)
+        tensors_given = frozenset(id(tensor) for _, tensor in tensors(given))
         if self.forward is not None and self.forward.model is not model:
+            self.current.given |= tensors_given
             # A model inside the one that was called.
             self.forward.unseen |= self._is_unseen(model, given)
             return
@@ -179,6 +181,7 @@ class Hooks:
         if reason is not None:
             raise UnsupportedError(reason)
         self.current.call, self.current.weights = None, _is_on("output_attentions", model, given)
+        self.current.given = tensors_given
         self._unbind()
         self.forward = Forward(
             model,
@@ -365,11 +368,11 @@ class Hooks:
         for module in checkpointed:
             if not (module.gradient_checkpointing and module.training):
                 continue
-            checkpoint, now = module._gradient_checkpointing_func, (self.current.call, self.current.weights)
+            checkpoint, now = module._gradient_checkpointing_func, replace(self.current)
 
             def bound(function: Any, *args: Any, checkpoint: Any = checkpoint, now: Any = now, **options: Any) -> Any:
                 def within(*args: Any, **kwargs: Any) -> Any:
-                    with self.current.set_to(*now):
+                    with self.current.set_to(now):
                         return function(*args, **kwargs)
 
                 return checkpoint(within, *args, **options)
