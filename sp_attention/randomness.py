@@ -35,7 +35,7 @@ def shared_seed(device: torch.device, peers: Peers) -> int:
     """
     mine = derived(*(zlib.crc32(state.numpy().tobytes()) for state in map(Tensor.cpu, states(device))))
     seeds = torch.empty(peers.size, dtype=torch.int64, device=device)
-    peers.meet()
+    peers.meet(7)
     dist.all_gather(list(seeds.split(1)), torch.tensor([mine], device=device), group=peers.group)
     if len(set(seeds.tolist())) > 1:
         random.seed(int(seeds[0]))

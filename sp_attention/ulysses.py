@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -169,7 +168,7 @@ class UlyssesAttention:
             # A flag that is off, or absent, asks for nothing.
             if name in _TOLD_BY_THE_MASK | _ABOUT_OTHER_THINGS or value is None or value is False:
                 continue
-            if id(value) in self.current.given and name not in _read_by_transformers(module.__class__):
+            if id(value) in self.current.given and name not in _read_by_transformers(module):
                 continue  # The user's own, passed down to no effect: transformers' attention does not look at it.
             raise UnsupportedError(
                 f"{self.name_of(module)}: the attention argument {name!r} is not covered under sequence parallelism "
@@ -177,11 +176,10 @@ class UlyssesAttention:
             )
 
 
-@cache
-def _read_by_transformers(module: Any) -> frozenset[str]:
+def _read_by_transformers(module: nn.Module) -> frozenset[str]:
     """The arguments that transformers' own attention functions take by name in this module."""
     functions = [sdpa_attention_forward]
-    for cls in module.__mro__:
+    for cls in type(module).__mro__:
         eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if eager is not None:
             functions.append(eager)
