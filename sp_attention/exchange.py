@@ -159,7 +159,8 @@ class _Gather(torch.autograd.Function):
         peers.meet(2, length, *padded.shape)
         dist.all_gather(received, padded, group=peers.group)
         whole = torch.cat([piece[: len(span)] for piece, span in zip(received, cut, strict=True)])
-        return whole.movedim(0, dim)
+        # Contiguous as the tensor of one process is, which some code takes for granted.
+        return whole.movedim(0, dim).contiguous()
 
     @staticmethod
     @once_differentiable
