@@ -45,7 +45,7 @@ def require_same_batch(arguments: Mapping[str, Any], peers: Peers, device: torch
     """
     mine = sum((_digest(value, device) * _salt(name) for name, value in sorted(arguments.items())), _salt("batch"))
     digests = torch.empty(peers.size, dtype=torch.int64, device=device)
-    peers.meet()
+    peers.meet(1)
     dist.all_gather(list(digests.split(1)), torch.as_tensor(mine, device=device).view(1), group=peers.group)
     if len(set(digests.tolist())) > 1:
         described = {name: _describe(value, device) for name, value in arguments.items()}

@@ -78,16 +78,18 @@ class Current:
     """What the running code belongs to.
 
     call: None outside of the stacks and in what is given whole tensors. weights: the user wants attention weights.
+    given: the ids of the tensors that the models around the stacks were given.
     """
 
     call: Call | None = None
     weights: bool = False
+    given: frozenset[int] = frozenset()
 
     @contextmanager
-    def set_to(self, call: Call | None, weights: bool) -> Iterator[None]:
-        before = self.call, self.weights
-        self.call, self.weights = call, weights
+    def set_to(self, other: "Current") -> Iterator[None]:
+        before = self.call, self.weights, self.given
+        self.call, self.weights, self.given = other.call, other.weights, other.given
         try:
             yield
         finally:
-            self.call, self.weights = before
+            self.call, self.weights, self.given = before

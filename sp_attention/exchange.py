@@ -42,10 +42,13 @@ class Peers:
     size: int
     watch: Watch = field(default_factory=Watch, compare=False)
 
-    def meet(self) -> None:
-        """Called before a collective. Raises RuntimeError in a watched step that another rank has ended."""
-        if self.watch.device is not None and not all(self._announced(True)):
-            raise RuntimeError("another rank ended this step")
+    def meet(self, *what: int) -> None:
+        """Called before a collective, with numbers that tell it from others: its kind, and what all ranks know alike.
+
+        Raises RuntimeError in a watched step that another rank has ended, or in which it comes to another collective.
+        """
+        if self.watch.device is not None and len(set(self._announced(hash(what) | 1))) > 1:
+            raise RuntimeError("the ranks part here: another one ended this step, or went on otherwise")
 
     def watched(self, step: Callable[[], Result], device: torch.device) -> Result:
         """The result of a step that may raise on some ranks only; all ranks return or raise together."""
@@ -53,16 +56,17 @@ class Peers:
         try:
             return step()
         finally:
-            # Whoever still waits for a collective is told, and comes here too.
-            while any(self._announced(False)):
+            # Whoever still comes to a collective is told, and ends up here too.
+            while any(self._announced(0)):
                 pass
             self.watch.device = None
 
-    def _announced(self, coming: bool) -> list[bool]:
-        flags = torch.empty(self.size, dtype=torch.int64, device=self.watch.device)
-        mine = torch.tensor([int(coming)], device=self.watch.device)
-        dist.all_gather(list(flags.split(1)), mine, group=self.group)
-        return [bool(flag) for flag in flags.tolist()]
+    def _announced(self, number: int) -> list[int]:
+        """What each rank announces: 0 for the end of a step."""
+        numbers = torch.empty(self.size, dtype=torch.int64, device=self.watch.device)
+        mine = torch.tensor([number], device=self.watch.device)
+        dist.all_gather(list(numbers.split(1)), mine, group=self.group)
+        return [int(one) for one in numbers.tolist()]
 
     def span(self, length: int) -> Span:
         """My span of a sequence of `length` tokens."""
@@ -152,10 +156,11 @@ class _Gather(torch.autograd.Function):
         padded = rows.new_zeros(len(cut[0]), *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         received = [torch.empty_like(padded) for _ in cut]
-        peers.meet()
+        peers.meet(2, length, *padded.shape)
         dist.all_gather(received, padded, group=peers.group)
         whole = torch.cat([piece[: len(span)] for piece, span in zip(received, cut, strict=True)])
-        return whole.movedim(0, dim)
+        # Contiguous as the tensor of one process is, which some code takes for granted.
+        return whole.movedim(0, dim).contiguous()
 
     @staticmethod
     @once_differentiable
@@ -166,7 +171,7 @@ class _Gather(torch.autograd.Function):
         mine = len(cut[peers.rank])
         received = rows.new_empty(peers.size * mine, *rows.shape[1:])
         sizes = [len(span) for span in cut]
-        peers.meet()
+        peers.meet(3, *rows.shape)
         dist.all_to_all_single(received, rows, [mine] * peers.size, sizes, group=peers.group)
         return received.unflatten(0, (peers.size, mine)).sum(0).movedim(0, ctx.dim), None, None, None
 
@@ -176,7 +181,7 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, peers: Peers) -> Tensor:
         ctx.size = peers.size
         total = part.clone()
-        peers.meet()
+        peers.meet(4, *total.shape)
         dist.all_reduce(total, group=peers.group)
         return total
 
@@ -204,7 +209,7 @@ def _to_heads(
         for tensor, plan, column in zip(tensors, plans, columns, strict=True):
             column.copy_(tensor[:, :, plan[rank].start : plan[rank].stop])
     received = send.new_empty(sum(out_sizes))
-    peers.meet()
+    peers.meet(5, length, batch, sum(widths))
     dist.all_to_all_single(received, send, out_sizes, in_sizes, group=peers.group)
     return _columns(received.view(length, batch, widths[peers.rank]), tensors, plans, peers.rank)
 
@@ -219,7 +224,7 @@ def _to_sequence(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], pee
     in_sizes = [len(span) * batch * send.shape[2] for span in cut]
     out_sizes = [mine * batch * width for width in widths]
     received = send.new_empty(sum(out_sizes))
-    peers.meet()
+    peers.meet(6, length, batch, sum(widths))
     dist.all_to_all_single(received, send.view(-1), out_sizes, in_sizes, group=peers.group)
     shared = [any(left.stop > right.start for left, right in pairwise(plan)) for plan in plans]
     results = tuple(

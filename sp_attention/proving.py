@@ -27,6 +27,7 @@ from sp_attention.agreement import first_reason, share_problem
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, mean_over_ranks
+from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe
 from sp_attention.region import TOKENS, Forward, Hooks, Region
@@ -229,15 +230,11 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
     everything = {
         name: tuple(replace(found, gathers=EVERYTHING) for found in layers) for name, layers in findings.stacks.items()
     }
-    for plan in (
-        findings,
-        replace(findings, separate=frozenset(findings.stacks)),
-        replace(findings, separate=frozenset(findings.stacks), stacks=everything),
-    ):
-        again = tried(plan)
-        if again is None:
+    apart = frozenset(findings.stacks)
+    for plan in (findings, replace(findings, separate=apart), replace(findings, stacks=everything)):
+        if not plan.shares_nothing and tried(plan) is None:
             return plan
-    raise UnsupportedError(f"{reason}; with everything gathered: {again}")
+    raise UnsupportedError(f"{reason}; nothing of it can be shared out exactly")
 
 
 def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
@@ -317,8 +314,10 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
     def compare() -> None:
         output = model(**batch)
         mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
+        if not isinstance(output["logits"], ShardedLogits):
+            raise UnsupportedError("each layer gathers what it returns")
         if not same({"loss": output["loss"], "logits": output["logits"].part}, mine):
-            raise UnsupportedError("from a part of the sequence the model computes another loss")
+            raise UnsupportedError("the model computes another loss from a part of the sequence")
 
     reason, _ = _attempted(compare, hooks.peers, model.device)
     hooks.region = replace(hooks.region, sharded_loss=reason or loss)

@@ -7,7 +7,7 @@ whole tensors, and my span of what it returns goes on.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -178,7 +178,9 @@ class Hooks:
     ) -> None:
         given = named_arguments(model, args, kwargs)
         unseen = bool(tensor_names(given) - seen)
+        tensors_given = frozenset(id(tensor) for _, tensor in tensors(given))
         if self.forward is not None and self.forward.model is not model:
+            self.current.given |= tensors_given
             # A model inside the one that was called.
             self.forward.unseen |= unseen
             return
@@ -188,6 +190,7 @@ class Hooks:
         if reason is not None:
             raise UnsupportedError(reason)
         self.current.call, self.current.weights = None, _is_on("output_attentions", model, given)
+        self.current.given = tensors_given
         self._unbind()
         self.forward = Forward(
             model,
@@ -379,11 +382,11 @@ class Hooks:
         for module, name in checkpointed:
             if name == _CHECKPOINTS[0] and not (module.gradient_checkpointing and module.training):
                 continue
-            checkpoint, now = getattr(module, name), (self.current.call, self.current.weights)
+            checkpoint, now = getattr(module, name), replace(self.current)
 
             def bound(function: Any, *args: Any, checkpoint: Any = checkpoint, now: Any = now, **options: Any) -> Any:
                 def within(*args: Any, **kwargs: Any) -> Any:
-                    with self.current.set_to(*now):
+                    with self.current.set_to(now):
                         return function(*args, **kwargs)
 
                 return checkpoint(within, *args, **options)

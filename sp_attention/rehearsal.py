@@ -86,18 +86,28 @@ class Found:
 class Findings:
     """What was found in a model.
 
-    stacks: by name, the layers in the order of their calls. separate: the stacks between whose layers the model works.
+    stacks: by name, the layers in the order of their calls. idle: the lists of position-wise modules, which can be
+    shared out where nothing else can. separate: the stacks between whose layers the model works.
     extents: the narrow extent of each stack. left_alone: the lists of modules that are no stack, and why.
     models: those around the stacks, outermost first; arguments: the tensor arguments that each was given.
     """
 
     stacks: Mapping[str, tuple[Found, ...]]
+    idle: Mapping[str, tuple[Found, ...]]
     separate: frozenset[str]
     extents: Mapping[str, Extent]
     left_alone: Mapping[str, str]
     models: tuple[PreTrainedModel, ...]
     arguments: Mapping[nn.Module, frozenset[str]]
     over_memory: frozenset[nn.Module]
+
+    @property
+    def shares_nothing(self) -> bool:
+        """Every layer does all of its work on whole tensors and hands on whole ones."""
+        return all(
+            (name in self.separate or len(layers) == 1) and all(found.gathers == EVERYTHING for found in layers)
+            for name, layers in self.stacks.items()
+        )
 
     def planned(self) -> tuple[Stack, ...]:
         return tuple(
@@ -133,6 +143,11 @@ def _described(found: Found) -> list[str]:
     return [f"    {name.removeprefix(found.layer.name + '.')}: {kind}" for name, kind in sorted(kinds.items())]
 
 
+def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of a function that checkpoints."""
+    return function(*args, **kwargs)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run what is inside without gradients or checkpointing; modes, buffers and random numbers stay as they were."""
@@ -146,7 +161,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag, not a module
         for wrapper, _ in wrapped:
-            wrapper.checkpoint_fn = lambda function, *args, **kwargs: function(*args, **kwargs)
+            wrapper.checkpoint_fn = _called  # type: ignore[assignment]  # any such function
         with torch.no_grad(), torch.random.fork_rng(**{"devices": [], **fork}), same_buffers(model):
             yield
     finally:
@@ -239,9 +254,12 @@ def explore(
                 drafts.append(draft)
     position_wise = _proven(model, drafts, runs[0], attended) if proves else {}
     stacks: dict[str, tuple[Found, ...]] = {}
+    idle: dict[str, tuple[Found, ...]] = {}
     for draft in drafts:
         if proves and not draft.attends and all(position_wise.get(layer.module, True) for layer in draft.layers):
             left_alone[draft.name] = "position-wise"
+            if any(parameter.dim() > 1 for layer in draft.layers for parameter in layer.module.parameters()):
+                idle[draft.name] = tuple(_found(layer, draft, names, runs, position_wise) for layer in draft.layers)
             continue
         stacks[draft.name] = tuple(_found(layer, draft, names, runs, position_wise) for layer in draft.layers)
     if not stacks:
@@ -258,6 +276,7 @@ def explore(
     ]
     findings = Findings(
         stacks,
+        idle,
         frozenset(draft.name for draft in drafts if draft.separate),
         {draft.name: draft.extents[0] for draft in drafts},
         {name: why for name, why in left_alone.items() if not name.startswith(tuple(f"{stack}." for stack in stacks))},
@@ -334,9 +353,10 @@ def _hidden(module: nn.Module, narrow: Run, wide: Run) -> tuple[Path, tuple[Exte
         rows = (here.extent.batch, there.extent.batch)
         if rows not in pairs:
             continue
-        # The sequence is one that the specimens have, or else what follows the batch.
+        # The sequence is one that the specimens have, or else what follows the batch: [B, patches, E].
         after = pairs.index(rows) + 1
-        length = next((pair for pair in lengths if pair in pairs), pairs[after] if after + 1 < len(pairs) else None)
+        patches = pairs[after] if len(pairs) == 3 and after < 2 else None
+        length = next((pair for pair in lengths if pair in pairs), patches)
         if length is not None:
             return path, (Extent(rows[0], int(length[0] or 0)), Extent(rows[1], int(length[1] or 0)))
     return None

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -65,7 +64,7 @@ class UlyssesAttention:
         is added to the scores. Raises equally on every rank: BackendError for what the kernel does not do exactly, and
         UnsupportedError for arguments that nothing is known of.
         """
-        self._refuse_unknown(module, query.shape[1], options)
+        self._refuse_unknown(module, options)
         query, key, value = _one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         call = self.current.call
         over_memory = call is not None and module in self.over_memory
@@ -164,28 +163,23 @@ class UlyssesAttention:
             return "it has no attention weights to return (output_attentions=True)"
         return backend.refuses(request)
 
-    def _refuse_unknown(self, module: nn.Module, heads: int, options: dict[str, Any]) -> None:
+    def _refuse_unknown(self, module: nn.Module, options: dict[str, Any]) -> None:
         for name, value in options.items():
             # A flag that is off, or absent, asks for nothing.
             if name in _TOLD_BY_THE_MASK | _ABOUT_OTHER_THINGS or value is None or value is False:
                 continue
-            if name not in _read_by_transformers(type(module)) and not _may_be_per_head(value, heads):
-                continue  # Passed down to no effect: transformers' own attention does not look at it.
+            if id(value) in self.current.given and name not in _read_by_transformers(module):
+                continue  # The user's own, passed down to no effect: transformers' attention does not look at it.
             raise UnsupportedError(
                 f"{self.name_of(module)}: the attention argument {name!r} is not covered under sequence parallelism "
                 "yet, and would be wrong if it were passed on uncut"
             )
 
 
-def _may_be_per_head(value: object, heads: int) -> bool:
-    return isinstance(value, Tensor) and heads in value.shape
-
-
-@cache
-def _read_by_transformers(module: Any) -> frozenset[str]:
+def _read_by_transformers(module: nn.Module) -> frozenset[str]:
     """The arguments that transformers' own attention functions take by name in this module."""
     functions = [sdpa_attention_forward]
-    for cls in module.__mro__:
+    for cls in type(module).__mro__:
         eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if eager is not None:
             functions.append(eager)
