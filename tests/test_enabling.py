@@ -299,11 +299,7 @@ def without_rehearsal() -> str:
 
 
 def test_models_can_be_enabled_without_a_rehearsal_and_without_weights() -> None:
-    assert (
-        run_ranks(2, without_rehearsal)
-        == [
-            "the model's weights are not materialised (meta device), so nothing can be proven: load them before enable(), "
-            "or pass rehearse=False"
-        ]
-        * 2
-    )
+    first, second = run_ranks(2, without_rehearsal)
+    assert first == second
+    assert first.startswith("the model's weights are not materialised (meta device), so nothing can be proven: load ")
+    assert first.endswith(" or pass rehearse=False")
