@@ -77,7 +77,8 @@ def test_masks_are_shared_outside_of_the_layers_and_differ_inside() -> None:
         assert torch.equal(one, other)
     for one, other in zip(first["inside"], second["inside"], strict=True):
         assert (one.shape[1], other.shape[1]) == (17, 16)
-        assert not torch.equal(one[:, :16], other)
+        # Of one row: numbers that are drawn alike part at the first row's end, since the spans are not of one length.
+        assert not torch.equal(one[0, :8], other[0, :8])
     for name in ("outside", "inside", "gathered"):
         assert not torch.equal(*first[name])  # each forward has its own
         assert all(0.2 < one.double().mean() < 0.4 for one in first[name])
