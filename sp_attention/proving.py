@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
@@ -33,7 +33,7 @@ from sp_attention.masks import describe
 from sp_attention.region import TOKENS, Forward, Hooks, Region
 from sp_attention.rehearsal import EVERYTHING, Attended, Findings, Found, Run, explore, same, same_buffers, undisturbed
 from sp_attention.specimens import Specimen, specimens
-from sp_attention.trees import tensors
+from sp_attention.trees import Path, tensors
 from sp_attention.ulysses import UlyssesAttention
 
 # Numbers in the gradients that are compared.
@@ -42,27 +42,8 @@ _SLOPES = 2**18
 _UNPROVEN = "enable(rehearse=False) did not prove that the loss can be computed from a part of the logits"
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a model attends: through us, with its masks described or as tensors; or on its own."""
-
-    text: str
-    masks: Callable[..., Any] | None
-
-
-WAYS = (
-    Way("with masks as descriptions", describe),
-    # For models that compute with the mask: it is left out where torch's attention has a flag for it.
-    Way("with masks as tensors", sdpa_mask),
-    Way("with the model's own attention", None),
-)
-
-
-def _never_left_out(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A mask tensor for a model whose own attention takes a mask that is left out to hide nothing."""
-    flags = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: Tensor | None = sdpa_mask(*args, **kwargs | flags)
-    return mask
+# How masks are made for transformers: the arguments of its mask builder → what layers are given.
+Masks = Callable[..., Any]
 
 
 def install(
@@ -89,9 +70,12 @@ def install(
         if model.device.type == "meta":
             pairs = pairs[-1:]  # Whether a mask hides anything cannot be read.
         reasons: dict[str | None, None] = {}
-        for way in WAYS:
+        own = ALL_MASK_ATTENTION_FUNCTIONS.get(str(model.config._attn_implementation), sdpa_mask)
+        # Masks as descriptions; for models that compute with their masks, what they get on their own; and for models
+        # that cannot attend through us, their own attention.
+        for masks in (describe, own, None):
             with ExitStack() as attempt:
-                step = partial(_place, model, attention, key, way, pairs, attempt, rehearse)
+                step = partial(_place, model, attention, key, masks, pairs, attempt, rehearse)
                 reason, done = _attempted(step, peers)
                 if done is not None:
                     undo.push(attempt.pop_all())
@@ -152,7 +136,7 @@ def _place(
     model: PreTrainedModel,
     attention: UlyssesAttention,
     key: str,
-    way: Way,
+    masks: Masks | None,
     pairs: list[tuple[Specimen, Specimen]],
     undo: ExitStack,
     rehearse: bool,
@@ -166,25 +150,26 @@ def _place(
         attended.append(Attended(module, (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
         return attention(module, query, key, *args, **kwargs)
 
-    if way.masks is not None:
-        eager = way.masks is sdpa_mask and own[0][1] == "eager"
-        _attend_by(model, key, recorded, _never_left_out if eager else way.masks, undo)
-    findings, runs = explore(model, pairs, attended, proves=rehearse, attends=way.masks is not None)
-    if way.masks is not None:
+    if masks is not None:
+        _attend_by(model, key, recorded, masks, undo)
+    findings, runs = explore(model, pairs, attended, proves=rehearse, attends=masks is not None)
+    if masks is not None:
         AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
         _release(model, findings, own)
     draws = _draws(model, findings, narrow[-1])
     findings = replace(findings, separate=findings.separate | draws.between)
-    if rehearse:
-        # The specimen without padding: what kernels return for queries that see nothing is no one's business.
+    if rehearse and masks is not None:
         trains = model.training
-        _require_same(model.eval()(**narrow[-1].inputs), narrow[-1].output, f"kernel {attention.backend.kernel!r}")
+        model.eval()
+        for specimen in narrow:
+            mine, expected = (_of_real_tokens(one, specimen) for one in (model(**specimen.inputs), specimen.output))
+            _require_same(mine, expected, f"kernel {attention.backend.kernel!r}")
         model.train(trains)
     region = Region(
         findings.planned(),
         findings.models,
         findings.arguments,
-        key if way.masks is not None else None,
+        key if masks is not None else None,
         _UNPROVEN if not rehearse else "the model has no causal loss, or draws random numbers before it",
         random=draws.anywhere,
     )
@@ -299,7 +284,7 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
         return
     ids = specimen.inputs[name]
     padding = specimen.inputs.get(name.replace("input_ids", "attention_mask"))
-    labels = ids if padding is None else ids.masked_fill(padding == 0, -100)
+    labels = ids if padding is None or padding.shape != ids.shape else ids.masked_fill(padding == 0, -100)
     batch = {**specimen.inputs, "labels": labels}
     _, whole = _attempted(lambda: model(**batch), hooks.peers)
     if whole is None:
@@ -321,6 +306,17 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
 
     reason, _ = _attempted(compare, hooks.peers, model.device)
     hooks.region = replace(hooks.region, sharded_loss=reason or loss)
+
+
+def _of_real_tokens(output: Any, specimen: Specimen) -> dict[Path, Tensor]:
+    """A model's output without what it gives for padding, where kernels may do as they like."""
+    found = dict(tensors(output))
+    for name, padding in specimen.inputs.items():
+        if name.endswith("attention_mask"):
+            for path, tensor in found.items():
+                if tensor.shape[:2] == padding.shape:
+                    found[path] = tensor * padding.view(*padding.shape, *[1] * (tensor.dim() - 2)).to(tensor.dtype)
+    return found
 
 
 def _require_same(output: Any, expected: Any, what: str) -> None:
