@@ -9,6 +9,7 @@ from torch import Tensor
 from sp_attention.errors import ShardedLogitsError
 from sp_attention.exchange import Peers, gather
 from sp_attention.layout import Span
+from sp_attention.trees import map_leaves
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,11 +53,13 @@ class ShardedLogits:
             raise AttributeError(name)
         return self._refuse()
 
-    __getitem__ = __len__ = __iter__ = __array__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __neg__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __getitem__ = __setitem__ = __len__ = __iter__ = __array__ = __float__ = __int__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __pow__ = __rpow__ = _refuse
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = [one for one in [*args, *(kwargs or {}).values()] if isinstance(one, cls)]
+        found: list[ShardedLogits] = []  # In a list too, as of torch.cat.
+        map_leaves(lambda _, leaf: found.append(leaf) if isinstance(leaf, cls) else None, (args, kwargs))
         return found[0]._refuse()

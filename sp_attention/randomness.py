@@ -29,18 +29,23 @@ def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def shared_seed(device: torch.device, peers: Peers) -> int:
-    """A seed for what follows, the same on every rank; nothing is drawn for it.
+    """A seed for what follows, the same on every rank, drawn from torch's generator so that each call has its own.
 
-    Ranks whose generators differ are given the first one's seed, so that from here on they draw the same.
+    Generators that differ between ranks are seeded with it, so that from here on they draw the same.
     """
-    mine = derived(*(zlib.crc32(state.numpy().tobytes()) for state in map(Tensor.cpu, states(device))))
-    seeds = torch.empty(peers.size, dtype=torch.int64, device=device)
+    seed = int(torch.randint(2**62, ()))
+    python, *others = (zlib.crc32(state.cpu().numpy().tobytes()) for state in states(device))
+    mine = torch.tensor([seed, python, derived(*others)], device=device)
+    everyone = torch.empty(peers.size, len(mine), dtype=torch.int64, device=device)
     peers.meet(7)
-    dist.all_gather(list(seeds.split(1)), torch.tensor([mine], device=device), group=peers.group)
-    if len(set(seeds.tolist())) > 1:
-        random.seed(int(seeds[0]))
-        torch.manual_seed(int(seeds[0]))
-    return int(seeds[0])
+    dist.all_gather(list(everyone), mine, group=peers.group)
+    seed = int(everyone[0, 0])
+    differs = (everyone != everyone[0]).any(0).tolist()
+    if differs[1]:
+        random.seed(seed)
+    if differs[2]:
+        torch.manual_seed(seed)
+    return seed
 
 
 def derived(*parts: int | str) -> int:

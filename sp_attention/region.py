@@ -8,10 +8,12 @@ whole tensors, and my span of what it returns goes on.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -32,6 +34,9 @@ _FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
 
 # The arguments that are the tokens of the stack before the loss.
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+
+# Where transformers' layers and torch's wrapper keep the function that checkpoints.
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Hooks:
     current: Current
     forward: Forward | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
-    _bound: list[tuple[GradientCheckpointingLayer, Any]] = field(default_factory=list)
+    _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
@@ -147,7 +152,8 @@ class Hooks:
 
     def install(self) -> None:
         for model in self.region.models:
-            self._hook(model, self._before_model, self._after_model)
+            # Not looked up by the model when it is called, since that may be a copy of it.
+            self._hook(model, partial(self._before_model, self.region.arguments[model]), self._after_model)
         for stack in self.region.stacks:
             for layer in stack.layers:
                 self._hook_layer(stack, layer)
@@ -167,13 +173,16 @@ class Hooks:
 
     # Models
 
-    def _before_model(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(
+        self, seen: frozenset[str], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         given = named_arguments(model, args, kwargs)
         tensors_given = frozenset(id(tensor) for _, tensor in tensors(given))
+        unseen = bool(tensor_names(given) - seen)
         if self.forward is not None and self.forward.model is not model:
             self.current.given |= tensors_given
             # A model inside the one that was called.
-            self.forward.unseen |= self._is_unseen(model, given)
+            self.forward.unseen |= unseen
             return
         mode = {"(training)": model.training, "(gradients)": torch.is_grad_enabled()}
         require_same_batch({**given, **mode}, self.peers, model.device)
@@ -186,16 +195,13 @@ class Hooks:
         self.forward = Forward(
             model,
             self._stays_sharded(model, given),
-            self._is_unseen(model, given),
+            unseen,
             records=_is_on("output_hidden_states", model, given),
         )
         if model.training and self.region.random:
             self.forward.seed = randomness.shared_seed(model.device, self.peers)
         elif model.training:
             self.forward.states = randomness.states(model.device)
-
-    def _is_unseen(self, model: nn.Module, given: Mapping[str, Any]) -> bool:
-        return bool(tensor_names(given) - self.region.arguments[model])
 
     def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
         """S if our loss, and nothing but it, will see the logits."""
@@ -279,7 +285,12 @@ class Hooks:
     # Layers
 
     def _hook_layer(self, stack: Stack, layer: Layer) -> None:
-        checkpointed = [one for one in layer.module.modules() if isinstance(one, GradientCheckpointingLayer)]
+        checkpointed = [
+            (one, name)
+            for one in layer.module.modules()
+            for name, kind in zip(_CHECKPOINTS, (GradientCheckpointingLayer, CheckpointWrapper), strict=True)
+            if isinstance(one, kind)
+        ]
         entered: list[tuple[Call, Call | None, Callable[[], None]]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -363,12 +374,15 @@ class Hooks:
         seed = randomness.derived(call.seed, name, *([self.peers.rank] if mine else []))
         return randomness.forked(seed, self.region.models[0].device)
 
-    def _bind(self, checkpointed: list[GradientCheckpointingLayer]) -> None:
-        """Tie this call to what transformers' checkpointing recomputes in backward, when it is no longer current."""
-        for module in checkpointed:
-            if not (module.gradient_checkpointing and module.training):
+    def _bind(self, checkpointed: list[tuple[nn.Module, str]]) -> None:
+        """Tie this call to what a checkpoint inside these hooks recomputes in backward, when it is no longer current.
+
+        checkpointed: modules that may recompute, and the attribute that holds the function that does it.
+        """
+        for module, name in checkpointed:
+            if name == _CHECKPOINTS[0] and not (module.gradient_checkpointing and module.training):
                 continue
-            checkpoint, now = module._gradient_checkpointing_func, replace(self.current)
+            checkpoint, now = getattr(module, name), replace(self.current)
 
             def bound(function: Any, *args: Any, checkpoint: Any = checkpoint, now: Any = now, **options: Any) -> Any:
                 def within(*args: Any, **kwargs: Any) -> Any:
@@ -377,12 +391,12 @@ class Hooks:
 
                 return checkpoint(within, *args, **options)
 
-            module._gradient_checkpointing_func = bound  # type: ignore[assignment]  # an attribute that transformers sets
-            self._bound.append((module, checkpoint))
+            setattr(module, name, bound)
+            self._bound.append((module, name, checkpoint))
 
     def _unbind(self) -> None:
-        for module, checkpoint in self._bound:
-            module._gradient_checkpointing_func = checkpoint
+        for module, name, checkpoint in self._bound:
+            setattr(module, name, checkpoint)
         self._bound.clear()
 
     # Parts

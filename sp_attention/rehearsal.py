@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import PreTrainedModel
 
 from sp_attention.attention import Mask
@@ -147,12 +148,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run what is inside without gradients or checkpointing; modes, buffers and random numbers stay as they were."""
     training = {module: module.training for module in model.modules()}
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    wrapped = [(module, module.checkpoint_fn) for module in model.modules() if isinstance(module, CheckpointWrapper)]
     randomness = random.getstate()
     device = next(model.parameters()).device
     fork = {} if device.type in ("cpu", "meta") else {"devices": [device], "device_type": device.type}
     try:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag, not a module
+        for wrapper, _ in wrapped:
+            wrapper.checkpoint_fn = lambda function, *args, **kwargs: function(*args, **kwargs)
         with torch.no_grad(), torch.random.fork_rng(**{"devices": [], **fork}), same_buffers(model):
             yield
     finally:
@@ -161,6 +165,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]  # a flag, not a module
+        for wrapper, checkpoint in wrapped:
+            wrapper.checkpoint_fn = checkpoint
 
 
 @contextmanager

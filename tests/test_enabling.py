@@ -62,16 +62,35 @@ def test_disable_leaves_no_trace() -> None:
     assert all(run_ranks(2, enable_and_disable))
 
 
-def fail_to_enable() -> bool:
-    model, whole = Tiny("MambaForCausalLM").build(torch.float32), registries()
-    before = state(model)
-    with pytest.raises(UnsupportedError, match="does not attend through transformers' attention interface"):
-        sp_attention.enable(model, backend="sdpa")
-    return state(model) == before and registries() == whole
+REFUSED = {
+    "soft cap": (
+        Tiny("Gemma2ForCausalLM"),
+        r"model\.layers\.0\.self_attn: kernel 'sdpa' on cpu cannot do this: .* has no softcap\. "
+        r'Use enable\(model, backend="transformers:eager"\)',
+    ),
+    "no stack": (
+        Tiny("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}),
+        r"ResNetForImageClassification has no stack of layers that hand on a sequence, so there is nothing to share",
+    ),
+}
 
 
-def test_a_refusal_leaves_no_trace() -> None:
-    assert all(run_ranks(2, fail_to_enable))
+def fail_to_enable() -> dict[str, str]:
+    texts = {}
+    for name, (tiny, text) in REFUSED.items():
+        model, whole = tiny.build(torch.float32), registries()
+        before = state(model)
+        with pytest.raises(UnsupportedError, match=text) as refusal:
+            sp_attention.enable(model, backend="sdpa")
+        texts[name] = str(refusal.value)
+        assert state(model) == before
+        assert registries() == whole
+    return texts
+
+
+def test_a_refusal_is_that_of_every_rank_and_leaves_no_trace() -> None:
+    first, second = run_ranks(2, fail_to_enable)
+    assert first == second
 
 
 def logits_of(model: PreTrainedModel, length: int) -> Tensor:
@@ -117,7 +136,7 @@ def refusals() -> dict[str, str]:
         "generate": lambda: model.generate(ids, max_new_tokens=2, do_sample=False),
         "cache": lambda: model(ids, use_cache=True),
         "attentions": lambda: model(ids, output_attentions=True),
-        "unknown": lambda: model(ids, cu_seq_lens_q=torch.tensor([0, 33])),
+        "tuple": lambda: model(ids, output_hidden_states=True, return_dict=False),
     }
     for name, attempt in attempts.items():
         with pytest.raises(UnsupportedError) as refusal:
@@ -141,107 +160,13 @@ def test_what_is_not_covered_is_refused_on_every_rank_and_says_what_to_do() -> N
     assert "copy.deepcopy(config)" in first["shared"]
     for name in ("generate", "cache"):
         assert "call handle.disable() before generate(), or pass use_cache=False" in first[name]
-    assert first["attentions"].startswith("output_attentions=True is not covered under sequence parallelism yet")
-    assert first["unknown"].startswith("the argument 'cu_seq_lens_q' of LlamaForCausalLM is not covered")
+    assert first["attentions"] == (
+        "model.layers.0.self_attn: kernel 'sdpa' on cpu cannot do this: it has no attention weights to return "
+        '(output_attentions=True). Use enable(model, backend="transformers:eager"). Installed kernels that can: '
+        "transformers:eager."
+    )
+    assert first["tuple"] == "output_hidden_states needs return_dict=True under sequence parallelism"
     assert first["changed"].startswith("the attention implementation was changed after enable()")
-
-
-REFUSED = {
-    "gemma2": (Tiny("Gemma2ForCausalLM"), r"no softcap.*Use enable\(model, backend=\"transformers:eager\"\)"),
-    "mamba": (Tiny("MambaForCausalLM"), "does not attend through transformers' attention interface"),
-    "lfm2": (Tiny("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}), r"conv \(Lfm2ShortConv\) mixes"),
-    "opt": (Tiny("OPTForCausalLM", {"ffn_dim": 64, "dropout": 0.0}), r"a tensor \[26, 48\] .* cannot be cut by tokens"),
-    "llama4": (Tiny("Llama4ForCausalLM", {"num_local_experts": 2}), r"a tensor \[26, 48\] .* cannot be cut by tokens"),
-    "t5": (Tiny("T5ForConditionalGeneration"), "the rehearsal in enable\\(\\) failed: ValueError"),
-}
-
-
-def refuse(name: str) -> str:
-    with pytest.raises(UnsupportedError, match=REFUSED[name][1]) as refusal:
-        sp_attention.enable(REFUSED[name][0].build(torch.float32), backend="sdpa")
-    return str(refusal.value)
-
-
-def refuse_all() -> dict[str, str]:
-    return {name: refuse(name) for name in REFUSED}
-
-
-def test_models_with_parts_that_nobody_has_proven_are_refused() -> None:
-    first, second = run_ranks(2, refuse_all)
-    assert first == second
-
-
-class LooksBack(nn.Module):
-    """An MLP that secretly adds a little of the token before."""
-
-    def __init__(self, mlp: nn.Module, share: float) -> None:
-        super().__init__()
-        self.mlp, self.share = mlp, share
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.mlp(hidden + self.share * torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1])
-
-
-class KnowsTheLength(nn.Module):
-    """An MLP that depends on the number of tokens."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.mlp(hidden) * hidden.shape[1]
-
-
-def sabotage() -> list[str]:
-    texts = []
-    for wrong in (lambda mlp: LooksBack(mlp, 1e-3), KnowsTheLength):
-        model = LLAMA.build()
-        model.model.layers[1].mlp = wrong(model.model.layers[1].mlp)
-        with pytest.raises(UnsupportedError, match=r"model\.layers\.1\.mlp \(\w+\) mixes positions") as refusal:
-            sp_attention.enable(model, backend="sdpa")
-        texts.append(str(refusal.value))
-    model = LLAMA.build()
-    # Between the layers, on all tokens alike: sharding would still be exact, but nothing proves it.
-    model.model.layers[0].register_forward_hook(lambda module, args, output: None)
-    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
-    with pytest.raises(UnsupportedError, match="the next layer is not given just what this one returns"):
-        sp_attention.enable(model, backend="sdpa")
-    return texts
-
-
-def test_a_part_that_looks_beyond_its_token_is_found() -> None:
-    first, second = run_ranks(2, sabotage)
-    assert first == second
-
-
-def dropout() -> tuple[str, bool]:
-    tiny = Tiny("LlamaForCausalLM", {"attention_dropout": 0.1})
-    model, reference = tiny.build(), tiny.build()
-    handle = sp_attention.enable(model, backend="sdpa")
-    with pytest.raises(UnsupportedError, match="dropout") as refusal:
-        model(**batch_of("plain", 33))
-    assert "training is refused" in handle.report()
-    # Dropout that is set after enable() is refused as well.
-    late = LLAMA.build()
-    sp_attention.enable(late, backend="sdpa")
-    late.model.layers[1].self_attn.attention_dropout = 0.1
-    with pytest.raises(UnsupportedError, match=r"model\.layers\.1\.self_attn: attention dropout is not covered yet"):
-        late(**batch_of("plain", 33))
-    late.model.layers[1].self_attn.attention_dropout = 0.0
-    late(**batch_of("plain", 33))
-    late.model.layers[1].mlp.act_fn = nn.Sequential(late.model.layers[1].mlp.act_fn, nn.Dropout(0.1))
-    with pytest.raises(UnsupportedError, match="dropout, or other random numbers in training, are not covered"):
-        late(**batch_of("plain", 33))
-    model.eval()
-    reference.eval()
-    return str(refusal.value), torch.allclose(logits_of(model, 33), logits_of(reference, 33))
-
-
-def test_dropout_is_refused_in_training_and_evaluation_works() -> None:
-    for text, same in run_ranks(2, dropout):
-        assert "set their probabilities to 0 in the configuration" in text
-        assert same
 
 
 def count_collectives() -> tuple[dict[str, int], dict[str, int]]:

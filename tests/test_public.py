@@ -17,6 +17,8 @@ def test_public_names() -> None:
         "Handle",
         "Mask",
         "Request",
+        "ShardedLogits",
+        "ShardedLogitsError",
         "UnsupportedError",
         "average_gradients",
         "enable",
@@ -32,7 +34,9 @@ def test_arguments() -> None:
     def arguments(function: object) -> list[str]:
         return list(inspect.signature(function).parameters)
 
-    assert arguments(sp_attention.enable) == ["model", "backend", "group", "sp_size"]
+    assert arguments(sp_attention.enable) == [
+        "model", "backend", "group", "sp_size", "rehearse", "whole_logits",
+    ]  # fmt: skip
     assert arguments(sp_attention.average_gradients) == ["model", "group"]
     assert arguments(sp_attention.Backend) == [
         "device", "kernel", "attend", "priority", "unavailable", "refuses", "attend_with_weights",

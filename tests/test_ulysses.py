@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sp_attention.attention import Backend, Mask, Request
+from sp_attention.call import Call, Current
+from sp_attention.dims import Extent
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.launch import run_ranks
@@ -21,9 +23,15 @@ def unused(request: Request) -> Tensor:
     raise AssertionError("a request that is refused must not reach the kernel")
 
 
-def attention(attend: Any = unused, refuses: Any = lambda request: None) -> UlyssesAttention:
+def attention(
+    attend: Any = unused, refuses: Any = lambda request: None, inside: bool = True, weights: bool = False
+) -> UlyssesAttention:
+    """The attention function of a model, called from inside of its layers or, for whole tensors, from outside."""
     peers = Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    return UlyssesAttention(Backend("cpu", "test", attend, refuses=refuses), peers, lambda module: "layer.attn")
+    current = Current(Call(Extent(2, LENGTH), peers) if inside else None, weights)
+    return UlyssesAttention(
+        Backend("cpu", "test", attend, refuses=refuses), peers, current, lambda module: "layer.attn"
+    )
 
 
 def tensors(query_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,9 +40,17 @@ def tensors(query_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(2, heads, len(span), 4) for heads in (query_heads, kv_heads, kv_heads))
 
 
-def refusal(function: UlyssesAttention, *arguments: Any, **options: Any) -> str:
+def eager_attention_forward(flavour: str) -> None:
+    """Where transformers looks for what attention in a file reads."""
+
+
+class Reads(nn.Module):
+    """Its attention, were it transformers', would read a flavour."""
+
+
+def refusal(function: UlyssesAttention, *arguments: Any, module: nn.Module | None = None, **options: Any) -> str:
     with pytest.raises(UnsupportedError) as refused:
-        function(nn.Module(), *arguments, **options)
+        function(module or nn.Module(), *arguments, **options)
     return str(refused.value)
 
 
@@ -48,32 +64,33 @@ def refusals() -> dict[str, str]:
     return {
         # Rank 0 computes three heads and rank 1 two; both must refuse.
         "share": refusal(attention(refuses=refuse_two_heads), *qkv, MASK),
-        "sinks": refusal(attention(), *qkv, MASK, s_aux=torch.zeros(5)),
-        "unknown": refusal(attention(), *qkv, MASK, flavour="vanilla"),
-        "no mask": refusal(attention(), *qkv, None),
-        "mask by head": refusal(attention(), *qkv, torch.ones(2, 5, LENGTH, LENGTH)),
+        "by head": refusal(attention(), *qkv, MASK, flavour=torch.ones(5)),
+        "read": refusal(attention(), *qkv, MASK, module=Reads(), flavour="vanilla"),
+        "weights": refusal(attention(weights=True), *qkv, MASK),
+        "bias": refusal(attention(), *qkv, MASK, position_bias=torch.ones(1, 5, LENGTH, 4)),
+        "mask": refusal(attention(), *qkv, torch.ones(2, 5, LENGTH, LENGTH, dtype=torch.int64)),
         "dtype": refusal(attention(), query.double(), key, value, MASK),
         "length": refusal(attention(), query[:, :, :-1], key[:, :, :-1], value[:, :, :-1], MASK),
-        "cross": refusal(attention(), query, key[:, :, :-1], value[:, :, :-1], MASK),
+        "keys": refusal(attention(), query, key[:, :, :-1], value[:, :, :-1], MASK),
     }
 
 
 def test_refusals_are_those_of_every_rank_and_say_why() -> None:
     first, second = run_ranks(2, refusals)
-    assert first["share"] == second["share"]
     assert first["share"].startswith(
         "layer.attn: kernel 'test' on cpu cannot do this: it has no taste for two heads. "
         'Use enable(model, backend="sdpa"). Installed kernels that can: sdpa'
     )
-    for name in ("sinks", "unknown", "no mask", "mask by head", "dtype"):
+    for name in ("share", "by head", "read", "weights", "bias", "mask", "dtype"):
         assert first[name] == second[name]
-    assert "the attention argument 's_aux' is not covered" in first["sinks"]
-    assert "the attention argument 'flavour' is not covered" in first["unknown"]
-    assert first["no mask"].startswith("layer.attn: the attention mask is NoneType; masks that transformers' mask")
-    assert "the attention mask is a tensor torch.float32 [2, 5, 9, 9]" in first["mask by head"]
-    assert first["dtype"] == ("query, key and value have different dtypes: torch.float64, torch.float32, torch.float32")
-    assert "4 queries attend to 4 keys in a sequence of 9 tokens, 5 of them on this rank" in first["length"]
-    assert "5 queries attend to 4 keys in a sequence of 9 tokens" in first["cross"]
+    assert "the attention argument 'flavour' is not covered" in first["by head"]
+    assert "the attention argument 'flavour' is not covered" in first["read"]
+    assert "it has no attention weights to return (output_attentions=True)" in first["weights"]
+    assert first["bias"] == "layer.attn: a bias [1, 5, 9, 4] on the scores is not of 9 queries and 9 keys"
+    assert first["mask"].startswith("layer.attn: the attention mask is a tensor torch.int64 [2, 5, 9, 9]; masks that")
+    assert first["dtype"] == "query, key and value have different dtypes: torch.float64, torch.float32, torch.float32"
+    assert "4 queries attend to 4 keys, with a mask for 9 and 9, in a sequence of 9 tokens of which" in first["length"]
+    assert "5 queries attend to 4 keys, with a mask for 9 and 9, in a sequence of 9 tokens of which" in first["keys"]
 
 
 def seen_by_kernels() -> list[tuple[Any, ...]]:
@@ -88,9 +105,9 @@ def seen_by_kernels() -> list[tuple[Any, ...]]:
     query, key, value = tensors(5, 1)
     attention(attend)(nn.Module(), query, key, value, MASK, scaling=0.5)
     whole = torch.randn(2, 5, LENGTH, 4)
-    attention(attend)(nn.Module(), whole, whole, whole, MASK)
+    attention(attend, inside=False)(nn.Module(), whole, whole, whole, MASK)
     attention(attend)(nn.Module(), *tensors(8, 4), MASK, sliding_window=3, position_ids=torch.zeros(1))
-    attention(attend)(nn.Module(), *tensors(6, 2), MASK, use_cache=None, output_attentions=False)
+    attention(attend)(nn.Module(), *tensors(6, 2), MASK, use_cache=None, flavour="vanilla")
     return seen
 
 
@@ -101,6 +118,35 @@ def test_kernels_are_given_whole_sequences_and_some_heads() -> None:
         assert seen[1] == (*[(2, 9, 5, 4)] * 3, 0.5, True)
         assert seen[2] == ((2, 9, 4, 4), (2, 9, 2, 4), (2, 9, 2, 4), 0.5, True)
         assert seen[3] == ((2, 9, 3, 4), (2, 9, 1, 4), (2, 9, 1, 4), 0.5, True)
+
+
+def cut_by_head() -> dict[str, Any]:
+    """What a rank's kernel is given of sinks, biases and masks that differ by head, as the first number of each."""
+    seen: dict[str, Any] = {}
+
+    def attend(request: Request) -> Tensor:
+        seen["heads"] = (request.heads.start, request.heads.stop, request.all_heads)
+        for name, value in (("sinks", request.sinks), ("bias", request.bias), ("mask", request.mask.explicit)):
+            if value is not None:
+                seen[name] = (value if name == "sinks" else value[0, :, 0, 0]).tolist()
+        return request.query
+
+    heads = torch.arange(5.0)
+    bias = heads[None, :, None, None].expand(2, 5, LENGTH, LENGTH)
+    attention(attend)(nn.Module(), *tensors(5, 1), MASK, s_aux=heads, position_bias=bias)
+    # Sinks of another shape, and a mask of bools by head; one that adds counts as a bias.
+    attention(attend)(nn.Module(), *tensors(5, 1), bias > 2, s_aux=heads[None, :, None, None])
+    both = dict(seen)
+    attention(attend)(nn.Module(), *tensors(5, 1), bias, position_bias=bias)
+    return both | {"sum": seen["bias"]}
+
+
+def test_what_is_by_head_is_cut_to_the_heads_of_the_rank() -> None:
+    first, second = run_ranks(2, cut_by_head)
+    assert first == {
+        "heads": (0, 3, 5), "sinks": [0, 1, 2], "bias": [0, 1, 2], "mask": [False] * 3, "sum": [0, 2, 4],
+    }  # fmt: skip
+    assert second == {"heads": (3, 5, 5), "sinks": [3, 4], "bias": [3, 4], "mask": [True] * 2, "sum": [6, 8]}
 
 
 def uneven_groups() -> list[tuple[int, ...]]:

@@ -33,6 +33,9 @@ ROUNDING = 1e-3
 # What is compared of a gradient is at least this part of the largest gradient of the model: less is rounding.
 NOISE = 1e-3
 
+# The variants with gradient checkpointing, and whether it is re-entrant.
+CHECKPOINTING = {"checkpointing": False, "reentrant-checkpointing": True}
+
 Batch = dict[str, Any]
 Values = dict[str, Tensor]
 
@@ -173,8 +176,8 @@ def _turned(batch: Batch) -> Batch:
 @contextmanager
 def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
     trainable = [parameter.requires_grad for parameter in model.parameters()]
-    if variant == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if variant in CHECKPOINTING:
+        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[variant]})
     if variant == "frozen":
         for parameter in list(model.parameters())[::2]:
             parameter.requires_grad_(False)
@@ -182,7 +185,7 @@ def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if variant == "checkpointing":
+        if variant in CHECKPOINTING:
             model.gradient_checkpointing_disable()
         for parameter, was in zip(model.parameters(), trainable, strict=True):
             parameter.requires_grad_(was)

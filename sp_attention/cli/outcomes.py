@@ -7,7 +7,7 @@ EXACT, DIFFERS, REFUSED, NOT_COMPARABLE, FAILED = "exact", "differs", "refused",
 # Of several ranks' verdicts the first of these counts.
 WORST_FIRST = (FAILED, DIFFERS, REFUSED, NOT_COMPARABLE, EXACT)
 
-VARIANTS = ("checkpointing", "hidden-states", "two-forwards", "no-grad", "frozen")
+VARIANTS = ("checkpointing", "reentrant-checkpointing", "hidden-states", "two-forwards", "no-grad", "frozen")
 KINDS = ("plain", "left-padded", "right-padded", "packed", "pixels")
 
 

@@ -1,0 +1,92 @@
+"""Logits that stay sharded: never taken for the whole, and whole on request."""
+
+import copy
+import operator
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS, batch_of
+from test_parity import relative_error
+
+import sp_attention
+from sp_attention import ShardedLogits, ShardedLogitsError
+from sp_attention.launch import run_ranks
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "index": lambda logits: logits[:, -1],
+    "assignment": lambda logits: operator.setitem(logits, 0, 1.0),
+    "method": lambda logits: logits.argmax(-1),
+    "attribute": lambda logits: logits.device,
+    "function": lambda logits: torch.argmax(logits, -1),
+    "function of several": lambda logits: torch.cat([logits, logits]),
+    "loss": lambda logits: torch.nn.functional.cross_entropy(logits, torch.zeros(1)),
+    "sum": lambda logits: logits + 1,
+    "sum on the right": lambda logits: torch.ones(1) + logits,
+    "difference": lambda logits: 1 - logits,
+    "temperature": lambda logits: logits / 0.7,
+    "inverse": lambda logits: 1 / logits,
+    "power": lambda logits: logits**2,
+    "product": lambda logits: logits @ torch.ones(97, 1),
+    "negative": lambda logits: -logits,
+    "absolute": abs,
+    "comparison": lambda logits: logits > 0,
+    "length": len,
+    "iteration": list,
+    "number": float,
+    "array": lambda logits: __import__("numpy").asarray(logits),
+}
+
+
+def uses() -> dict[str, Any]:
+    tiny = MODELS["llama-6q3kv"]
+    reference, model = tiny.build(), tiny.build()
+    sp_attention.enable(model, backend="sdpa")
+    batch = batch_of("plain", 33)
+    outputs = model(**batch)
+    texts: dict[str, Any] = {}
+    for name, use in USES.items():
+        with pytest.raises(ShardedLogitsError) as error:
+            use(outputs.logits)
+        texts[name] = str(error.value)
+    assert isinstance(outputs.logits, ShardedLogits)
+    assert not hasattr(outputs.logits, "device")
+    assert outputs.logits.shape == outputs.logits.part.shape == (2, len(outputs.logits.span), 97)
+    assert repr(outputs.logits).startswith("ShardedLogits([2, ")
+    assert copy.copy(outputs.logits).part is outputs.logits.part
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises((TypeError, RuntimeError)) as error:  # a process group cannot be copied
+            duplicate(outputs.logits)
+        assert error.type is not RecursionError
+    # Whole, with a gradient: the user's own loss beside the model's.
+    for each in (reference, model):
+        output = each(**batch)
+        logits = output.logits if each is reference else output.logits.whole()
+        (output.loss + torch.nn.functional.cross_entropy(logits[:, 16], torch.arange(2))).backward()
+        texts[f"logits of {each is model}"] = logits.detach()
+    sp_attention.average_gradients(model)
+    pairs = [(texts.pop("logits of True"), texts.pop("logits of False"))]
+    pairs += [(ours.grad, theirs.grad) for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True)]
+    texts["error"] = max(relative_error(*pair) for pair in pairs)
+    # Asked for whole, they are tensors.
+    always = tiny.build()
+    handle = sp_attention.enable(always, backend="sdpa", whole_logits=True)
+    output = always(**batch)
+    texts["whole"] = relative_error(output.logits, pairs[0][1])
+    output.loss.backward()
+    texts["report"] = handle.report().splitlines()[-1]
+    return texts
+
+
+def test_sharded_logits_are_used_in_part_or_whole_and_in_no_other_way() -> None:
+    for rank, texts in enumerate(run_ranks(2, uses)):
+        assert texts.pop("error") < 1e-5
+        assert texts.pop("whole") < 1e-5
+        assert texts.pop("report") == "  logits are whole: enable(whole_logits=True)"
+        assert set(texts.values()) == {
+            f"outputs.logits hold {(17, 16)[rank]} of 33 tokens: in training with labels a causal model's logits stay "
+            "sharded. Use outputs.logits.part, or outputs.logits.whole() on every rank of the group, or "
+            "enable(model, whole_logits=True)."
+        }
