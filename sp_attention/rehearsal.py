@@ -143,6 +143,10 @@ def _described(found: Found) -> list[str]:
     return [f"    {name.removeprefix(found.layer.name + '.')}: {kind}" for name, kind in sorted(kinds.items())]
 
 
+def _just_called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run what is inside without gradients or checkpointing; modes, buffers and random numbers stay as they were."""
@@ -156,7 +160,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in checkpointed:
             module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag, not a module
         for wrapper, _ in wrapped:
-            wrapper.checkpoint_fn = lambda function, *args, **kwargs: function(*args, **kwargs)
+            wrapper.checkpoint_fn = _just_called  # type: ignore[assignment]  # a partial of torch's checkpoint else
         with torch.no_grad(), torch.random.fork_rng(**{"devices": [], **fork}), same_buffers(model):
             yield
     finally:
