@@ -15,9 +15,7 @@ from sweep.table import summary, write
 @click.option("--types", default="", help="Types of models, with commas between them; all by default.")
 @click.option("--ranks", type=click.IntRange(2), multiple=True, default=(2,), show_default=True, help="Repeatable.")
 @click.option("--length", type=click.IntRange(16), default=33, show_default=True, help="Tokens in a sequence.")
-@click.option(
-    "--with", "variants", default="", help=f"Also with these, with commas between them: {', '.join(VARIANTS)}."
-)
+@click.option("--with", "variants", default="", help=f"Also so, with commas: {', '.join(VARIANTS)}.")
 @click.option("--again", is_flag=True, help="Run the types that the results have already.")
 @click.option("--results", type=click.Path(path_type=Path), default=Path("sweep-results.jsonl"), show_default=True)
 @click.option("--table", type=click.Path(path_type=Path), help="Write the tables of all results here: docs/models.md.")

@@ -83,9 +83,8 @@ def _run_chunk(mapping: str, types: list[str], length: int, results: Path, varia
     transformers.logging.set_verbosity_error()
     for kind in types:
         began = monotonic()
-        record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()} | _run(
-            mapping, kind, length, variants
-        )
+        record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()}
+        record |= _run(mapping, kind, length, variants)
         if dist.get_rank() == 0:
             _append(results, record | {"seconds": round(monotonic() - began, 1)})
         dist.barrier()
