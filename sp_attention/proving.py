@@ -146,9 +146,9 @@ def _place(
     model.eval()
     attended: list[Attended] = []
 
-    def recorded(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        attended.append(Attended(module, (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
-        return attention(module, query, key, *args, **kwargs)
+    def recorded(module: nn.Module, queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> Any:
+        attended.append(Attended(module, (queries.shape[0], queries.shape[2]), (keys.shape[0], keys.shape[2])))
+        return attention(module, queries, keys, *args, **kwargs)
 
     if masks is not None:
         _attend_by(model, key, recorded, masks, undo)
@@ -215,8 +215,13 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
     everything = {
         name: tuple(replace(found, gathers=EVERYTHING) for found in layers) for name, layers in findings.stacks.items()
     }
-    apart = frozenset(findings.stacks)
-    for plan in (findings, replace(findings, separate=apart), replace(findings, stacks=everything)):
+    apart = frozenset({*findings.stacks, *findings.idle})
+    for plan in (
+        findings,
+        replace(findings, separate=apart),
+        replace(findings, stacks=everything),
+        replace(findings, stacks=findings.idle, separate=apart),
+    ):
         if not plan.shares_nothing and tried(plan) is None:
             return plan
     raise UnsupportedError(f"{reason}; nothing of it can be shared out exactly")
@@ -225,8 +230,8 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
 def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
     """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
 
-    Small, so that they take no memory, while the path to them leads through all of the model. None for a model whose
-    parameters an engine shards, since backward would set the engine to work.
+    Small, so that they take no memory, while the path to them leads through all of the model. There are none where an
+    engine shards the parameters, since backward would set the engine to work.
     """
     parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
     small: list[Tensor] = []
@@ -234,7 +239,7 @@ def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any
         if sum(map(Tensor.numel, small)) + parameter.numel() <= _SLOPES:
             small.append(parameter)
     if not small or any(isinstance(parameter, DTensor) for parameter in parameters):
-        return model(**inputs), torch.zeros(0)
+        return model(**inputs), torch.zeros(0, device=model.device)
     with torch.enable_grad():
         output = model(**inputs)
         number = torch.zeros((), dtype=torch.float64, device=model.device)

@@ -126,8 +126,8 @@ def report(findings: Findings) -> list[str]:
             alike.setdefault("\n".join(_described(found)), []).append(found.layer.name.rsplit(".", 1)[-1])
         for text, which in alike.items():
             lines += [f"  {name}, layers {', '.join(which)}{where}:", text]
-    lines += [f"  {name}: left alone: {why}" for name, why in sorted(findings.left_alone.items())]
-    return lines
+    alone = sorted(findings.left_alone.items())
+    return lines + [f"  {name}: left alone: {why}" for name, why in alone if name not in findings.stacks]
 
 
 def _described(found: Found) -> list[str]:
