@@ -100,10 +100,8 @@ class Draws:
     after: bool = False
 
 
-def _draws(model: PreTrainedModel, findings: Findings, specimen: Specimen) -> Draws:
-    """Leaves the model in training mode unless it draws random numbers there."""
-    if model.device.type == "meta":
-        return Draws(anywhere=True, between=frozenset(findings.stacks), after=True)
+def _draws(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]) -> tuple[Draws, tuple[Any, Tensor]]:
+    """Where random numbers are drawn, and the model's output with slopes; in training unless there are any."""
     seen: list[tuple[str | None, list[Tensor]]] = []
     handles = []
     for name, layers in findings.stacks.items():
@@ -118,18 +116,19 @@ def _draws(model: PreTrainedModel, findings: Findings, specimen: Specimen) -> Dr
     before = randomness.states(model.device)
     try:
         with same_buffers(model):
-            model(**specimen.inputs)
+            result = _with_slopes(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     after = randomness.states(model.device)
     if randomness.are_equal(before, after):
-        return Draws()
+        return Draws(), result
     model.eval()
     # Two notes a layer: what lies between the second of one and the first of the next is the model's own.
     gaps = [(one, other) for one, other in zip(seen[1::2], seen[2::2], strict=False) if one[0] == other[0]]
     between = frozenset(str(one[0]) for one, other in gaps if not randomness.are_equal(one[1], other[1]))
-    return Draws(True, between, not seen or not randomness.are_equal(seen[-1][1], after))
+    draws = Draws(True, between, not seen or not randomness.are_equal(seen[-1][1], after))
+    return draws, _with_slopes(model, inputs)
 
 
 def _place(
@@ -156,15 +155,12 @@ def _place(
     if masks is not None:
         AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
         _release(model, findings, own)
-    draws = _draws(model, findings, narrow[-1])
-    findings = replace(findings, separate=findings.separate | draws.between)
     if rehearse and masks is not None:
-        trains = model.training
-        model.eval()
-        for specimen in narrow:
-            mine, expected = (_of_real_tokens(one, specimen) for one in (model(**specimen.inputs), specimen.output))
+        for run in (pair[0] for pair in runs):
+            mine, expected = (_of_real_tokens(one, run.specimen) for one in (run.output, run.specimen.output))
             _require_same(mine, expected, f"kernel {attention.backend.kernel!r}")
-        model.train(trains)
+    draws, last = _draws(model, findings, narrow[-1].inputs)
+    findings = replace(findings, separate=findings.separate | draws.between)
     region = Region(
         findings.planned(),
         findings.models,
@@ -176,17 +172,21 @@ def _place(
     hooks = Hooks(region, peers, attention.current)
     undo.callback(hooks.remove)
     if rehearse:
-        findings = _prove(model, hooks, findings, [pair[0] for pair in runs])
+        findings = _prove(model, hooks, findings, [pair[0] for pair in runs], last)
     else:
         hooks.install()
     return findings, hooks, draws
 
 
-def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run]) -> Findings:
-    """The findings with as much gathered as the sharded model needs to give what the whole one gives."""
-    inputs = [run.specimen.inputs for run in runs]
-    whole = [model(**some) for some in inputs[:-1]]
-    last, slopes = _with_slopes(model, inputs[-1])
+def _prove(
+    model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run], last: tuple[Any, Tensor]
+) -> Findings:
+    """The findings with as much gathered as the sharded model needs to give what the whole one gives.
+
+    `last` is what the whole model gives for the last run, in the mode that it is in, with its slopes; the runs were in
+    evaluation.
+    """
+    trains = model.training
 
     def tried(plan: Findings) -> str | None:
         hooks.remove()
@@ -194,11 +194,14 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
         hooks.install()
 
         def compare() -> None:
-            for some, expected in zip(inputs[:-1], whole, strict=True):
-                _require_same(model(**some), expected, f"{type(model).__name__} sharded")
-            output, mine = _with_slopes(model, inputs[-1])
-            _require_same(output, last, f"{type(model).__name__} sharded")
-            _require_same(mean_over_ranks(mine, hooks.peers), slopes, f"the backward of {type(model).__name__} sharded")
+            model.eval()
+            for run in runs[:-1]:
+                _require_same(model(**run.specimen.inputs), run.output, f"{type(model).__name__} sharded")
+            model.train(trains)
+            output, slopes = _with_slopes(model, runs[-1].specimen.inputs)
+            _require_same(output, last[0], f"{type(model).__name__} sharded")
+            slopes = mean_over_ranks(slopes, hooks.peers)
+            _require_same(slopes, last[1], f"the backward of {type(model).__name__} sharded")
 
         return _attempted(compare, hooks.peers, model.device)[0]
 
@@ -238,7 +241,8 @@ def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any
     for parameter in sorted(parameters, key=Tensor.numel):
         if sum(map(Tensor.numel, small)) + parameter.numel() <= _SLOPES:
             small.append(parameter)
-    if not small or any(isinstance(parameter, DTensor) for parameter in parameters):
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if not small or sharded or model.device.type == "meta":
         return model(**inputs), torch.zeros(0, device=model.device)
     with torch.enable_grad():
         output = model(**inputs)

@@ -52,9 +52,10 @@ class Called:
 
 @dataclass(frozen=True)
 class Run:
-    """A forward on one specimen: the calls of every module, and those of our attention function."""
+    """A forward on one specimen: its output, the calls of every module, and those of our attention function."""
 
     specimen: Specimen
+    output: Any
     calls: Mapping[nn.Module, list[Called]]
     attended: list[Attended]
 
@@ -215,11 +216,11 @@ def record(
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in calls]
     try:
-        model(**specimen.inputs)
+        output = model(**specimen.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return Run(specimen, calls, list(attended))
+    return Run(specimen, output, calls, list(attended))
 
 
 def explore(
@@ -235,23 +236,21 @@ def explore(
     Unless it `proves`, what does not attend is taken to be position-wise. Raises UnsupportedError when there is nothing
     that works on a sequence, and when the model should attend through us and does not.
     """
-    runs = []
-    for narrow, wide in pairs:
-        first = record(model, narrow, attended)
-        if attends and not first.attended:
+    runs: Runs = []
+    position_wise: dict[nn.Module, bool] = {}
+    for narrow, wide in reversed(pairs):
+        other = record(model, wide, attended)
+        if attends and not other.attended:
             raise UnsupportedError(f"{type(model).__name__} does not attend through transformers' attention interface")
-        runs.append((first, record(model, wide, attended)))
+        # Proven on the first kind, which has padding, while it is recorded: the other kinds have told the stacks.
+        prove = _Proof(_drafts(model, runs)[0], other, position_wise) if proves and runs else None
+        runs.insert(0, (record(model, narrow, attended, prove), other))
     names = {module: name for name, module in model.named_modules()}
-    drafts: list[_Draft] = []
-    left_alone: dict[str, str] = {}
-    for name, modules in model.named_modules():
-        if isinstance(modules, nn.ModuleList) and not any(name.startswith(f"{draft.name}.") for draft in drafts):
-            draft = _draft(name, modules, names, runs)
-            if isinstance(draft, str):
-                left_alone[name] = draft
-            else:
-                drafts.append(draft)
-    position_wise = _proven(model, drafts, runs[0], attended) if proves else {}
+    drafts, left_alone = _drafts(model, runs)
+    if proves:
+        rest = _Proof(drafts, runs[0][1], position_wise)
+        if not rest.suspects.keys() <= position_wise.keys():
+            record(model, pairs[0][0], attended, rest)
     stacks: dict[str, tuple[Found, ...]] = {}
     idle: dict[str, tuple[Found, ...]] = {}
     for draft in drafts:
@@ -284,6 +283,21 @@ def explore(
         frozenset(module for draft in drafts for module, mode in draft.modes.items() if mode == "over memory"),
     )
     return findings, runs
+
+
+def _drafts(model: nn.Module, runs: Runs) -> tuple[list["_Draft"], dict[str, str]]:
+    """The stacks of a model, outermost first, and why the other lists of modules are none."""
+    names = {module: name for name, module in model.named_modules()}
+    drafts: list[_Draft] = []
+    left_alone: dict[str, str] = {}
+    for name, modules in model.named_modules():
+        if isinstance(modules, nn.ModuleList) and not any(name.startswith(f"{draft.name}.") for draft in drafts):
+            draft = _draft(name, modules, names, runs)
+            if isinstance(draft, str):
+                left_alone[name] = draft
+            else:
+                drafts.append(draft)
+    return drafts, left_alone
 
 
 @dataclass(frozen=True)
@@ -421,29 +435,32 @@ def _sequences(layer: Layer, run: Run) -> dict[Path, Tensor]:
     return {path: tensor for path, tensor in tensors(run.calls[layer.module][0].output) if layer.results.get(path)}
 
 
-def _proven(
-    model: nn.Module, drafts: list[_Draft], runs: tuple[Run, Run], attended: list[Attended]
-) -> dict[nn.Module, bool]:
-    """For each part of each layer, and each layer in which nothing attends, whether it is position-wise."""
-    suspects: dict[nn.Module, tuple[Extent, Extent]] = {}
-    for draft in drafts:
-        for layer in draft.layers:
-            for part in _parts(layer.module, set(draft.modes)):
-                suspects[part] = draft.extents
-            if not draft.attends:
-                suspects[layer.module] = draft.extents
-    counts = dict.fromkeys(suspects, 0)
-    results: dict[nn.Module, bool] = {}
+class _Proof:
+    """Called with every call of a module in a narrow run: proves that the parts of the stacks are position-wise.
 
-    def prove(module: nn.Module, called: Called) -> None:
-        if module in suspects and results.get(module, True):
-            others = runs[1].calls[module]
-            index = counts[module]
-            counts[module] += 1
-            results[module] = index < len(others) and _is_position_wise(module, called, others[index], suspects[module])
+    suspects: each part of each layer, and each layer in which nothing attends, with the extents of its stack. results:
+    of those that were called, whether they are.
+    """
 
-    record(model, runs[0].specimen, attended, prove)
-    return results
+    def __init__(self, drafts: list[_Draft], wide: Run, results: dict[nn.Module, bool]) -> None:
+        self.suspects: dict[nn.Module, tuple[Extent, Extent]] = {}
+        for draft in drafts:
+            for layer in draft.layers:
+                for part in _parts(layer.module, set(draft.modes)):
+                    self.suspects[part] = draft.extents
+                if not draft.attends:
+                    self.suspects[layer.module] = draft.extents
+        self.wide, self.results = wide, results
+        self.done = dict.fromkeys(self.suspects, 0)
+
+    def __call__(self, module: nn.Module, called: Called) -> None:
+        if module not in self.suspects or not self.results.get(module, True):
+            return
+        others, index = self.wide.calls[module], self.done[module]
+        self.done[module] += 1
+        self.results[module] = index < len(others) and _is_position_wise(
+            module, called, others[index], self.suspects[module]
+        )
 
 
 def _is_position_wise(module: nn.Module, called: Called, other: Called, extents: tuple[Extent, Extent]) -> bool:
