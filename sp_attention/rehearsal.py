@@ -472,7 +472,10 @@ def _is_position_wise(module: nn.Module, called: Called, other: Called, extents:
         def alone(tree: Any, along: Dims, start: int = start, stop: int = stop) -> Any:
             def cut(path: Path, leaf: Any) -> Any:
                 found = along.get(path)
-                return leaf if found is None else found.cut(leaf, start, stop, extents[0])
+                if found is not None:
+                    return found.cut(leaf, start, stop, extents[0])
+                # A copy, since a recurrent module may write into a state that it is given.
+                return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
             return map_leaves(cut, tree)
 
