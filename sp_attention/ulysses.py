@@ -125,7 +125,8 @@ class UlyssesAttention:
             # More ranks than heads and none of them here: `value` is empty too, and leads backward to the exchange.
             out = value
             if self.current.weights:
-                weights = query.new_empty(len(query), 0, query.shape[1], key.shape[1])
+                # Empty too, and it takes part in backward like those of the others.
+                weights = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
         else:
             if not plan.is_grouped(self.peers.rank):
                 order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)

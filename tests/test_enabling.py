@@ -265,3 +265,41 @@ def not_a_model() -> str:
 
 def test_modules_that_hold_no_transformers_model_are_refused() -> None:
     assert not_a_model() == "Linear is not a transformers model, nor does it contain one"
+
+
+def without_rehearsal() -> str:
+    """The text of a refusal; a model that is enabled without proof, materialised or not yet, is exact."""
+    reference, model = LLAMA.build(), LLAMA.build()
+    handle = sp_attention.enable(model, backend="sdpa", rehearse=False)
+    assert "logits are whole: enable(rehearse=False) did not prove that" in handle.report()
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(copy.deepcopy(reference.config)).double().train()
+    with pytest.raises(UnsupportedError) as refusal:
+        sp_attention.enable(empty, backend="sdpa")
+    sp_attention.enable(empty, backend="sdpa", rehearse=False)
+    empty.to_empty(device="cpu")
+    empty.load_state_dict(reference.state_dict())
+    for name, buffer in reference.named_buffers():
+        empty.get_buffer(name).copy_(buffer)
+    for kind in ("left-padded", "packed"):
+        results = []
+        for each in (reference, model, empty):
+            each.zero_grad()
+            output = each(**batch_of(kind, 33))
+            output.loss.backward()
+            sp_attention.average_gradients(each)
+            results.append([output.loss.detach(), output.logits.detach(), *(p.grad for p in each.parameters())])
+        visible = batch_of(kind, 33).get("attention_mask", torch.ones(2, 33))[:, :, None]
+        for expected, *others in zip(*results, strict=True):
+            for other in others:
+                if expected.shape[:2] == (2, 33):
+                    expected, other = expected * visible, other * visible
+                torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    return str(refusal.value)
+
+
+def test_models_can_be_enabled_without_a_rehearsal_and_without_weights() -> None:
+    first, second = run_ranks(2, without_rehearsal)
+    assert first == second
+    assert first.startswith("the model's weights are not materialised (meta device), so nothing can be proven: load ")
+    assert first.endswith(" or pass rehearse=False")

@@ -8,15 +8,22 @@ import torch
 from models import MODELS, VOCABULARY, Tiny, batch_of
 from test_parity import relative_error
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sp_attention
+from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
 
 Step = Callable[[PreTrainedModel], Any]
 
 
-def compare_steps(tiny: Tiny, step: Step, prepare: Callable[[PreTrainedModel], Any] = lambda model: None) -> float:
+def compare_steps(
+    tiny: Tiny,
+    step: Step,
+    prepare: Callable[[PreTrainedModel], Any] = lambda model: None,
+    backend: str = "sdpa",
+) -> float:
     """The largest relative error of what `step` returns, and of the gradients it leaves, sharded against whole.
 
     `step` returns tensors to compare; `prepare` is applied to both models, to the sharded one before enable().
@@ -24,7 +31,11 @@ def compare_steps(tiny: Tiny, step: Step, prepare: Callable[[PreTrainedModel], A
     reference, model = tiny.build(), tiny.build()
     prepare(reference)
     prepare(model)
-    sp_attention.enable(model, backend="sdpa")
+    sp_attention.enable(model, backend=backend)
+    return compare_built(reference, model, step)
+
+
+def compare_built(reference: PreTrainedModel, model: PreTrainedModel, step: Step) -> float:
     results = step(reference), step(model)
     sp_attention.average_gradients(model)
     pairs = list(zip(*results, strict=True))
@@ -277,4 +288,141 @@ def run_checkpointed(reentrant: bool) -> dict[str, float]:
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 def test_layers_that_are_recomputed_in_backward_find_their_own_forward(reentrant: bool) -> None:
     for errors in run_ranks(2, run_checkpointed, reentrant):
+        assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
+class Extra(LlamaForCausalLM):
+    """Takes numbers for every token, which it adds between its layers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.extra: torch.Tensor | None = None
+        self.model.layers[1].register_forward_pre_hook(self.add)
+
+    def add(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self.extra is None else (args[0] + self.extra, *args[1:])
+
+    def forward(self, input_ids: Any = None, extra: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        self.extra = extra
+        return super().forward(input_ids, **kwargs)
+
+
+class Gated(LlamaDecoderLayer):
+    """Takes numbers for every token, or row, which transformers hands down to it unread."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, gate: Any = None, **kwargs: Any) -> torch.Tensor:
+        hidden_states = super().forward(hidden_states, *args, **kwargs)
+        return hidden_states if gate is None else hidden_states * gate
+
+
+def extra(cls: type[PreTrainedModel] = LlamaForCausalLM) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = cls(MODELS["llama-6q3kv"].build().config).double().train()
+    for layer in model.model.layers:
+        layer.__class__ = Gated
+    return model
+
+
+def unseen_arguments() -> dict[str, Any]:
+    """Errors of tensors that the rehearsal did not show, and the text of a refusal."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(2, 33, 48, generator=generator, dtype=torch.float64)
+    positions = torch.arange(33).flip(0).expand(2, -1)
+
+    def loss(model: PreTrainedModel, **more: Any) -> list[torch.Tensor]:
+        loss = model(**batch_of("plain", 33), **more).loss
+        loss.backward()
+        return [loss.detach()]
+
+    def errors(step: Step) -> float:
+        reference, model = extra(Extra), extra(Extra)
+        sp_attention.enable(model, backend="sdpa")
+        return compare_built(reference, model, step)
+
+    found: dict[str, Any] = {
+        "between the layers": errors(lambda model: loss(model, extra=numbers)),
+        "by row": errors(lambda model: loss(model, gate=numbers[:, :1, :1])),
+        "positions": errors(lambda model: loss(model, position_ids=positions)),
+        "to no effect": errors(lambda model: loss(model, cu_seq_lens_q=torch.tensor([0, 33]))),
+    }
+    model = extra()
+    sp_attention.enable(model, backend="sdpa")
+    with pytest.raises(UnsupportedError) as refusal:
+        loss(model, gate=numbers[:, :, :1])
+    found["refusal"] = str(refusal.value)
+    # And nothing is left behind.
+    model.zero_grad()
+    found["after"] = compare_built(extra(), model, loss)
+    return found
+
+
+def test_what_the_rehearsal_did_not_see_is_exact_or_refused() -> None:
+    first, second = run_ranks(2, unseen_arguments)
+    assert first["refusal"] == second["refusal"]
+    assert first["refusal"] == (
+        "model.layers.0: the argument gate [2, 33, 1] is not what enable() saw in its rehearsal; it is not of 33 "
+        "tokens and cannot be cut"
+    )
+    for errors in (first, second):
+        del errors["refusal"]
+        assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
+def skipped_layers() -> list[str]:
+    """Refusals of forwards that leave out the last layer, or the first one; and the next forward is exact."""
+    texts = []
+    for labels in (True, False):
+        for left_out in (slice(0, 2), slice(1, 3)):
+            tiny = Tiny("LlamaForCausalLM", {"num_hidden_layers": 3})
+            reference, model = tiny.build(), tiny.build()
+            sp_attention.enable(model, backend="sdpa")
+            layers = model.model.layers
+            model.model.layers = layers[left_out]
+            batch = batch_of("plain", 33)
+            if not labels:
+                del batch["labels"]
+            with pytest.raises(UnsupportedError) as refusal:
+                model(**batch)
+            texts.append(str(refusal.value))
+            model.model.layers = layers
+            assert compare_built(reference, model, loss_step) < 1e-5
+    return texts
+
+
+def test_a_forward_that_skips_layers_is_refused() -> None:
+    first, second = run_ranks(2, skipped_layers)
+    assert first == second
+    assert first == 2 * [
+        "model.layers: the last layer was not called, unlike in the rehearsal of enable(): a model that skips layers "
+        "(layerdrop, early exit) is not covered",
+        "model.layers.1 is called before the first layer of its stack, unlike in the rehearsal of enable(): a model "
+        "that skips layers is not covered",
+    ]
+
+
+def recorded_by_layers() -> dict[str, float]:
+    def attentions(model: PreTrainedModel) -> list[torch.Tensor]:
+        # Where queries see nothing, as on the left of padding, eager attention of transformers is not finite.
+        output = model(**batch_of("right-padded", 33), output_attentions=True, output_hidden_states=True)
+        (output.loss + sum((weights**2).mean() for weights in output.attentions)).backward()
+        return [output.loss.detach(), *(weights.detach() for weights in output.attentions)]
+
+    def routers(model: PreTrainedModel) -> list[torch.Tensor]:
+        output = model(**batch_of("left-padded", 33), output_router_logits=True)
+        (output.loss + sum((logits**2).mean() for logits in output.router_logits)).backward()
+        return [output.loss.detach(), output.aux_loss.detach(), *(one.detach() for one in output.router_logits)]
+
+    def prepare(model: PreTrainedModel) -> None:
+        model.set_attn_implementation("eager")
+
+    eager = "transformers:eager"
+    return {
+        "attentions": compare_steps(MODELS["llama-5q1kv"], attentions, prepare, eager),
+        "attentions, more ranks than heads": compare_steps(MODELS["llama-2q1kv"], attentions, prepare, eager),
+        "routers": compare_steps(MODELS["mixtral"], routers) / 100,  # compute in float32
+    }
+
+
+def test_attention_weights_and_router_logits_are_whole() -> None:
+    for errors in run_ranks(3, recorded_by_layers):
         assert {name: error for name, error in errors.items() if not error < 1e-5} == {}

@@ -55,6 +55,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _LINEAR_THEN_FULL,
     "deepseek_ocr2_text": {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": _CONV_THEN_FULL,
     "lfm2_moe": _CONV_THEN_FULL,
     "zamba": {
         "num_hidden_layers": 6,

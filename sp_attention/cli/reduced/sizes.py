@@ -62,7 +62,7 @@ _NAMES: dict[int, str] = {
     "original_max_position_embeddings max_2d_position_embeddings position_embedding_size "
     "num_position_embeddings rel_extent t2u_max_position_embeddings max_speech_positions "
     "max_text_positions",
-    5: "sliding_window sliding_window_size local_attention attention_window_size",
+    5: "sliding_window sliding_window_size local_attention attention_window_size attention_chunk_size",
 }
 SIZES: dict[str, Any] = {name: value for value, names in _NAMES.items() for name in names.split()}
 

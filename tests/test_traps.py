@@ -1,0 +1,214 @@
+"""What others fell into: numbers that look fine and are wrong. Each is a relation that holds in one process."""
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from models import MODELS, Tiny, batch_of
+from test_parity import relative_error
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import sp_attention
+from sp_attention.cli.reduced import build
+from sp_attention.launch import run_ranks
+from sp_attention.layout import spans
+
+LENGTH = 33
+
+
+def enabled(model: PreTrainedModel, backend: str = "sdpa") -> PreTrainedModel:
+    sp_attention.enable(model, backend=backend)
+    return model
+
+
+def ids_of(seed: int = 0) -> Tensor:
+    return torch.randint(40, 97, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def losses_and_gradients(model: PreTrainedModel, batch: dict[str, Any]) -> list[Tensor]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    sp_attention.average_gradients(model)
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def few_targets() -> dict[str, float]:
+    """Errors of batches with targets in few places: around the cuts, in one span, one and many."""
+    tiny = MODELS["llama-6q3kv"]
+    reference, model = tiny.build(), enabled(tiny.build())
+    ids = ids_of()
+    cuts = [span.start for span in spans(LENGTH, dist.get_world_size())[1:]]
+    places = {f"at {cut + off}": [cut + off] for cut in cuts for off in (-1, 0, 1)}
+    places |= {"first half": list(range(1, 9)), "1 and 15": [3, *range(18, LENGTH)], "last": [LENGTH - 1]}
+    errors = {}
+    for name, chosen in places.items():
+        labels = torch.full_like(ids, -100)
+        labels[:, chosen] = ids[:, chosen]
+        both = [losses_and_gradients(each, {"input_ids": ids, "labels": labels}) for each in (model, reference)]
+        errors[name] = max(relative_error(*pair) for pair in zip(*both, strict=True))
+    nothing = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    assert all(each(**nothing).loss.isnan() for each in (reference, model))
+    # The mean of one batch, and of two that are accumulated, with 5 and 60 targets.
+    both = []
+    for each in (model, reference):
+        each.zero_grad()
+        for targets in (5, 60):
+            labels = torch.full_like(ids, -100)
+            labels.view(-1)[1 : 1 + targets] = ids.view(-1)[1 : 1 + targets]
+            count = (labels[:, 1:] != -100).sum() * 2
+            each(input_ids=ids, labels=labels, num_items_in_batch=count).loss.backward()
+        sp_attention.average_gradients(each)
+        both.append([p.grad.clone() for p in each.parameters()])
+    errors["accumulated"] = max(relative_error(*pair) for pair in zip(*both, strict=True))
+    return errors
+
+
+def shifted_labels() -> dict[str, float]:
+    """Labels that are shifted already are not shifted again, whatever stands between the layers and the loss."""
+    errors = {}
+    ids = ids_of()
+    shifted = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+    for name in ("llama", "gemma3_text", "qwen2", "gpt_oss", "granite", "cohere2"):
+        reference, model = build(name, "causal-lm"), enabled(build(name, "causal-lm"))
+        expected = reference(input_ids=ids, labels=ids).loss
+        found = model(input_ids=ids, labels=ids, shift_labels=shifted).loss
+        errors[name] = relative_error(found, expected)
+    return errors
+
+
+def changed(model: PreTrainedModel, ids: Tensor, place: int, **more: Any) -> list[int]:
+    """The tokens whose logits in row 0 are not the same bits after the token at a place has changed."""
+    other = ids.clone()
+    other[0, place] = 32 + (other[0, place] - 31) % 60
+    with torch.no_grad():
+        before, after = model(input_ids=ids, **more).logits, model(input_ids=other, **more).logits
+    return (before[0] != after[0]).any(-1).nonzero().flatten().tolist()
+
+
+def reach() -> dict[str, list[int]]:
+    """Which tokens see a token: through windows, chunks, documents and padding."""
+    window = {"num_hidden_layers": 1, "sliding_window": 5}
+    found = {}
+    mistral = enabled(Tiny("MistralForCausalLM", window).build().eval())
+    ids = ids_of()
+    found["window"] = changed(mistral, ids, 14)
+    oss = build("gpt_oss", "causal-lm").eval()
+    oss.config.num_hidden_layers = 1
+    del oss.model.layers[1:]
+    found["window with sinks"] = changed(enabled(oss), ids, 14)
+    llama4 = build("llama4_text", "causal-lm").eval()
+    llama4.config.num_hidden_layers = 1
+    del llama4.model.layers[1:]
+    found["chunk"] = changed(enabled(llama4), ids, 12)
+    llama = enabled(MODELS["llama-6q3kv"].build().eval())
+    found["causal"] = changed(llama, ids, 14)
+    positions = torch.cat([torch.arange(9), torch.arange(12), torch.arange(12)]).expand(2, -1)
+    packed = {"position_ids": positions, "use_cache": False}
+    found["document"] = changed(llama, ids, 4, **packed)
+    found["document across the cut"] = changed(llama, ids, 10, **packed)
+    padding = torch.ones(2, LENGTH, dtype=torch.int64)
+    padding[0, :11] = 0
+    found["left padding"] = [one for one in changed(llama, ids, 4, attention_mask=padding) if one >= 11]
+    bert = enabled(build("bert", "masked-lm").eval())
+    padding = torch.ones(2, LENGTH, dtype=torch.int64)
+    padding[0, 20:] = 0
+    found["right padding"] = [one for one in changed(bert, ids, 25, attention_mask=padding) if one < 20]
+    return found
+
+
+def padding_is_not_trained() -> float:
+    """The largest gradient of the embedding of a token that is only padding."""
+    batch = batch_of("left-padded", LENGTH)
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)
+    model = enabled(MODELS["llama-6q3kv"].build())
+    model(**batch).loss.backward()
+    sp_attention.average_gradients(model)
+    return model.model.embed_tokens.weight.grad[1].abs().max().item()
+
+
+def recurrences() -> dict[str, float]:
+    """How far the change of the last token's logits by the first token is off, and the gradient that leads back."""
+    errors = {}
+    ids, other = ids_of(), ids_of()
+    other[:, 0] = 34
+    ids[:, 0] = 33
+    last = torch.full_like(ids, -100)
+    last[:, -1] = ids[:, -1]
+    for name in ("mamba2", "rwkv", "lfm2", "bamba", "qwen3_next"):
+        reference, model = build(name, "causal-lm"), enabled(build(name, "causal-lm"))
+        with torch.no_grad():
+            changes = [each.eval()(ids).logits[:, -1] - each(other).logits[:, -1] for each in (model, reference)]
+        assert changes[1].abs().max() > 0, name
+        gradients = []
+        for each in (model, reference):
+            each.train().zero_grad()
+            each(input_ids=ids, labels=last).loss.backward()
+            sp_attention.average_gradients(each)
+            gradients.append(each.get_input_embeddings().weight.grad[33])
+        assert gradients[1].abs().max() > 0, name
+        errors[name] = max(relative_error(*changes), relative_error(*gradients))
+    return errors
+
+
+def lengths_in_layers() -> list[int]:
+    model, seen = enabled(MODELS["llama-6q3kv"].build()), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    model(**batch_of("plain", LENGTH)).loss.backward()
+    return seen
+
+
+def traps() -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    found = (few_targets(), shifted_labels(), reach(), padding_is_not_trained(), recurrences(), lengths_in_layers())
+    names = ("few targets", "shifted labels", "reach", "padding", "recurrences", "lengths")
+    return dict(zip(names, found, strict=True))
+
+
+def off(errors: dict[str, float], tolerance: float = 1e-5) -> dict[str, float]:
+    return {name: error for name, error in errors.items() if not error < tolerance}
+
+
+@cache
+def found() -> list[dict[str, Any]]:
+    return run_ranks(2, traps, timeout=120)
+
+
+def test_every_target_counts_once_wherever_the_cuts_are() -> None:
+    assert [off(one["few targets"]) for one in found()] == [{}, {}]
+
+
+def test_shifted_labels_are_not_shifted_again() -> None:
+    assert [off(one["shifted labels"]) for one in found()] == [{}, {}]
+
+
+def test_no_token_sees_what_it_may_not() -> None:
+    for one in found():
+        assert one["reach"] == {
+            "window": [14, 15, 16, 17, 18],
+            "window with sinks": [14, 15, 16, 17, 18],
+            "chunk": [12, 13, 14],
+            "causal": list(range(14, LENGTH)),
+            "document": list(range(4, 9)),
+            "document across the cut": list(range(10, 21)),
+            "left padding": [],
+            "right padding": [],
+        }
+
+
+def test_padding_is_not_trained() -> None:
+    assert [one["padding"] for one in found()] == [0, 0]
+
+
+def test_recurrent_layers_do_not_begin_anew_on_every_rank() -> None:
+    assert [off(one["recurrences"]) for one in found()] == [{}, {}]
+
+
+def test_every_layer_works_on_a_part() -> None:
+    assert [one["lengths"] for one in found()] == [[17, 17], [16, 16]]
