@@ -30,8 +30,10 @@ from sp_attention.exchange import Peers, mean_over_ranks
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe
-from sp_attention.region import TOKENS, Forward, Hooks, Region
-from sp_attention.rehearsal import EVERYTHING, Attended, Findings, Found, Run, explore, same, same_buffers, undisturbed
+from sp_attention.plan import Region
+from sp_attention.recording import Attended, Run, same, same_buffers, undisturbed
+from sp_attention.region import TOKENS, Forward, Hooks
+from sp_attention.rehearsal import EVERYTHING, Findings, Found, explore
 from sp_attention.specimens import Specimen, specimens
 from sp_attention.trees import Path, tensors
 from sp_attention.ulysses import UlyssesAttention
