@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
@@ -30,10 +30,12 @@ from sp_attention.exchange import Peers, mean_over_ranks
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe
-from sp_attention.region import TOKENS, Forward, Hooks, Region
-from sp_attention.rehearsal import EVERYTHING, Attended, Findings, Found, Run, explore, same, same_buffers, undisturbed
+from sp_attention.plan import Region
+from sp_attention.recording import Attended, Run, same, same_buffers, undisturbed
+from sp_attention.region import TOKENS, Forward, Hooks
+from sp_attention.rehearsal import EVERYTHING, Findings, Found, explore
 from sp_attention.specimens import Specimen, specimens
-from sp_attention.trees import tensors
+from sp_attention.trees import Path, tensors
 from sp_attention.ulysses import UlyssesAttention
 
 # Numbers in the gradients that are compared.
@@ -42,27 +44,8 @@ _SLOPES = 2**18
 _UNPROVEN = "enable(rehearse=False) did not prove that the loss can be computed from a part of the logits"
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a model attends: through us, with its masks described or as tensors; or on its own."""
-
-    text: str
-    masks: Callable[..., Any] | None
-
-
-WAYS = (
-    Way("with masks as descriptions", describe),
-    # For models that compute with the mask: it is left out where torch's attention has a flag for it.
-    Way("with masks as tensors", sdpa_mask),
-    Way("with the model's own attention", None),
-)
-
-
-def _never_left_out(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A mask tensor for a model whose own attention takes a mask that is left out to hide nothing."""
-    flags = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: Tensor | None = sdpa_mask(*args, **kwargs | flags)
-    return mask
+# How masks are made for transformers: the arguments of its mask builder → what layers are given.
+Masks = Callable[..., Any]
 
 
 def install(
@@ -89,9 +72,12 @@ def install(
         if model.device.type == "meta":
             pairs = pairs[-1:]  # Whether a mask hides anything cannot be read.
         reasons: dict[str | None, None] = {}
-        for way in WAYS:
+        own = ALL_MASK_ATTENTION_FUNCTIONS.get(str(model.config._attn_implementation), sdpa_mask)
+        # Masks as descriptions; for models that compute with their masks, what they get on their own; and for models
+        # that cannot attend through us, their own attention.
+        for masks in (describe, own, None):
             with ExitStack() as attempt:
-                step = partial(_place, model, attention, key, way, pairs, attempt, rehearse)
+                step = partial(_place, model, attention, key, masks, pairs, attempt, rehearse)
                 reason, done = _attempted(step, peers)
                 if done is not None:
                     undo.push(attempt.pop_all())
@@ -116,10 +102,8 @@ class Draws:
     after: bool = False
 
 
-def _draws(model: PreTrainedModel, findings: Findings, specimen: Specimen) -> Draws:
-    """Leaves the model in training mode unless it draws random numbers there."""
-    if model.device.type == "meta":
-        return Draws(anywhere=True, between=frozenset(findings.stacks), after=True)
+def _draws(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]) -> tuple[Draws, tuple[Any, Tensor]]:
+    """Where random numbers are drawn, and the model's output with slopes; in training unless there are any."""
     seen: list[tuple[str | None, list[Tensor]]] = []
     handles = []
     for name, layers in findings.stacks.items():
@@ -134,25 +118,26 @@ def _draws(model: PreTrainedModel, findings: Findings, specimen: Specimen) -> Dr
     before = randomness.states(model.device)
     try:
         with same_buffers(model):
-            model(**specimen.inputs)
+            result = _with_slopes(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     after = randomness.states(model.device)
     if randomness.are_equal(before, after):
-        return Draws()
+        return Draws(), result
     model.eval()
     # Two notes a layer: what lies between the second of one and the first of the next is the model's own.
     gaps = [(one, other) for one, other in zip(seen[1::2], seen[2::2], strict=False) if one[0] == other[0]]
     between = frozenset(str(one[0]) for one, other in gaps if not randomness.are_equal(one[1], other[1]))
-    return Draws(True, between, not seen or not randomness.are_equal(seen[-1][1], after))
+    draws = Draws(True, between, not seen or not randomness.are_equal(seen[-1][1], after))
+    return draws, _with_slopes(model, inputs)
 
 
 def _place(
     model: PreTrainedModel,
     attention: UlyssesAttention,
     key: str,
-    way: Way,
+    masks: Masks | None,
     pairs: list[tuple[Specimen, Specimen]],
     undo: ExitStack,
     rehearse: bool,
@@ -162,46 +147,48 @@ def _place(
     model.eval()
     attended: list[Attended] = []
 
-    def recorded(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        attended.append(Attended(module, (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
-        return attention(module, query, key, *args, **kwargs)
+    def recorded(module: nn.Module, queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> Any:
+        attended.append(Attended(module, (queries.shape[0], queries.shape[2]), (keys.shape[0], keys.shape[2])))
+        return attention(module, queries, keys, *args, **kwargs)
 
-    if way.masks is not None:
-        eager = way.masks is sdpa_mask and own[0][1] == "eager"
-        _attend_by(model, key, recorded, _never_left_out if eager else way.masks, undo)
-    findings, runs = explore(model, pairs, attended, proves=rehearse, attends=way.masks is not None)
-    if way.masks is not None:
+    if masks is not None:
+        _attend_by(model, key, recorded, masks, undo)
+    findings, runs = explore(model, pairs, attended, proves=rehearse, attends=masks is not None)
+    if masks is not None:
         AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
         _release(model, findings, own)
-    draws = _draws(model, findings, narrow[-1])
+    if rehearse and masks is not None:
+        for run in (pair[0] for pair in runs):
+            mine, expected = (_of_real_tokens(one, run.specimen) for one in (run.output, run.specimen.output))
+            _require_same(mine, expected, f"kernel {attention.backend.kernel!r}")
+    draws, last = _draws(model, findings, narrow[-1].inputs)
     findings = replace(findings, separate=findings.separate | draws.between)
-    if rehearse:
-        # The specimen without padding: what kernels return for queries that see nothing is no one's business.
-        trains = model.training
-        _require_same(model.eval()(**narrow[-1].inputs), narrow[-1].output, f"kernel {attention.backend.kernel!r}")
-        model.train(trains)
     region = Region(
         findings.planned(),
         findings.models,
         findings.arguments,
-        key if way.masks is not None else None,
+        key if masks is not None else None,
         _UNPROVEN if not rehearse else "the model has no causal loss, or draws random numbers before it",
         random=draws.anywhere,
     )
     hooks = Hooks(region, peers, attention.current)
     undo.callback(hooks.remove)
     if rehearse:
-        findings = _prove(model, hooks, findings, [pair[0] for pair in runs])
+        findings = _prove(model, hooks, findings, [pair[0] for pair in runs], last)
     else:
         hooks.install()
     return findings, hooks, draws
 
 
-def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run]) -> Findings:
-    """The findings with as much gathered as the sharded model needs to give what the whole one gives."""
-    inputs = [run.specimen.inputs for run in runs]
-    whole = [model(**some) for some in inputs[:-1]]
-    last, slopes = _with_slopes(model, inputs[-1])
+def _prove(
+    model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run], last: tuple[Any, Tensor]
+) -> Findings:
+    """The findings with as much gathered as the sharded model needs to give what the whole one gives.
+
+    `last` is what the whole model gives for the last run, in the mode that it is in, with its slopes; the runs were in
+    evaluation.
+    """
+    trains = model.training
 
     def tried(plan: Findings) -> str | None:
         hooks.remove()
@@ -209,11 +196,14 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
         hooks.install()
 
         def compare() -> None:
-            for some, expected in zip(inputs[:-1], whole, strict=True):
-                _require_same(model(**some), expected, f"{type(model).__name__} sharded")
-            output, mine = _with_slopes(model, inputs[-1])
-            _require_same(output, last, f"{type(model).__name__} sharded")
-            _require_same(mean_over_ranks(mine, hooks.peers), slopes, f"the backward of {type(model).__name__} sharded")
+            model.eval()
+            for run in runs[:-1]:
+                _require_same(model(**run.specimen.inputs), run.output, f"{type(model).__name__} sharded")
+            model.train(trains)
+            output, slopes = _with_slopes(model, runs[-1].specimen.inputs)
+            _require_same(output, last[0], f"{type(model).__name__} sharded")
+            slopes = mean_over_ranks(slopes, hooks.peers)
+            _require_same(slopes, last[1], f"the backward of {type(model).__name__} sharded")
 
         return _attempted(compare, hooks.peers, model.device)[0]
 
@@ -230,8 +220,13 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
     everything = {
         name: tuple(replace(found, gathers=EVERYTHING) for found in layers) for name, layers in findings.stacks.items()
     }
-    apart = frozenset(findings.stacks)
-    for plan in (findings, replace(findings, separate=apart), replace(findings, stacks=everything)):
+    apart = frozenset({*findings.stacks, *findings.idle})
+    for plan in (
+        findings,
+        replace(findings, separate=apart),
+        replace(findings, stacks=everything),
+        replace(findings, stacks=findings.idle, separate=apart),
+    ):
         if not plan.shares_nothing and tried(plan) is None:
             return plan
     raise UnsupportedError(f"{reason}; nothing of it can be shared out exactly")
@@ -240,16 +235,17 @@ def _prove(model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[
 def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
     """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
 
-    Small, so that they take no memory, while the path to them leads through all of the model. None for a model whose
-    parameters an engine shards, since backward would set the engine to work.
+    Small, so that they take no memory, while the path to them leads through all of the model. There are none where an
+    engine shards the parameters, since backward would set the engine to work.
     """
     parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
     small: list[Tensor] = []
     for parameter in sorted(parameters, key=Tensor.numel):
         if sum(map(Tensor.numel, small)) + parameter.numel() <= _SLOPES:
             small.append(parameter)
-    if not small or any(isinstance(parameter, DTensor) for parameter in parameters):
-        return model(**inputs), torch.zeros(0)
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if not small or sharded or model.device.type == "meta":
+        return model(**inputs), torch.zeros(0, device=model.device)
     with torch.enable_grad():
         output = model(**inputs)
         number = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -299,7 +295,7 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
         return
     ids = specimen.inputs[name]
     padding = specimen.inputs.get(name.replace("input_ids", "attention_mask"))
-    labels = ids if padding is None else ids.masked_fill(padding == 0, -100)
+    labels = ids if padding is None or padding.shape != ids.shape else ids.masked_fill(padding == 0, -100)
     batch = {**specimen.inputs, "labels": labels}
     _, whole = _attempted(lambda: model(**batch), hooks.peers)
     if whole is None:
@@ -321,6 +317,17 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
 
     reason, _ = _attempted(compare, hooks.peers, model.device)
     hooks.region = replace(hooks.region, sharded_loss=reason or loss)
+
+
+def _of_real_tokens(output: Any, specimen: Specimen) -> dict[Path, Tensor]:
+    """A model's output without what it gives for padding, where kernels may do as they like."""
+    found = dict(tensors(output))
+    for name, padding in specimen.inputs.items():
+        if name.endswith("attention_mask"):
+            for path, tensor in found.items():
+                if tensor.shape[:2] == padding.shape:
+                    found[path] = tensor * padding.view(*padding.shape, *[1] * (tensor.dim() - 2)).to(tensor.dtype)
+    return found
 
 
 def _require_same(output: Any, expected: Any, what: str) -> None:

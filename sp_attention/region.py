@@ -5,7 +5,6 @@ are gathered, or stay sharded when the sharded loss follows. A part of a layer t
 whole tensors, and my span of what it returns goes on.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,85 +22,18 @@ from sp_attention import randomness
 from sp_attention.agreement import require_same_batch
 from sp_attention.attention import Mask
 from sp_attention.call import Call, Current
-from sp_attention.dims import Along, Dims, Extent
+from sp_attention.dims import Along, Extent
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
-from sp_attention.trees import Path, map_leaves, tensors
-
-# What transformers hands down through the layers although only the loss uses it.
-_FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
+from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
+from sp_attention.trees import Path, leaves, map_leaves, tensors
 
 # The arguments that are the tokens of the stack before the loss.
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 # Where transformers' layers and torch's wrapper keep the function that checkpoints.
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a layer that is given whole tensors, and whose results are cut to my span."""
-
-    name: str
-    module: nn.Module
-    arguments: Dims
-    results: Dims
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of a stack: which dim of which of its arguments and results is the sequence, None if none is.
-
-    Paths start with 0 in the positional arguments and with 1 in the keyword arguments.
-    hidden: the path of the hidden states, which tell B and S.
-    handed: the arguments that an earlier layer returned, which arrive cut. hands: the results that a later one takes.
-    masks: where a description of the mask is given, or in its place a mask tensor of the user's own.
-    gathered: the whole layer is a mixer: it runs on whole tensors, and only what is between the layers is cut.
-    """
-
-    name: str
-    module: nn.Module
-    hidden: Path
-    handed: frozenset[Path]
-    arguments: Dims
-    hands: frozenset[Path]
-    results: Dims
-    parts: tuple[Part, ...]
-    masks: frozenset[Path]
-    gathered: bool = False
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Layers in the order of their calls.
-
-    separate: the model works on what is between the layers, so each cuts its arguments and gathers its results.
-    """
-
-    name: str
-    layers: tuple[Layer, ...]
-    separate: bool = False
-
-
-@dataclass(frozen=True)
-class Region:
-    """What is hooked: the stacks, and the models around them, outermost first.
-
-    implementation: the key under which transformers knows our attention, None when the model attends on its own.
-    sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
-    before_loss: the stack whose hidden states stay sharded for that loss.
-    arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
-    random: in training the model draws random numbers (dropout).
-    """
-
-    stacks: tuple[Stack, ...]
-    models: tuple[PreTrainedModel, ...]
-    arguments: Mapping[nn.Module, frozenset[str]]
-    implementation: str | None
-    sharded_loss: Callable[..., Tensor] | str
-    before_loss: str | None = None
-    random: bool = False
 
 
 @dataclass
@@ -177,8 +109,8 @@ class Hooks:
         self, seen: frozenset[str], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         given = named_arguments(model, args, kwargs)
-        unseen = bool(tensor_names(given) - seen)
         tensors_given = frozenset(id(tensor) for _, tensor in tensors(given))
+        unseen = bool(tensor_names(given) - seen)
         if self.forward is not None and self.forward.model is not model:
             self.current.given |= tensors_given
             # A model inside the one that was called.
@@ -326,7 +258,7 @@ class Hooks:
 
     def _call_of(self, stack: Stack, layer: Layer, given: Any) -> Call:
         """The call that a layer belongs to; it is new for the first, and for each where they are separate."""
-        mask = next((leaf for leaf in _leaves(given) if isinstance(leaf, Mask)), None)
+        mask = next((leaf for _, leaf in leaves(given) if isinstance(leaf, Mask)), None)
         if self.forward is None:
             return self._call_again(layer, stack, mask)
         hidden, along = _leaf(given, layer.hidden), layer.arguments[layer.hidden]
@@ -450,7 +382,7 @@ def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
     """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
     if isinstance(leaf, Cache):
         return None  # It would hold one rank's part, and the model does not return it.
-    if not isinstance(leaf, Tensor) or not call.is_shared or path[1] in _FOR_THE_LOSS or path in layer.masks:
+    if not isinstance(leaf, Tensor) or not call.is_shared or path[1] in FOR_THE_LOSS or path in layer.masks:
         return leaf
     if path not in layer.arguments:
         if layer.gathered or call.extent.length not in leaf.shape:
@@ -480,21 +412,6 @@ def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, leaves: bool) -> A
     return leaf if stays or not call.is_part(leaf, along) else call.whole(leaf, along)
 
 
-def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name, without those that are None."""
-    signature = inspect.signature(model.forward)
-    named = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return {name: value for name, value in named.items() if value is not None}
-
-
-def tensor_names(named: Mapping[str, Any]) -> frozenset[str]:
-    """The names of the arguments that are or hold tensors, but for those that only the loss uses."""
-    return frozenset(name for name, value in named.items() if any(tensors(value))) - _FOR_THE_LOSS
-
-
 def _is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
     """Whether a switch of transformers is on: in the arguments of a forward, or else in the configuration."""
     return bool(given.get(switch, getattr(model.config, switch, default)))
@@ -502,12 +419,6 @@ def _is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], defaul
 
 def _text(path: Path) -> str:
     return ".".join(map(str, path[1:]))
-
-
-def _leaves(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    map_leaves(lambda path, leaf: found.append(leaf), tree)
-    return found
 
 
 def _leaf(tree: Any, path: Path) -> Any:

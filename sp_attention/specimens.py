@@ -40,11 +40,13 @@ def specimens(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[tupl
     pairs: list[tuple[Specimen, Specimen]] = []
     problem: Exception | None = None
     codebooks = getattr(model.config.get_text_config(decoder=True), "num_codebooks", None) or 1
-    for rows in dict.fromkeys((codebooks, 1)):
+    for rows in dict.fromkeys((1, codebooks)):
         for some, others in zip(_kinds(model, narrow, rows), _kinds(model, wide, rows), strict=True):
             for pair in zip(some, others, strict=True):
                 try:
                     output = model(**pair[0].inputs)
+                    if codebooks > 1:
+                        model(**pair[1].inputs)  # Rows that go together in one may not in the other.
                 except Exception as error:  # whatever a model raises at what it does not take
                     problem = problem or error
                 else:

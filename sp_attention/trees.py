@@ -29,3 +29,10 @@ def tensors(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     elif isinstance(tree, (tuple, list)):
         for i, item in enumerate(tree):
             yield from tensors(item, (*path, i))
+
+
+def leaves(tree: Any) -> list[tuple[Path, Any]]:
+    """Every leaf of a tree, as `map_leaves` understands it, with its path."""
+    found: list[tuple[Path, Any]] = []
+    map_leaves(lambda path, leaf: found.append((path, leaf)), tree)
+    return found

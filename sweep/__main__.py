@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from sp_attention.cli.outcomes import VARIANTS
 from sp_attention.cli.reduced import TASKS
 from sweep.running import sweep
 from sweep.table import summary, write
@@ -14,6 +15,7 @@ from sweep.table import summary, write
 @click.option("--types", default="", help="Types of models, with commas between them; all by default.")
 @click.option("--ranks", type=click.IntRange(2), multiple=True, default=(2,), show_default=True, help="Repeatable.")
 @click.option("--length", type=click.IntRange(16), default=33, show_default=True, help="Tokens in a sequence.")
+@click.option("--with", "variants", default="", help=f"Also so, with commas: {', '.join(VARIANTS)}.")
 @click.option("--again", is_flag=True, help="Run the types that the results have already.")
 @click.option("--results", type=click.Path(path_type=Path), default=Path("sweep-results.jsonl"), show_default=True)
 @click.option("--table", type=click.Path(path_type=Path), help="Write the tables of all results here: docs/models.md.")
@@ -22,6 +24,7 @@ def main(
     types: str,
     ranks: tuple[int, ...],
     length: int,
+    variants: str,
     again: bool,
     results: Path,
     table: Path | None,
@@ -30,7 +33,7 @@ def main(
     only = set(types.split(",")) - {""}
     for mapping in mappings or TASKS:
         for size in ranks:
-            sweep(mapping, only, size, length, results, again)
+            sweep(mapping, only, size, length, results, again, tuple(filter(None, variants.split(","))))
     click.echo(summary(results))
     if table is not None:
         write(results, table)

@@ -25,7 +25,15 @@ KERNELS = ("sdpa", "transformers:eager")
 Record = dict[str, Any]
 
 
-def sweep(mapping: str, only: set[str], ranks: int, length: int, results: Path, again: bool = False) -> None:
+def sweep(
+    mapping: str,
+    only: set[str],
+    ranks: int,
+    length: int,
+    results: Path,
+    again: bool = False,
+    variants: tuple[str, ...] = (),
+) -> None:
     """Run the types of a mapping that have no result yet, and append a line of JSON for each to `results`."""
     types = [kind for kind in types_of(mapping) if not only or kind in only]
     if not again:
@@ -37,9 +45,8 @@ def sweep(mapping: str, only: set[str], ranks: int, length: int, results: Path, 
         before = results.stat().st_size if results.exists() else 0
         problem = ""
         try:
-            run_ranks(
-                ranks, _run_chunk, mapping, chunk, length, results, timeout=SECONDS_TO_START + SECONDS_EACH * len(chunk)
-            )
+            timeout = SECONDS_TO_START + SECONDS_EACH * len(chunk) * (1 + len(variants))
+            run_ranks(ranks, _run_chunk, mapping, chunk, length, results, variants, timeout=timeout)
         except RanksError as error:
             problem = str(error)
         finished = [record["type"] for record in read(results, before)]
@@ -66,7 +73,7 @@ def _append(results: Path, record: Record) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _run_chunk(mapping: str, types: list[str], length: int, results: Path) -> None:
+def _run_chunk(mapping: str, types: list[str], length: int, results: Path, variants: tuple[str, ...]) -> None:
     """On every rank: one type after the other; rank 0 writes."""
     import torch.distributed as dist
     import transformers
@@ -76,13 +83,14 @@ def _run_chunk(mapping: str, types: list[str], length: int, results: Path) -> No
     transformers.logging.set_verbosity_error()
     for kind in types:
         began = monotonic()
-        record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()} | _run(mapping, kind, length)
+        record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()}
+        record |= _run(mapping, kind, length, variants)
         if dist.get_rank() == 0:
             _append(results, record | {"seconds": round(monotonic() - began, 1)})
         dist.barrier()
 
 
-def _run(mapping: str, kind: str, length: int) -> Record:
+def _run(mapping: str, kind: str, length: int, variants: tuple[str, ...]) -> Record:
     for kernel in KERNELS:
         try:
             with _no_longer_than(SECONDS_TO_BUILD):
@@ -90,7 +98,7 @@ def _run(mapping: str, kind: str, length: int) -> Record:
         except (NotBuildableError, TimeoutError) as error:
             return {"not_buildable": str(error)}
         try:
-            comparison = compare(model, batches, kernel)
+            comparison = compare(model, batches, kernel, variants)
         except Exception as error:  # of `enable`, which should have refused
             return {"kernel": kernel, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         if not _refused_by_kernel(comparison, kernel):

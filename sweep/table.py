@@ -7,7 +7,7 @@ from sp_attention.cli.outcomes import parts_of
 from sp_attention.cli.reduced import TASKS
 from sweep.running import Record, read
 
-OUTCOMES = ("exact", "refused", "not buildable", "not comparable", "silently wrong", "other errors")
+OUTCOMES = ("exact", "partly refused", "refused", "not buildable", "not comparable", "silently wrong", "other errors")
 
 
 def latest(results: Path) -> dict[tuple[str, str, int], Record]:
@@ -16,7 +16,7 @@ def latest(results: Path) -> dict[tuple[str, str, int], Record]:
 
 
 def outcome(record: Record) -> str:
-    """Which of `OUTCOMES` a type has: the worst of its batches, exact when some are and others are only refused."""
+    """Which of `OUTCOMES` a type has: the worst of its batches."""
     if "not_buildable" in record:
         return "not buildable"
     if "crashed" in record or "failed" in record:
@@ -24,9 +24,11 @@ def outcome(record: Record) -> str:
     if record["refused"]:
         return "refused"
     outcomes = Counter(verdict["outcome"] for verdict in record["verdicts"])
-    for found, name in (("differs", "silently wrong"), ("failed", "other errors"), ("exact", "exact")):
+    for found, name in (("differs", "silently wrong"), ("failed", "other errors")):
         if outcomes[found]:
             return name
+    if outcomes["exact"]:
+        return "partly refused" if outcomes["refused"] else "exact"
     return "refused" if outcomes["refused"] else "not comparable"
 
 

@@ -107,6 +107,9 @@ def _text(model: PreTrainedModel, task: str, kind: str, length: int) -> Batch:
         mask[0, : length // 3] = 0
     if kind == "right-padded":
         mask[0, length - length // 3 :] = 0
+    padding = getattr(model.config, "pad_token_id", None)
+    if isinstance(padding, int):
+        ids[mask == 0] = padding  # Some heads look for the last token that is none.
     _mark(model, task, ids, mask)
     batch: Batch = {"input_ids": ids} | _labels(model, task, kind, ids, mask)
     if kind.endswith("padded"):

@@ -63,6 +63,9 @@ def _build(model_type: str, task: str, dtype: torch.dtype) -> PreTrainedModel:
         _require_small(model_class, config)
         torch.manual_seed(0)
         model: PreTrainedModel = model_class(config)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # A head may have one that no setting tells of.
     nn.Module.to(model, dtype=dtype)
     return enlarge(model)
 

@@ -1,0 +1,95 @@
+"""What is hooked in a model, as data: stacks of layers, their parts, and the models around them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sp_attention.dims import Dims
+from sp_attention.trees import Path, tensors
+
+# What transformers hands down through the layers although only the loss uses it.
+FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a layer that is given whole tensors, and whose results are cut to my span."""
+
+    name: str
+    module: nn.Module
+    arguments: Dims
+    results: Dims
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a stack: which dim of which of its arguments and results is the sequence, None if none is.
+
+    Paths start with 0 in the positional arguments and with 1 in the keyword arguments.
+    hidden: the path of the hidden states, which tell B and S.
+    handed: the arguments that an earlier layer returned, which arrive cut. hands: the results that a later one takes.
+    masks: where a description of the mask is given, or in its place a mask tensor of the user's own.
+    gathered: the whole layer is a mixer: it runs on whole tensors, and only what is between the layers is cut.
+    """
+
+    name: str
+    module: nn.Module
+    hidden: Path
+    handed: frozenset[Path]
+    arguments: Dims
+    hands: frozenset[Path]
+    results: Dims
+    parts: tuple[Part, ...]
+    masks: frozenset[Path]
+    gathered: bool = False
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers in the order of their calls.
+
+    separate: the model works on what is between the layers, so each cuts its arguments and gathers its results.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    separate: bool = False
+
+
+@dataclass(frozen=True)
+class Region:
+    """What is hooked: the stacks, and the models around them, outermost first.
+
+    implementation: the key under which transformers knows our attention, None when the model attends on its own.
+    sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
+    before_loss: the stack whose hidden states stay sharded for that loss.
+    arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
+    random: in training the model draws random numbers (dropout).
+    """
+
+    stacks: tuple[Stack, ...]
+    models: tuple[PreTrainedModel, ...]
+    arguments: Mapping[nn.Module, frozenset[str]]
+    implementation: str | None
+    sharded_loss: Callable[..., Tensor] | str
+    before_loss: str | None = None
+    random: bool = False
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name, without those that are None."""
+    signature = inspect.signature(model.forward)
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def tensor_names(named: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the arguments that are or hold tensors, but for those that only the loss uses."""
+    return frozenset(name for name, value in named.items() if any(tensors(value))) - FOR_THE_LOSS
