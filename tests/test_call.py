@@ -48,7 +48,7 @@ def test_parts_and_wholes() -> None:
 def test_what_is_current_is_put_back_after_an_error() -> None:
     current = Current(None, weights=True)
     try:
-        with current.set_to(None, False):
+        with current.set_to(Current(None, weights=False)):
             assert not current.weights
             raise KeyboardInterrupt
     except KeyboardInterrupt:
