@@ -107,7 +107,7 @@ def seen_by_kernels() -> list[tuple[Any, ...]]:
     whole = torch.randn(2, 5, LENGTH, 4)
     attention(attend, inside=False)(nn.Module(), whole, whole, whole, MASK)
     attention(attend)(nn.Module(), *tensors(8, 4), MASK, sliding_window=3, position_ids=torch.zeros(1))
-    attention(attend)(nn.Module(), *tensors(6, 2), MASK, use_cache=None, flavour="vanilla")
+    attention(attend)(nn.Module(), *tensors(6, 2), MASK, use_cache=None, output_attentions=False)
     return seen
 
 
