@@ -78,18 +78,20 @@ class Current:
     """What the running code belongs to.
 
     call: None outside of the stacks and in what is given whole tensors. weights: the user wants attention weights.
-    given: the ids of the tensors that the models around the stacks were given.
+    given: the ids of the tensors that the models around the stacks were given. is_known: False outside of forwards, and
+    of those recomputations in backward that are tied to theirs; then nothing tells what runs.
     """
 
     call: Call | None = None
     weights: bool = False
     given: frozenset[int] = frozenset()
+    is_known: bool = False
 
     @contextmanager
     def set_to(self, other: "Current") -> Iterator[None]:
-        before = self.call, self.weights, self.given
-        self.call, self.weights, self.given = other.call, other.weights, other.given
+        before = vars(self).copy()
+        vars(self).update(vars(other))
         try:
             yield
         finally:
-            self.call, self.weights, self.given = before
+            vars(self).update(before)

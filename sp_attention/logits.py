@@ -53,7 +53,11 @@ class ShardedLogits:
             raise AttributeError(name)
         return self._refuse()
 
-    __getitem__ = __setitem__ = __len__ = __iter__ = __array__ = __float__ = __int__ = _refuse
+    def __eq__(self, other: object) -> Any:
+        return self._refuse()
+
+    __hash__ = object.__hash__
+    __getitem__ = __setitem__ = __len__ = __iter__ = __array__ = __float__ = __int__ = __bool__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __pow__ = __rpow__ = _refuse
     __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse

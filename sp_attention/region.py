@@ -122,7 +122,7 @@ class Hooks:
         if reason is not None:
             raise UnsupportedError(reason)
         self.current.call, self.current.weights = None, _is_on("output_attentions", model, given)
-        self.current.given = tensors_given
+        self.current.given, self.current.is_known = tensors_given, True
         self._unbind()
         self.forward = Forward(
             model,
@@ -174,7 +174,7 @@ class Hooks:
         if forward is None:
             return None
         if forward.model is model:
-            self.forward = None
+            self.forward, self.current.is_known = None, False
         if output is None:
             return None
         if forward.model is model:
@@ -293,10 +293,7 @@ class Hooks:
         """The call of a layer that a checkpoint around its hooks recomputes in backward: the mask remembers it."""
         call = None if mask is None else mask.once(("call", stack.name), lambda: None)
         if call is None or (call.is_separate and call.seed is not None):
-            raise UnsupportedError(
-                f"{layer.name} runs outside of a forward of its model, and nothing tells what sequence it is of: to "
-                "checkpoint it use model.gradient_checkpointing_enable()"
-            )
+            raise UnsupportedError(_outside(layer.name))
         return call
 
     def _drawing(self, call: Call, name: str, mine: bool) -> Callable[[], None]:
@@ -338,6 +335,8 @@ class Hooks:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self.current.call
+            if call is None and not self.current.is_known:
+                raise UnsupportedError(_outside(part.name))
             if call is None:
                 entered.append((None, lambda: None))
                 return None
@@ -415,6 +414,13 @@ def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, leaves: bool) -> A
 def _is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
     """Whether a switch of transformers is on: in the arguments of a forward, or else in the configuration."""
     return bool(given.get(switch, getattr(model.config, switch, default)))
+
+
+def _outside(name: str) -> str:
+    return (
+        f"{name} runs outside of a forward of its model, and nothing tells what sequence it is of: to checkpoint it "
+        "use model.gradient_checkpointing_enable()"
+    )
 
 
 def _text(path: Path) -> str:
