@@ -158,10 +158,9 @@ def _place(
     if masks is not None:
         AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
         _release(model, findings, own)
-    if rehearse and masks is not None:
-        if not all(_is_right(run.output, run.specimen) for run, _ in runs):
-            _require_right_kernel(model, attention, key, narrow)
-            raise UnsupportedError("through transformers' attention interface the model gives other numbers")
+    if rehearse and masks is not None and not all(_is_right(run.output, run.specimen) for run, _ in runs):
+        _require_right_kernel(model, attention, key, narrow)
+        raise UnsupportedError("through transformers' attention interface the model gives other numbers")
     draws, last = _draws(model, findings, narrow[-1].inputs)
     findings = replace(findings, separate=findings.separate | draws.between)
     region = Region(
