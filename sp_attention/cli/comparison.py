@@ -153,7 +153,7 @@ def _of_real_tokens(value: Tensor, batch: Batch) -> Tensor:
     real += [batch["labels"] != -100] if "labels" in batch else []
     for mask in real:
         if isinstance(mask, Tensor) and mask.dim() == 2 and value.dim() >= 2:
-            # A decoder whose tokens are the encoder's, moved by one, begins with padding where the encoder no longer does.
+            # Nor the first real token, for which a decoder that gets the encoder's tokens moved by one has padding.
             moved = mask.roll(1, dims=1)
             moved[:, 0] = 1
             matching = matching_part(mask * moved, value.shape[:2])

@@ -153,8 +153,9 @@ def _labels(model: PreTrainedModel, task: str, kind: str, ids: Tensor, mask: Ten
             labels[0, length // 2 :] = -100
         return {"labels": labels}
     labels = (ids % 2 if task == "token-classification" else ids).masked_fill(mask == 0, -100)
-    if kind == "left-padded" and task != "token-classification":
-        # A first real token has no context on the left but padding, so what predicts it is nothing real.
+    if kind == "left-padded":
+        # A first real token has no context on the left but padding, so what predicts it is nothing real; nor is the
+        # token of a decoder that gets the encoder's tokens moved by one.
         labels[:, : length // 3 + 1] = -100
     return {"labels": labels}
 
