@@ -317,7 +317,8 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
             raise UnsupportedError("the model computes another loss from a part of the sequence")
 
     reason, _ = _attempted(compare, hooks.peers, model.device)
-    hooks.region = replace(hooks.region, sharded_loss=reason or loss)
+    whole_because = reason and f"computed from a part of the sequence: {reason}"
+    hooks.region = replace(hooks.region, sharded_loss=whole_because or loss)
 
 
 def _is_right(output: Any, specimen: Specimen) -> bool:

@@ -110,7 +110,7 @@ class Hooks:
     ) -> None:
         given = named_arguments(model, args, kwargs)
         tensors_given = frozenset(id(tensor) for _, tensor in tensors(given))
-        unseen = bool(tensor_names(given) - seen)
+        unseen = bool(tensor_names(given) - seen - set(TOKENS))  # Tokens and their embeddings are alike.
         if self.forward is not None and self.forward.model is not model:
             self.current.given |= tensors_given
             # A model inside the one that was called.

@@ -23,7 +23,7 @@ from sp_attention.layout import HeadPlan, head_plan
 _TOLD_BY_THE_MASK = {"sliding_window", "position_ids", "cache_position"}
 _ABOUT_OTHER_THINGS = {
     "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "labels",
-    "num_items_in_batch", "shift_labels",
+    "num_items_in_batch", "shift_labels", "logits_to_keep",
 }  # fmt: skip
 
 Attended = tuple[Tensor, Tensor | None]
