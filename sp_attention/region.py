@@ -247,8 +247,8 @@ class Hooks:
                 self.forward.inside.discard(stack.name)
             if output is None or not call.is_shared:
                 return None
-            leaves = call.is_separate or (is_last and not call.stays_sharded)
-            output = map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, leaves), output)
+            ends = call.is_separate or (is_last and not call.stays_sharded)
+            output = map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, ends), output)
             if self.forward is not None:
                 for path, tensor in tensors(output):
                     self.forward.note(tensor, layer.results.get(path), call)
@@ -400,12 +400,12 @@ def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
     )
 
 
-def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, leaves: bool) -> Any:
+def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, ends: bool) -> Any:
     """What goes on in place of a layer's result: my span to the next layer, all of it to what is outside."""
     along = layer.results.get(path)
     if along is None or not isinstance(leaf, Tensor):
         return leaf
-    stays = path in layer.hands and not leaves
+    stays = path in layer.hands and not ends
     if layer.gathered:
         return call.part(leaf, along) if stays and call.is_whole(leaf, along) else leaf
     return leaf if stays or not call.is_part(leaf, along) else call.whole(leaf, along)
