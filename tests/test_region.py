@@ -174,7 +174,20 @@ def other_heads() -> dict[str, float]:
         loss.backward()
         return [loss.detach()]
 
+    def no_rounding(model: PreTrainedModel) -> None:
+        # A bias of all keys changes nothing, so its gradient is nothing but rounding.
+        for layer in model.wav2vec2.encoder.layers:
+            layer.attention.k_proj.bias.requires_grad_(False)
+
+    def heard(model: PreTrainedModel) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        sound = torch.randn(2, 2000, generator=generator, dtype=torch.float64)
+        loss = model(input_values=sound, labels=torch.randint(1, VOCABULARY, (2, 9), generator=generator)).loss
+        loss.backward()
+        return [loss.detach()]
+
     return {
+        "connectionist temporal classification of sound": compare_steps(WAV2VEC2, heard, no_rounding),
         "sequence classification": compare_steps(Tiny("LlamaForSequenceClassification"), classified),
         "question answering": compare_steps(Tiny("LlamaForQuestionAnswering"), answered),
         "reshapes to the global length": compare_steps(GPT2, loss_step),
@@ -182,6 +195,23 @@ def other_heads() -> dict[str, float]:
 
 
 GPT2 = Tiny("GPT2LMHeadModel", {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0})
+WAV2VEC2 = Tiny(
+    "Wav2Vec2ForCTC",
+    {
+        "conv_dim": (16, 16, 16),
+        "conv_stride": (5, 2, 2),
+        "conv_kernel": (10, 3, 3),
+        "num_feat_extract_layers": 3,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "apply_spec_augment": False,
+        "ctc_loss_reduction": "mean",
+    }
+    | {name: 0.0 for name in ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout")}
+    | {name: 0.0 for name in ("layerdrop", "final_dropout")},
+)
 
 
 @pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
