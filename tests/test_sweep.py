@@ -19,7 +19,7 @@ def test_results_are_kept_and_tabled(tmp_path: Path) -> None:
         )
 
     assert run("llama,layoutlmv2").stdout.startswith(
-        "question-answering on 2 ranks: 2 types, 1 built: 1 exact, 0 refused"
+        "question-answering on 2 ranks: 2 types, 1 built: 1 exact, 0 partly refused, 0 refused"
     )
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [record["type"] for record in records] == ["layoutlmv2", "llama"]
