@@ -12,13 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.agreement import share_problem
+from sp_attention.attending import configs
 from sp_attention.attention import Backend
 from sp_attention.call import Current
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.groups import Group, resolve
 from sp_attention.plan import Region
-from sp_attention.proving import configs, install
+from sp_attention.proving import install
 from sp_attention.registry import find
 from sp_attention.rehearsal import Findings, report
 from sp_attention.ulysses import UlyssesAttention

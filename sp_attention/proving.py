@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils import logging
 
 from sp_attention import randomness
 from sp_attention.agreement import first_reason, share_problem
+from sp_attention.attending import Masks, attend_by, own_attention, release
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, mean_over_ranks
@@ -43,10 +42,6 @@ from sp_attention.ulysses import UlyssesAttention
 _SLOPES = 2**18
 
 _UNPROVEN = "enable(rehearse=False) did not prove that the loss can be computed from a part of the logits"
-
-
-# How masks are made for transformers: the arguments of its mask builder → what layers are given.
-Masks = Callable[..., Any]
 
 
 def install(
@@ -144,7 +139,7 @@ def _place(
     rehearse: bool,
 ) -> tuple[Findings, Hooks, Draws]:
     peers, narrow = attention.peers, [pair[0] for pair in pairs]
-    own = [(config, config._attn_implementation) for config in configs(model)]
+    own = own_attention(model)
     model.eval()
     attended: list[Attended] = []
 
@@ -153,11 +148,11 @@ def _place(
         return attention(module, queries, keys, *args, **kwargs)
 
     if masks is not None:
-        _attend_by(model, key, recorded, masks, undo)
+        attend_by(model, key, recorded, masks, undo)
     findings, runs = explore(model, pairs, attended, proves=rehearse, attends=masks is not None)
     if masks is not None:
         AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
-        _release(model, findings, own)
+        release(own, findings.models)
     if rehearse and masks is not None and not all(_is_right(run.output, run.specimen) for run, _ in runs):
         _require_right_kernel(model, attention, key, narrow)
         raise UnsupportedError("through transformers' attention interface the model gives other numbers")
@@ -356,58 +351,6 @@ def _of_real_tokens(output: Any, specimen: Specimen) -> dict[Path, Tensor]:
 def _require_same(output: Any, expected: Any, what: str) -> None:
     if not same(output, expected):
         raise UnsupportedError(f"{what} gives other numbers than the model on its own")
-
-
-def _attend_by(
-    model: PreTrainedModel, key: str, attention: Callable[..., Any], masks: Callable[..., Any], undo: ExitStack
-) -> None:
-    """Let the model attend by `attention`, known to transformers as `key`, with masks made by `masks`."""
-    before = [(config, config._attn_implementation) for config in configs(model)]
-
-    # A callback and no context manager: a generator that is collected would undo it, and handles need not be kept.
-    def restore() -> None:
-        # Setting a configuration sets those inside it too, so they come after it.
-        for config, implementation in before:
-            config._attn_implementation = implementation
-        # transformers has a function to register and none to take back.
-        AttentionInterface._global_mapping.pop(key, None)
-        AttentionMaskInterface._global_mapping.pop(key, None)
-
-    AttentionInterface.register(key, attention)
-    AttentionMaskInterface.register(key, masks)
-    undo.callback(restore)
-    verbosity = logging.get_verbosity()
-    # A model that cannot be told how to attend is found out right after, and no one needs a warning of it.
-    logging.set_verbosity_error()
-    try:
-        model.set_attn_implementation(key)
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _release(model: PreTrainedModel, findings: Findings, own: list[tuple[PreTrainedConfig, str | None]]) -> None:
-    """Give back their own attention to the models in which there is no stack, such as a tower of images."""
-    ours = {id(inner.config) for inner in findings.models}
-    for config, implementation in own:
-        if id(config) not in ours:
-            # Not by the property, which sets the configurations inside it too.
-            config._attn_implementation_internal = implementation
-
-
-def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations of a model and of the models in it, each before the ones it contains."""
-    found: dict[int, PreTrainedConfig] = {}
-
-    def add(config: PreTrainedConfig) -> None:
-        found.setdefault(id(config), config)
-        for name in config.sub_configs:
-            if getattr(config, name, None) is not None:
-                add(getattr(config, name))
-
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            add(module.config)
-    return list(found.values())
 
 
 Result = TypeVar("Result")
