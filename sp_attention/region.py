@@ -43,7 +43,7 @@ class Forward:
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
-    records: the user wants hidden states, so that `parts` are remembered: by id, with where the sequence is.
+    records: the user wants hidden states. parts: then, what layers were given, by id, with where the sequence is.
     calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
     """
 
@@ -59,7 +59,7 @@ class Forward:
     parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
 
     def note(self, tensor: Any, along: Along | None, call: Call) -> None:
-        """Remember a part that transformers may record between the layers, if it records anything."""
+        """Remember what a layer is given, which transformers may record as the first of the hidden states."""
         if self.records and along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
             self.parts[id(tensor)] = (tensor, along, call)
 
@@ -115,6 +115,7 @@ class Hooks:
             self.current.given |= tensors_given
             # A model inside the one that was called.
             self.forward.unseen |= unseen
+            self.forward.records |= _is_on("output_hidden_states", model, given)
             return
         mode = {"(training)": model.training, "(gradients)": torch.is_grad_enabled()}
         require_same_batch({**given, **mode}, self.peers, model.device)
@@ -193,9 +194,6 @@ class Hooks:
         if call is not None and not (call.stays_sharded and call.is_shared):
             call = None
         if isinstance(output, dict):
-            if call is not None and forward.model is not model:
-                # transformers records what follows the last layer as the last of the hidden states.
-                forward.note(output.get("last_hidden_state"), Along(1), call)
             for name in [name for name in output if "hidden_states" in name or "router" in name]:
                 output[name] = map_leaves(lambda _, leaf: self._recorded(leaf, forward), output[name])
         if forward.model is not model:
@@ -248,11 +246,7 @@ class Hooks:
             if output is None or not call.is_shared:
                 return None
             ends = call.is_separate or (is_last and not call.stays_sharded)
-            output = map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, ends), output)
-            if self.forward is not None:
-                for path, tensor in tensors(output):
-                    self.forward.note(tensor, layer.results.get(path), call)
-            return output
+            return map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, ends), output)
 
         self._hook(layer.module, before, after)
 
@@ -263,7 +257,8 @@ class Hooks:
             return self._call_again(layer, stack, mask)
         hidden, along = _leaf(given, layer.hidden), layer.arguments[layer.hidden]
         assert along is not None
-        is_separate = stack.separate or self.forward.unseen
+        # Whatever the model does with hidden states that it collects, it does with whole ones.
+        is_separate = stack.separate or self.forward.unseen or self.forward.records
         call = self.forward.calls.get(stack.name)
         if layer is stack.layers[0] or is_separate:
             extent = Extent(hidden.shape[along.dim - 1 if along.dim else 1], hidden.shape[along.dim])
