@@ -43,7 +43,7 @@ class Forward:
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
-    records: the user wants hidden states. parts: then, what layers were given, by id, with where the sequence is.
+    records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
     calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
     """
 
@@ -59,7 +59,7 @@ class Forward:
     parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
 
     def note(self, tensor: Any, along: Along | None, call: Call) -> None:
-        """Remember what a layer is given, which transformers may record as the first of the hidden states."""
+        """Remember what a layer is given or returns: transformers may record it inside, before it is whole."""
         if self.records and along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
             self.parts[id(tensor)] = (tensor, along, call)
 
@@ -245,6 +245,9 @@ class Hooks:
                 self.forward.inside.discard(stack.name)
             if output is None or not call.is_shared:
                 return None
+            if self.forward is not None:
+                for path, tensor in tensors(output):
+                    self.forward.note(tensor, layer.results.get(path), call)
             ends = call.is_separate or (is_last and not call.stays_sharded)
             return map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, ends), output)
 
