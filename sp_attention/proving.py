@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -186,9 +187,7 @@ def _prove(
     trains = model.training
 
     def tried(plan: Findings) -> str | None:
-        hooks.remove()
-        hooks.region = replace(hooks.region, stacks=plan.planned())
-        hooks.install()
+        hooks.hook_instead(plan.planned())
 
         def compare() -> None:
             model.eval()
@@ -234,10 +233,9 @@ def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any
     engine shards the parameters, since backward would set the engine to work.
     """
     parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
-    small: list[Tensor] = []
-    for parameter in sorted(parameters, key=Tensor.numel):
-        if sum(map(Tensor.numel, small)) + parameter.numel() <= _SLOPES:
-            small.append(parameter)
+    ordered = sorted(parameters, key=Tensor.numel)
+    totals = accumulate(map(Tensor.numel, ordered))
+    small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= _SLOPES]
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
     if not small or sharded or model.device.type == "meta":
         return model(**inputs), torch.zeros(0, device=model.device)
@@ -262,9 +260,7 @@ def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
             replace(stack, layers=tuple(layer if one.module is layer.module else one for one in stack.layers))
             for stack in hooks.region.stacks
         )
-        hooks.remove()
-        hooks.region = replace(hooks.region, stacks=stacks)
-        hooks.install()
+        hooks.hook_instead(stacks)
 
         def compare(layer: Any = layer) -> None:
             for run in runs:

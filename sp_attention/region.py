@@ -60,7 +60,7 @@ class Forward:
 
     def note(self, tensor: Any, along: Along | None, call: Call) -> None:
         """Remember what a layer is given or returns: transformers may record it inside, before it is whole."""
-        if self.records and along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
+        if along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
             self.parts[id(tensor)] = (tensor, along, call)
 
 
@@ -91,6 +91,12 @@ class Hooks:
                 self._hook_layer(stack, layer)
                 for part in layer.parts:
                     self._hook_part(part)
+
+    def hook_instead(self, stacks: tuple[Stack, ...]) -> None:
+        """Hook these stacks in place of the region's."""
+        self.remove()
+        self.region = replace(self.region, stacks=stacks)
+        self.install()
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -184,8 +190,8 @@ class Hooks:
                     f"{', '.join(sorted(forward.inside))}: the last layer was not called, unlike in the rehearsal of "
                     "enable(): a model that skips layers (layerdrop, early exit) is not covered"
                 )
-            now = randomness.states(forward.model.device)
-            if forward.states is not None and not randomness.are_equal(now, forward.states):
+            before = forward.states
+            if before is not None and not randomness.are_equal(randomness.states(forward.model.device), before):
                 raise UnsupportedError(
                     "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
                     "before enable()"
@@ -229,7 +235,7 @@ class Hooks:
             mine = call.is_shared and not layer.gathered
             entered.append((call, self.current.call, self._drawing(call, layer.name, mine)))
             self.current.call = call if mine else None
-            if self.forward is not None and call.is_shared:
+            if self.forward is not None and self.forward.records and call.is_shared:
                 self.forward.note(_leaf(given, layer.hidden), layer.arguments[layer.hidden], call)
             self._bind(checkpointed)
             return given
@@ -245,7 +251,7 @@ class Hooks:
                 self.forward.inside.discard(stack.name)
             if output is None or not call.is_shared:
                 return None
-            if self.forward is not None:
+            if self.forward is not None and self.forward.records:
                 for path, tensor in tensors(output):
                     self.forward.note(tensor, layer.results.get(path), call)
             ends = call.is_separate or (is_last and not call.stays_sharded)

@@ -148,11 +148,11 @@ def explore(
             f"{type(model).__name__} has no stack of layers that hand on a sequence, so there is nothing to share out "
             f"({lists or 'it has no list of modules'})"
         )
+    hooked = {found.layer.module for layers in stacks.values() for found in layers}
     models = [
         module
         for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-        and any(found.layer.module in set(module.modules()) for layers in stacks.values() for found in layers)
+        if isinstance(module, PreTrainedModel) and not hooked.isdisjoint(module.modules())
     ]
     findings = Findings(
         stacks,
@@ -258,8 +258,7 @@ def _found(
             part = _part(module, names, runs, draft)
             everything |= part is None
             mixers += [part] if part is not None else []
-    if layer.module in draft.modes:
-        everything |= layer.module in others
+    everything |= layer.module in others
     return Found(layer, kinds, tuple(mixers), tuple(attending), EVERYTHING if everything else MIXERS)
 
 

@@ -1,6 +1,5 @@
 """Attention under sequence parallelism: exchange, any kernel, exchange back. Called by models as their attention."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -14,6 +13,7 @@ from sp_attention import registry
 from sp_attention.attention import Backend, Mask, Request
 from sp_attention.call import Call, Current
 from sp_attention.dims import Along
+from sp_attention.eager import eager_functions
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, gather, head_to_seq, seq_to_head
 from sp_attention.layout import HeadPlan, head_plan
@@ -179,11 +179,7 @@ class UlyssesAttention:
 
 def _read_by_transformers(module: nn.Module) -> frozenset[str]:
     """The arguments that transformers' own attention functions take by name in this module."""
-    functions = [sdpa_attention_forward]
-    for cls in type(module).__mro__:
-        eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if eager is not None:
-            functions.append(eager)
+    functions = [sdpa_attention_forward, *eager_functions(module)]
     return frozenset(name for function in functions for name in signature(function).parameters)
 
 

@@ -74,7 +74,7 @@ def test_sinks_are_passed_by_the_name_the_function_has(monkeypatch: pytest.Monke
             return tensors[0].transpose(1, 2), tensors[0]
 
         function = {"s_aux": with_s_aux, "sinks": with_sinks}[name]
-        monkeypatch.setattr(kernels, "_eager_function", lambda module: function)
+        monkeypatch.setattr(kernels, "eager_functions", lambda module: iter([function]))
         request = replace(testing.request(MASK, sinks=torch.ones(3)), module=nn.Module())
         assert kernels.refuses_eager(request) is None
         kernels.eager(request)
@@ -136,7 +136,7 @@ def reads_dropout(module: Odd, query: Tensor, *others: object, **options: object
 
 
 def test_tensors_of_the_module_are_cut_by_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_eager_function", lambda module: reads_slopes)
+    monkeypatch.setattr(kernels, "eager_functions", lambda module: iter([reads_slopes]))
     for shape in ((6,), (1, 6, 1), (6, 1)):
         module = Odd(torch.arange(6, dtype=torch.float64).reshape(shape))
         request = replace(testing.request(MASK, TWO), module=module, heads=Span(3, 5), all_heads=6)
@@ -149,7 +149,7 @@ def test_tensors_of_the_module_are_cut_by_heads(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("shape", [(4,), (6, 6), (12,)], ids=str)
 def test_tensors_that_cannot_be_cut_are_refused_before(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_eager_function", lambda module: reads_slopes)
+    monkeypatch.setattr(kernels, "eager_functions", lambda module: iter([reads_slopes]))
     request = replace(testing.request(MASK, TWO), module=Odd(torch.zeros(shape)), heads=Span(3, 5), all_heads=6)
     reason = kernels.refuses_eager(request)
     assert reason == (
@@ -164,12 +164,12 @@ def test_tensors_that_cannot_be_cut_are_refused_before(shape: tuple[int, ...], m
 
 def test_submodules_with_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     request = replace(testing.request(MASK, TWO), module=Odd(torch.zeros(6)), heads=Span(3, 5), all_heads=6)
-    monkeypatch.setattr(kernels, "_eager_function", lambda module: reads_position)
+    monkeypatch.setattr(kernels, "eager_functions", lambda module: iter([reads_position]))
     assert kernels.refuses_eager(request) == (
         "the eager attention of Odd uses the submodule 'position', whose parameters may be of all heads"
     )
     assert kernels.refuses_eager(replace(request, heads=None)) is None
-    monkeypatch.setattr(kernels, "_eager_function", lambda module: reads_dropout)
+    monkeypatch.setattr(kernels, "eager_functions", lambda module: iter([reads_dropout]))
     assert kernels.refuses_eager(request) is None
 
 

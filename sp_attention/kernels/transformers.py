@@ -5,7 +5,6 @@ They get the mask as a tensor, in the form that transformers would have given it
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sp_attention.attention import Backend, Request
+from sp_attention.eager import eager_functions
 from sp_attention.errors import UnsupportedError
 from sp_attention.hookspecs import hookimpl
 
@@ -76,7 +76,7 @@ def sdpa(request: Request) -> Tensor:
 
 def refuses_eager(request: Request) -> str | None:
     """The reason why the model's own eager function cannot do this exactly, None when it can."""
-    function, name = _eager_function(request.module), type(request.module).__name__
+    function, name = next(eager_functions(request.module), None), type(request.module).__name__
     if function is None:
         return f"{name} has no eager_attention_forward in its module"
     if request.softcap is not None and "softcap" not in inspect.signature(function).parameters:
@@ -101,7 +101,7 @@ def eager(request: Request) -> Tensor:
 
 def eager_with_weights(request: Request) -> tuple[Tensor, Tensor]:
     """The model's own `eager_attention_forward`; see `Backend.attend_with_weights`."""
-    function = _eager_function(request.module)
+    function = next(eager_functions(request.module), None)
     assert function is not None
     parameters = inspect.signature(function).parameters
     options: dict[str, Any] = {} if request.softcap is None else {"softcap": request.softcap}
@@ -150,16 +150,6 @@ def _added_to_scores(request: Request) -> tuple[Tensor | None, Tensor | None]:
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
     return mask.once(("transformers:eager", dtype), add), blind
-
-
-def _eager_function(module: nn.Module | None) -> Callable[..., Any] | None:
-    """`eager_attention_forward` of the file that defines the module, or one of the classes it derives from."""
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            found: Callable[..., Any] = function
-            return found
-    return None
 
 
 def _names_read(function: Callable[..., Any]) -> set[str]:
