@@ -42,8 +42,7 @@ out in float64. `transformers:eager` is the model's own function, here of a mode
 CHECK = """
 ## Check a kernel of your own
 
-`sp_attention.testing` has these requests, and the check: a kernel that neither refuses nor is right is an
-`AssertionError`, which says for what.
+`sp_attention.testing` has these requests, and the check, which is all that a plugin's own test needs:
 
 ```python
 from sp_attention import Backend, testing
@@ -54,13 +53,12 @@ def refuses(request):
 
 
 backend = Backend("cpu", "written-out", testing.attend, refuses=refuses)
-for feature in testing.FEATURES:
-    reason = testing.check(backend, feature)
-    assert (reason is not None) == (feature == "dropout")
+testing.conform(backend, refused=["dropout"])
 ```
 
-For a kernel in low precision, `check(..., device="cuda", dtype=torch.bfloat16)` allows twice the error that attention
-written out has in that dtype.
+A kernel that is not right somewhere, or refuses more or less than that, is an `AssertionError` with a line for each
+feature. For a kernel in low precision, `conform(..., device="cuda", dtype=torch.bfloat16)` allows twice the error that
+attention written out has in that dtype. `testing.check` is the same for one feature.
 
 This page is written by `python ci/masks_page.py > docs/masks.md`; a test compares.
 """

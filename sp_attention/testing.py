@@ -1,10 +1,9 @@
 """Checks of a kernel: it does what it is asked, feature by feature, or it refuses.
 
-for feature in FEATURES:
-    print(feature, check(backend, feature) or "right")
+A plugin's own test is one line: `conform(backend, refused=("softcap",))`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -87,6 +86,11 @@ FEATURES: dict[str, Callable[[], Request]] = {
     "right padding": lambda: request(_mask(padding=_RIGHT)),
     "padding between real tokens": lambda: request(_mask(padding=_HOLES)),
     "padding, bidirectional": lambda: request(_mask(causal=False, padding=_RIGHT)),
+    "padding and nothing else in a row": lambda: request(_mask(padding=_real((0, 0), (5, LENGTH)))),
+    "padding, sliding window": lambda: request(_mask(padding=_LEFT, window=7)),
+    "packed documents, sliding window": lambda: request(_mask(documents=_documents(), window=7)),
+    "packed documents, padding": lambda: request(_mask(documents=_documents(), padding=_RIGHT)),
+    "packed documents, bidirectional": lambda: request(_mask(causal=False, documents=_documents())),
     "any mask function (prefix-LM)": lambda: request(_mask(causal=False, function=_prefix)),
     "mask tensor": lambda: request(_mask(causal=False, explicit=_random(BATCH, 1, LENGTH, LENGTH) > 0)),
     "mask tensor by head": lambda: request(_mask(causal=False, explicit=_random(1, 3, LENGTH, LENGTH) > 0)),
@@ -96,10 +100,15 @@ FEATURES: dict[str, Callable[[], Request]] = {
     "softcap": lambda: request(_mask(padding=_LEFT), softcap=1.5),
     "attention sinks": lambda: request(_mask(padding=_LEFT), sinks=_random(3)),
     "attention sinks, sliding window": lambda: request(_mask(window=7), sinks=_random(3)),
+    "attention sinks, packed documents": lambda: request(_mask(documents=_documents()), sinks=_random(3)),
     "dropout": lambda: request(_mask(padding=_LEFT), dropout=0.3),
     "scale": lambda: request(_mask(), scale=0.05),
     "grouped KV heads": lambda: request(_mask(padding=_LEFT), Shape(heads=6)),
-    "head sizes of values": lambda: request(_mask(), Shape(value_size=12)),
+    "one KV head": lambda: request(_mask(window=7), Shape(heads=6, kv_heads=1)),
+    "head size 20": lambda: request(_mask(), Shape(size=20, value_size=20)),
+    "head size 512": lambda: request(_mask(), Shape(size=512, value_size=512), scale=0.05),
+    "values larger than keys": lambda: request(_mask(), Shape(value_size=12)),
+    "values smaller than keys": lambda: request(_mask(documents=_documents()), Shape(value_size=4)),
     "cross-attention": lambda: request(_mask(causal=False, query_length=11, padding=_RIGHT), Shape(query_length=11)),
     "later queries of a sequence": lambda: request(
         _mask(query_length=11, offset=17, window=7, documents=_documents()), Shape(query_length=11)
@@ -185,6 +194,42 @@ def check(
         if not torch.equal(before[name], copy):
             raise AssertionError(f"{backend.kernel}, {feature}: the kernel has changed its request's {name}")
     return None
+
+
+def conform(
+    backend: Backend,
+    refused: Collection[str] = (),
+    *,
+    module: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    tolerance: float | None = None,
+) -> None:
+    """Let a kernel do all of `FEATURES`: it must refuse those in `refused`, no others, and do all others right.
+
+    The other arguments are those of `check`. AssertionError has a line for every feature of which that is not so;
+    ValueError names what is in `refused` and no feature.
+    """
+    unknown = sorted(set(refused) - FEATURES.keys())
+    if unknown:
+        raise ValueError(f"no features: {', '.join(unknown)}. There are: {', '.join(FEATURES)}")
+    found = {}
+    for feature in FEATURES:
+        try:
+            reason = check(backend, feature, module=module, device=device, dtype=dtype, tolerance=tolerance)
+        except Exception as error:  # told below, beside what else is wrong
+            told = f"{type(error).__name__}: {error}".removeprefix("AssertionError: ")
+            found[feature] = told.removeprefix(f"{backend.kernel}, {feature}: ")
+        else:
+            if reason is not None and feature not in refused:
+                found[feature] = f"refused, which it should not be: {reason}"
+            if reason is None and feature in refused:
+                found[feature] = "done, though it should be refused"
+    if found:
+        width = max(map(len, found))
+        lines = [f"    {feature:{width}}  {text}" for feature, text in found.items()]
+        count = f"{len(found)} of {len(FEATURES)} features"
+        raise AssertionError("\n".join([f"{backend.kernel} on {device}, {dtype}: {count} are not as said.", *lines]))
 
 
 def _check_dropout(backend: Backend, feature: str, asked: Request, exact: Request) -> None:

@@ -50,6 +50,7 @@ def test_arguments() -> None:
         "function", "offset",
     ]  # fmt: skip
     assert arguments(testing.check) == ["backend", "feature", "module", "device", "dtype", "tolerance"]
+    assert arguments(testing.conform) == ["backend", "refused", "module", "device", "dtype", "tolerance"]
 
 
 def test_commands_and_options() -> None:

@@ -117,6 +117,10 @@ def dropping_right(request: Request) -> Tensor:
     return dropping(request, lambda weights: F.dropout(weights, request.dropout))
 
 
+def right(request: Request) -> Tensor:
+    return dropping_right(request) if request.dropout else testing.attend(request)
+
+
 def dropping_without_growth(request: Request) -> Tensor:
     return dropping(request, lambda weights: weights * (torch.rand_like(weights) > request.dropout))
 
@@ -168,7 +172,17 @@ WRONG = {
     "own-scale": (dropped("scale", 8**-0.5), "scale", "output is off by"),
     "no-offset": (unmasked(offset=0), "later queries of a sequence", "output is off by"),
     "cross-unpadded": (unmasked(padding=None), "cross-attention", "output is off by"),
-    "some-values": (lambda request: testing.attend(request)[..., :8], "head sizes of values", "has shape"),
+    "no-padding-in-a-row": (unmasked(padding=None), "padding and nothing else in a row", "output is off by"),
+    "padding-without-window": (unmasked(window=None), "padding, sliding window", "output is off by"),
+    "window-without-documents": (unmasked(documents=None), "packed documents, sliding window", "output is off by"),
+    "documents-without-padding": (unmasked(padding=None), "packed documents, padding", "output is off by"),
+    "documents-causal": (unmasked(causal=True), "packed documents, bidirectional", "output is off by"),
+    "no-sinks-in-documents": (dropped("sinks"), "attention sinks, packed documents", "output is off by"),
+    "scale-of-8": (dropped("scale", 8**-0.5), "head size 20", "output is off by"),
+    "scale-of-512": (dropped("scale", 512**-0.5 * 2), "head size 512", "output is off by"),
+    "some-values": (lambda request: testing.attend(request)[..., :8], "values larger than keys", "has shape"),
+    "more-values": (lambda request: F.pad(testing.attend(request), (0, 4)), "values smaller than keys", "has shape"),
+    "one-head": (lambda request: testing.attend(request)[:, :, :1].expand(-1, -1, 6, -1), "one KV head", "off by"),
     "other-groups": (
         lambda request: testing.attend(replace(request, key=request.key.flip(2))),
         "grouped KV heads",
@@ -204,6 +218,41 @@ def test_written_out_attention_is_right_and_so_is_its_dropout() -> None:
         assert testing.check(backend, feature) is None
 
 
+def test_a_kernel_conforms_if_it_does_and_refuses_what_it_should() -> None:
+    def refuses(request: Request) -> str | None:
+        return "no softcap" if request.softcap else "no sinks" if request.sinks is not None else None
+
+    sinks = [feature for feature in testing.FEATURES if "sinks" in feature]
+    backend = Backend("cpu", "some", right, refuses=refuses)
+    testing.conform(backend, ["softcap", *sinks])
+    testing.conform(backend, ["softcap", *sinks], dtype=torch.float32)
+    with pytest.raises(ValueError, match="no features: soft cap"):
+        testing.conform(backend, ["soft cap"])
+
+
+def test_what_does_not_conform_is_told_in_a_table() -> None:
+    def attend(request: Request) -> Tensor:
+        if request.mask.padding is not None:
+            raise RuntimeError("no such thing as padding")
+        return right(request if request.scale == 0.05 else replace(request, scale=0.3))
+
+    def refuses(request: Request) -> str | None:
+        return "no softcap" if request.softcap else None
+
+    with pytest.raises(AssertionError) as error:
+        testing.conform(Backend("cpu", "poor", attend, refuses=refuses), ["scale"])
+    first, *lines = str(error.value).splitlines()
+    told = dict(line.strip().split("  ", 1) for line in lines)
+    told = {feature: text.strip() for feature, text in told.items()}
+    features = len(testing.FEATURES)
+    assert first == f"poor on cpu, torch.float64: {features - 1} of {features} features are not as said."
+    assert told.keys() == testing.FEATURES.keys() - {"head size 512"}
+    assert told["scale"] == "done, though it should be refused"
+    assert told["softcap"] == "refused, which it should not be: no softcap"
+    assert told["left padding"] == "RuntimeError: no such thing as padding"
+    assert told["causal"].startswith("output is off by ")
+
+
 def test_wrong_weights_are_told() -> None:
     def transposed(request: Request) -> tuple[Tensor, Tensor]:
         out, weights = testing.attend_with_weights(request)
@@ -233,5 +282,5 @@ def test_the_kernel_of_contributing_is_right() -> None:
     good = runpy.run_path(str(ROOT / "tests" / "strangers" / "good" / "stranger_good.py"))
     backend = good["sp_attention_backends"]()[0]
     refused = {feature for feature in testing.FEATURES if testing.check(backend, feature) is not None}
-    asks_more = {"softcap", "attention sinks", "attention sinks, sliding window", "dropout"}
+    asks_more = {"softcap", "dropout", *(feature for feature in testing.FEATURES if "sinks" in feature)}
     assert refused == asks_more | {"additive bias", "additive bias by head"}

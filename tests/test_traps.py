@@ -4,6 +4,7 @@ import warnings
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -121,6 +122,57 @@ def reach() -> dict[str, list[int]]:
     return found
 
 
+def documents_alone() -> dict[str, float]:
+    """How far the logits of every document of a packed row are from those of the document by itself."""
+    errors = {}
+    ids, lengths = ids_of()[:1], (9, 12, 12)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    for name in ("llama", "mistral", "gemma3_text"):
+        reference, model = build(name, "causal-lm").eval(), enabled(build(name, "causal-lm").eval())
+        with torch.no_grad():
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits.split(lengths, 1)
+            alone = [reference(input_ids=document).logits for document in ids.split(lengths, 1)]
+        errors[name] = max(relative_error(*pair) for pair in zip(packed, alone, strict=True))
+    return errors
+
+
+def heads_in_another_order() -> dict[str, float]:
+    """Heads of another order are the same model if their sinks go with them, and another if those stay."""
+    ids, order = ids_of(), torch.tensor([2, 0, 1])
+    errors = {}
+    with torch.no_grad():
+        expected = build("gpt_oss", "causal-lm").eval()(input_ids=ids).logits
+        for name, with_sinks in (("with their sinks", True), ("without", False)):
+            model = build("gpt_oss", "causal-lm").eval()
+            for layer in model.model.layers:
+                attention = layer.self_attn
+                size = attention.head_dim
+                kv_heads = attention.k_proj.out_features // size
+                # Groups of query heads move with their KV head; each KV head has as many of them.
+                groups = order if kv_heads == 3 else torch.arange(kv_heads).flip(0)
+                per_group = attention.q_proj.out_features // size // kv_heads
+                heads = (groups[:, None] * per_group + torch.arange(per_group)).flatten()
+                for projection, places in (("q_proj", heads), ("k_proj", groups), ("v_proj", groups)):
+                    for weight in getattr(attention, projection).parameters():
+                        weight.copy_(weight.unflatten(0, (-1, size))[places].flatten(0, 1))
+                output = attention.o_proj.weight
+                output.copy_(output.unflatten(1, (-1, size))[:, heads].flatten(1))
+                if with_sinks:
+                    attention.sinks.copy_(attention.sinks[heads])
+            errors[name] = relative_error(enabled(model)(input_ids=ids).logits, expected)
+    return errors
+
+
+def cut_already() -> str:
+    """What is said of a batch of which every rank was given its own span, as other libraries want it."""
+    model = enabled(MODELS["llama-6q3kv"].build())
+    here = spans(LENGTH - 1, dist.get_world_size())[dist.get_rank()]
+    mine = {name: each[:, here.start : here.stop] for name, each in batch_of("plain", LENGTH - 1).items()}
+    with pytest.raises(sp_attention.BatchError) as error:
+        model(**mine)
+    return str(error.value)
+
+
 def padding_is_not_trained() -> float:
     """The largest gradient of the embedding of a token that is only padding."""
     batch = batch_of("left-padded", LENGTH)
@@ -166,9 +218,17 @@ def lengths_in_layers() -> list[int]:
 def traps() -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    found = (few_targets(), shifted_labels(), reach(), padding_is_not_trained(), recurrences(), lengths_in_layers())
-    names = ("few targets", "shifted labels", "reach", "padding", "recurrences", "lengths")
-    return dict(zip(names, found, strict=True))
+    return {
+        "few targets": few_targets(),
+        "shifted labels": shifted_labels(),
+        "reach": reach(),
+        "documents alone": documents_alone(),
+        "heads": heads_in_another_order(),
+        "padding": padding_is_not_trained(),
+        "recurrences": recurrences(),
+        "lengths": lengths_in_layers(),
+        "cut already": cut_already(),
+    }
 
 
 def off(errors: dict[str, float], tolerance: float = 1e-5) -> dict[str, float]:
@@ -200,6 +260,21 @@ def test_no_token_sees_what_it_may_not() -> None:
             "left padding": [],
             "right padding": [],
         }
+
+
+def test_documents_are_as_if_alone() -> None:
+    assert [off(one["documents alone"]) for one in found()] == [{}, {}]
+
+
+def test_sinks_belong_to_their_heads() -> None:
+    for one in found():
+        assert off(one["heads"]).keys() == {"without"}
+
+
+def test_a_batch_that_is_cut_already_is_an_error() -> None:
+    for one in found():
+        assert "input_ids differs on rank 1 from rank 0:" in one["cut already"]
+        assert one["cut already"].endswith("do not cut the sequence yourself.")
 
 
 def test_padding_is_not_trained() -> None:
