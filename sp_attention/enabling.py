@@ -15,12 +15,12 @@ from sp_attention.agreement import share_problem
 from sp_attention.attending import configs
 from sp_attention.attention import Backend
 from sp_attention.call import Current
-from sp_attention.errors import UnsupportedError
+from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.groups import Group, resolve
 from sp_attention.plan import Region
 from sp_attention.proving import install
-from sp_attention.registry import find
+from sp_attention.registry import candidates
 from sp_attention.rehearsal import Findings, report
 from sp_attention.ulysses import UlyssesAttention
 
@@ -35,9 +35,11 @@ class Handle:
     """An enabled model. As a context manager it disables the model at the end.
 
     peers: the ranks that share its sequences, None when this rank is alone and nothing was changed.
+    passed_over: the kernels of higher priority that "auto" did not take, and why.
     """
 
     backend: Backend
+    passed_over: dict[str, str]
     peers: Peers | None
     findings: Findings | None
     region: Region | None
@@ -55,6 +57,7 @@ class Handle:
         size, kernel = self.peers.size, self.backend.kernel
         groups = f"{world} processes = {world // size} group{'s' if world > size else ''} x {size} ranks, "
         lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
+        lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
         loss = self.region.sharded_loss
         logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
@@ -84,7 +87,8 @@ def enable(
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
     model: a PreTrainedModel, or a module that wraps one, on its device and in any float dtype, float64 included.
-    backend: the kernel, such as "sdpa"; "auto" takes the one of highest priority for the model's device.
+    backend: the kernel, such as "sdpa"; "auto" takes the one of highest priority on the model's device that does all
+        that the model asks in the rehearsal. It is not changed afterwards: what a batch asks beyond that is refused.
     group: the ranks that share a sequence: a ProcessGroup, a DeviceMesh dimension, or an object with
         `get_sequence_parallel_group()`. By default all processes.
     rehearse: False skips the proof (below): what does not attend is taken to treat each token alone, and the loss is
@@ -105,21 +109,30 @@ def enable(
     if inner is None:
         raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
     peers = resolve(group, sp_size, inner.device)
-    chosen = _agreed(lambda: _choose(inner, backend, rehearse), peers)
-    undo = ExitStack()
+    choice = _agreed(lambda: _candidates(inner, backend, rehearse), peers)
     if peers is None:
-        return Handle(chosen, None, None, None, undo)
+        return Handle(choice[0], {}, None, None, None, ExitStack())
     names = {id(module): name for name, module in inner.named_modules()}
-    attention = UlyssesAttention(chosen, peers, Current(), lambda module: names.get(id(module), type(module).__name__))
-    try:
-        findings, region = install(inner, attention, next(_KEYS), undo, rehearse, whole_logits)
-    except BaseException:
-        undo.close()
-        raise
-    return Handle(chosen, peers, findings, region, undo)
+    passed_over: dict[str, str] = {}
+    for chosen in _of_every_rank(choice, peers):
+        undo, key = ExitStack(), next(_KEYS)
+        attention = UlyssesAttention(chosen, peers, Current(), lambda it: names.get(id(it), type(it).__name__))
+        try:
+            findings, region = install(inner, attention, key, undo, rehearse, whole_logits)
+        except BackendError as error:
+            undo.close()
+            if backend != "auto":
+                raise
+            passed_over[chosen.kernel] = str(error)
+        except BaseException:
+            undo.close()
+            raise
+        else:
+            return Handle(chosen, passed_over, peers, findings, region, undo)
+    raise BackendError("no kernel does all that this model asks:\n" + "\n".join(passed_over.values()))
 
 
-def _choose(model: PreTrainedModel, backend: str, rehearse: bool) -> Backend:
+def _candidates(model: PreTrainedModel, backend: str, rehearse: bool) -> tuple[Backend, ...]:
     if any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):
         raise ValueError(
             f"this {type(model).__name__} is already enabled, or shares its configuration object with a model that is: "
@@ -130,7 +143,19 @@ def _choose(model: PreTrainedModel, backend: str, rehearse: bool) -> Backend:
             "the model's weights are not materialised (meta device), so nothing can be proven: load them before "
             "enable(), or pass rehearse=False"
         )
-    return find(model.device.type, backend)
+    return candidates(model.device.type, backend)
+
+
+def _of_every_rank(choice: tuple[Backend, ...], peers: Peers) -> list[Backend]:
+    """Those that every rank of the group has, in the order of its first rank. ValueError if there are none."""
+    kernels = [backend.kernel for backend in choice]
+    everywhere: list[list[str]] = [[]] * peers.size
+    dist.all_gather_object(everywhere, kernels, group=peers.group)
+    common = [kernel for kernel in everywhere[0] if all(kernel in here for here in everywhere)]
+    if not common:
+        asked = "; ".join(f"rank {rank}: {', '.join(here)}" for rank, here in enumerate(everywhere))
+        raise ValueError(f"the ranks of this group are to use different kernels: {asked}")
+    return [choice[kernels.index(kernel)] for kernel in common]
 
 
 Result = TypeVar("Result")

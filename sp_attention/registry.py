@@ -65,34 +65,42 @@ def load() -> Registry:
     return Registry(tuple(entries), tuple(broken))
 
 
+def usable(device: str, registry: Registry | None = None) -> tuple[Backend, ...]:
+    """Every backend that can be used on a device type ("cpu", "cuda", …), the one of highest priority first."""
+    entries = (registry or load()).backends
+    here = [entry.backend for entry in entries if entry.backend.device in (device, "any") and entry.problem is None]
+    return tuple(sorted(here, key=lambda backend: (-backend.priority, backend.device == "any", backend.kernel)))
+
+
 def find(device: str, kernel: str, registry: Registry | None = None) -> Backend:
-    """The backend of a device type ("cpu", "cuda", …) that `kernel` names; "auto" is the one of highest priority.
+    """The backend of a device type that `kernel` names.
 
     Raises BackendError with the reason when it is unknown, unavailable, offered twice, or its plugin is broken.
     """
     registry = registry or load()
-    here = sorted(
-        (entry for entry in registry.backends if entry.backend.device in (device, "any")),
-        key=lambda entry: (entry.backend.device == "any", -entry.backend.priority, entry.backend.kernel),
-    )
-    usable = [entry.backend for entry in here if entry.problem is None]
-    if kernel == "auto":
-        if not usable:
-            raise BackendError(f"no backend can be used on {device}.{_broken(registry)}")
-        return max(usable, key=lambda backend: backend.priority)
-    named = sorted((e for e in here if e.backend.kernel == kernel), key=lambda entry: entry.problem is not None)
-    if not named:
-        elsewhere = sorted({entry.backend.device for entry in registry.backends if entry.backend.kernel == kernel})
+    named = [entry for entry in registry.backends if entry.backend.kernel == kernel]
+    here = [entry for entry in named if entry.backend.device in (device, "any")]
+    choices = ", ".join(backend.kernel for backend in usable(device, registry)) or "none"
+    choices = f"Installed kernels that can be used: {choices}."
+    if not here:
+        elsewhere = sorted({entry.backend.device for entry in named})
         where = f" (it exists on {', '.join(elsewhere)})" if elsewhere else ""
-        raise BackendError(f"unknown backend {kernel!r} on {device}{where}. {_choices(usable)}{_broken(registry)}")
-    if named[0].problem is not None:
-        raise BackendError(f"backend {kernel!r} on {device} cannot be used: {named[0].problem}. {_choices(usable)}")
-    return named[0].backend
+        raise BackendError(f"unknown backend {kernel!r} on {device}{where}. {choices}{_broken(registry)}")
+    best = min(here, key=lambda entry: (entry.problem is not None, entry.backend.device == "any"))
+    if best.problem is not None:
+        raise BackendError(f"backend {kernel!r} on {device} cannot be used: {best.problem}. {choices}")
+    return best.backend
 
 
-def usable(device: str) -> tuple[Backend, ...]:
-    """Every backend that can be used on a device type."""
-    return tuple(e.backend for e in load().backends if e.backend.device in (device, "any") and e.problem is None)
+def candidates(device: str, kernel: str) -> tuple[Backend, ...]:
+    """What `find` finds; for "auto" all that can be used, the best first. Raises BackendError if there is nothing."""
+    registry = load()
+    if kernel != "auto":
+        return (find(device, kernel, registry),)
+    found = usable(device, registry)
+    if not found:
+        raise BackendError(f"no backend can be used on {device}.{_broken(registry)}")
+    return found
 
 
 def _ask(point: EntryPoint) -> list[Backend]:
@@ -127,10 +135,6 @@ def _problem(plugin: Plugin, backend: Backend, offers: list[tuple[Plugin, Backen
     if len(twins) > 1 and not plugin.is_ours:
         return f"several plugins offer it, {', '.join(map(str, twins))}: uninstall all but one"
     return backend.unavailable
-
-
-def _choices(backends: list[Backend]) -> str:
-    return f"Installed kernels that can be used: {', '.join(backend.kernel for backend in backends) or 'none'}."
 
 
 def _broken(registry: Registry) -> str:

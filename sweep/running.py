@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -15,13 +14,11 @@ from typing import Any
 import click
 
 from sp_attention.cli.comparison import compare
-from sp_attention.cli.outcomes import Comparison
 from sp_attention.cli.reduced import NotBuildableError, prepare, types_of
 from sp_attention.launch import RanksError, run_ranks
 
 # A rank that hangs costs most of a chunk's time: small chunks, though every one starts its ranks anew.
 CHUNK, SECONDS_TO_START, SECONDS_EACH, SECONDS_TO_BUILD = 8, 30, 6, 20
-KERNELS = ("sdpa", "transformers:eager")
 Record = dict[str, Any]
 
 
@@ -91,25 +88,17 @@ def _run_chunk(mapping: str, types: list[str], length: int, results: Path, varia
 
 
 def _run(mapping: str, kind: str, length: int, variants: tuple[str, ...]) -> Record:
-    for kernel in KERNELS:
-        try:
-            with _no_longer_than(SECONDS_TO_BUILD):
-                model, batches = prepare(kind, mapping, length)
-        except (NotBuildableError, TimeoutError) as error:
-            return {"not_buildable": str(error)}
-        try:
-            comparison = compare(model, batches, kernel, variants)
-        except Exception as error:  # of `enable`, which should have refused
-            return {"kernel": kernel, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
-        if not _refused_by_kernel(comparison, kernel):
-            break
+    try:
+        with _no_longer_than(SECONDS_TO_BUILD):
+            model, batches = prepare(kind, mapping, length)
+    except (NotBuildableError, TimeoutError) as error:
+        return {"not_buildable": str(error)}
+    try:
+        comparison = compare(model, batches, "auto", variants)
+    except Exception as error:  # of `enable`, which should have refused
+        return {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
     of_model = {"parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
-    return {"kernel": kernel} | of_model | asdict(comparison)
-
-
-def _refused_by_kernel(comparison: Comparison, kernel: str) -> bool:
-    reasons = [comparison.refused, *(verdict.reason for verdict in comparison.verdicts if verdict.outcome == "refused")]
-    return any(re.search(rf"kernel '{re.escape(kernel)}'.*(cannot|has no)", reason, re.DOTALL) for reason in reasons)
+    return of_model | asdict(comparison)
 
 
 @contextmanager

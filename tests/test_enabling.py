@@ -303,3 +303,24 @@ def test_models_can_be_enabled_without_a_rehearsal_and_without_weights() -> None
     assert first == second
     assert first.startswith("the model's weights are not materialised (meta device), so nothing can be proven: load ")
     assert first.endswith(" or pass rehearse=False")
+
+
+def chosen_kernels() -> dict[str, str]:
+    """What "auto" takes for a model, and what is said of ranks that ask for different kernels."""
+    handle = sp_attention.enable(Tiny("Gemma2ForCausalLM").build())
+    found = {"soft cap": handle.backend.kernel, "report": handle.report().splitlines()[1]}
+    found["plain"] = sp_attention.enable(LLAMA.build()).backend.kernel
+    with pytest.raises(ValueError, match="are to use different kernels") as error:
+        sp_attention.enable(LLAMA.build(), backend=["sdpa", "transformers:eager"][dist.get_rank()])
+    found["different"] = str(error.value)
+    return found
+
+
+def test_auto_is_the_best_kernel_that_does_what_the_model_asks() -> None:
+    first, second = run_ranks(2, chosen_kernels)
+    assert first == second
+    assert first["plain"] == "sdpa"
+    assert first["soft cap"] == "transformers:eager"
+    assert first["report"].startswith("  kernel 'sdpa' was passed over: model.layers.0.self_attn: ")
+    assert "torch's scaled_dot_product_attention has no softcap" in first["report"]
+    assert first["different"].endswith("rank 0: sdpa; rank 1: transformers:eager")

@@ -1,6 +1,7 @@
 """Architectures of every kind, small, on several ranks: loss, outputs and every gradient against one process."""
 
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -59,7 +60,7 @@ MODELS = (
 # What every number of ranks runs beside plain training.
 VARIANTS_OF = {2: VARIANTS, 3: ("reentrant-checkpointing", "two-forwards")}
 # Torch's kernel has no soft cap.
-BACKENDS = {"gemma2": "transformers:eager"}
+KERNELS = {"gemma2": "transformers:eager"}
 
 
 def compare_all(models: dict[str, str]) -> dict[str, tuple[Comparison, list[str]]]:
@@ -68,12 +69,11 @@ def compare_all(models: dict[str, str]) -> dict[str, tuple[Comparison, list[str]
     found = {}
     for name, task in models.items():
         model, batches = prepare(name, task, LENGTH)
-        backend = BACKENDS.get(name, "sdpa")
-        plain = compare(model, batches, backend)
+        plain = compare(model, batches, "auto")
         # One batch, padded where it can be, in every variant.
         kind = "left-padded" if "left-padded" in batches else "plain"
-        varied = compare(model, {kind: batches[kind]}, backend, VARIANTS_OF[dist.get_world_size()])
-        found[name] = (Comparison((*plain.verdicts, *varied.verdicts), plain.report, plain.refused), list(batches))
+        varied = compare(model, {kind: batches[kind]}, "auto", VARIANTS_OF[dist.get_world_size()])
+        found[name] = (replace(plain, verdicts=(*plain.verdicts, *varied.verdicts)), list(batches))
     return found
 
 
@@ -90,6 +90,7 @@ def comparisons(group: int, ranks: int) -> dict[str, tuple[Comparison, list[str]
 def test_every_number_is_that_of_one_process(group: int, name: str, ranks: int) -> None:
     comparison, kinds = comparisons(group, ranks)[name]
     assert not comparison.refused
+    assert comparison.kernel == KERNELS.get(name, "sdpa")
     wrong = [verdict for verdict in comparison.verdicts if verdict.outcome != "exact"]
     if name == "albert":  # which transformers cannot checkpoint
         wrong = [verdict for verdict in wrong if "does not support activation checkpointing" not in verdict.reason]

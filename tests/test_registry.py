@@ -10,7 +10,7 @@ from models import MODELS, batch_of
 import sp_attention
 from sp_attention.errors import BackendError
 from sp_attention.launch import run_ranks
-from sp_attention.registry import find, load
+from sp_attention.registry import candidates, find, load
 
 Install = Callable[..., None]
 
@@ -28,8 +28,11 @@ def test_our_own_kernels_come_through_the_hook() -> None:
 
 
 def test_auto_takes_the_highest_priority_of_the_device() -> None:
-    assert find("cpu", "auto").kernel == "sdpa"
-    assert find("npu", "auto").kernel == "sdpa"
+    for device in ("cpu", "npu"):
+        found = candidates(device, "auto")
+        assert found[0].kernel == "sdpa"
+        priorities = [backend.priority for backend in found]
+        assert priorities == sorted(priorities, reverse=True)
 
 
 def test_an_unknown_kernel_is_refused_with_those_that_there_are() -> None:

@@ -69,7 +69,7 @@ def test_json_on_three_ranks(tmp_path: Path) -> None:
         "model": "LlamaForCausalLM",
         "task": "causal-lm",
         "ranks": 3,
-        "backend": "auto",
+        "backend": "sdpa",
         "dtype": "float64",
         "outcome": "exact",
         "reason": "",

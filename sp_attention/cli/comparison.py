@@ -79,7 +79,7 @@ def compare(
                     first = _parting(reference, model, batch, variant)
                     verdict = _merged(replace(verdict, first=first))
                 verdicts.append(replace(verdict, kind=name))
-        return Comparison(tuple(verdicts), handle.report())
+        return Comparison(tuple(verdicts), handle.backend.kernel, handle.report())
 
 
 def _compared(reference: PreTrainedModel, model: PreTrainedModel, batch: Batch, variant: str) -> Verdict:

@@ -102,10 +102,10 @@ def demo(
 
 def _require_backend(backend: str) -> None:
     from sp_attention.errors import BackendError
-    from sp_attention.registry import find
+    from sp_attention.registry import candidates
 
     try:
-        find("cpu", backend)
+        candidates("cpu", backend)
     except BackendError as error:
         raise click.UsageError(str(error)) from error
 

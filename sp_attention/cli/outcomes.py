@@ -34,9 +34,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of a model. refused: why `enable` did. report: what the handle says about it."""
+    """What came of a model. refused: why `enable` did. kernel, report: what it took, and what the handle says."""
 
     verdicts: tuple[Verdict, ...]
+    kernel: str = ""
     report: str = ""
     refused: str = ""
 

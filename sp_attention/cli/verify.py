@@ -90,7 +90,7 @@ def verify(
     except RanksError as error:
         verified = Verified(None, model, reason=str(error))
     if as_json:
-        click.echo(json.dumps(_record(verified, ranks, backend), indent=2))
+        click.echo(json.dumps(_record(verified, ranks), indent=2))
     else:
         _show(verified, ranks)
     return STATUS.get(verified.outcome, 2)
@@ -139,6 +139,7 @@ def _show(verified: Verified, ranks: int) -> None:
     for verdict in comparison.verdicts:
         for line in _remarks(verdict):
             console.print(f"{verdict.kind}: {line}", markup=False, highlight=False)
+    console.print(f"kernel: {comparison.kernel}", markup=False, highlight=False)
     for kind, parts in parts_of(comparison.report).items():
         console.print(f"{kind}: {', '.join(parts)}", markup=False, highlight=False)
     console.print(verified.outcome)
@@ -152,14 +153,14 @@ def _remarks(verdict: Verdict) -> list[str]:
     return [verdict.reason] if verdict.reason else []
 
 
-def _record(verified: Verified, ranks: int, backend: str) -> dict[str, Any]:
+def _record(verified: Verified, ranks: int) -> dict[str, Any]:
     """What --json writes. An error that is no number, of a shape or of NaN, is null."""
     comparison = verified.comparison or Comparison(())
     return {
         "model": verified.model,
         "task": verified.task,
         "ranks": ranks,
-        "backend": backend,
+        "backend": comparison.kernel,
         "dtype": verified.dtype,
         "parameters": verified.parameters,
         "outcome": verified.outcome,
