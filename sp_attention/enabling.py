@@ -17,7 +17,7 @@ from sp_attention.attention import Backend
 from sp_attention.call import Current
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers
-from sp_attention.groups import Group, resolve
+from sp_attention.groups import Group, place, resolve
 from sp_attention.plan import Region
 from sp_attention.proving import install
 from sp_attention.registry import candidates
@@ -28,6 +28,8 @@ from sp_attention.ulysses import UlyssesAttention
 # that a copy of a model that was disabled since finds nothing instead of another model's attention.
 _PREFIX = "sp_attention_"
 _KEYS = (f"{_PREFIX}{number}" for number in count())
+# The attribute of an enabled model that is its handle.
+_HANDLE = "_sp_attention_handle"
 
 
 @dataclass(eq=False)
@@ -44,6 +46,19 @@ class Handle:
     findings: Findings | None
     region: Region | None
     _undo: ExitStack
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many groups all processes make, as many different batches at a time. Raises as `data_parallel_rank`."""
+        return place(self.peers)[0]
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of these groups this rank is in: the rank for whatever cuts the data.
+
+        Raises ValueError when a group is not made of neighbouring ranks.
+        """
+        return place(self.peers)[1]
 
     def disable(self) -> None:
         """Make the model what it was before `enable`: hooks, attributes, configuration and registries."""
@@ -65,6 +80,10 @@ class Handle:
         if self.region.random:
             lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
         return "\n".join(lines)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Handle":
+        # That of a copied model too: its hooks are the same.
+        return self
 
     def __enter__(self) -> "Handle":
         return self
@@ -111,7 +130,7 @@ def enable(
     peers = resolve(group, sp_size, inner.device)
     choice = _agreed(lambda: _candidates(inner, backend, rehearse), peers)
     if peers is None:
-        return Handle(choice[0], {}, None, None, None, ExitStack())
+        return _remembered(Handle(choice[0], {}, None, None, None, ExitStack()), inner)
     names = {id(module): name for name, module in inner.named_modules()}
     passed_over: dict[str, str] = {}
     for chosen in _of_every_rank(choice, peers):
@@ -128,8 +147,20 @@ def enable(
             undo.close()
             raise
         else:
-            return Handle(chosen, passed_over, peers, findings, region, undo)
+            return _remembered(Handle(chosen, passed_over, peers, findings, region, undo), inner)
     raise BackendError("no kernel does all that this model asks:\n" + "\n".join(passed_over.values()))
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle that `enable` returned for a model, or for one that it wraps; None for a model that is not enabled."""
+    found = (vars(module).get(_HANDLE) for module in model.modules() if isinstance(module, PreTrainedModel))
+    return next((handle for handle in found if handle is not None), None)
+
+
+def _remembered(handle: Handle, model: PreTrainedModel) -> Handle:
+    setattr(model, _HANDLE, handle)
+    handle._undo.callback(delattr, model, _HANDLE)
+    return handle
 
 
 def _candidates(model: PreTrainedModel, backend: str, rehearse: bool) -> tuple[Backend, ...]:

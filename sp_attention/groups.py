@@ -45,6 +45,23 @@ def resolve(group: Group | None, sp_size: int | None, device: torch.device) -> P
     return Peers(found, dist.get_rank(found), size) if size > 1 else None
 
 
+def place(peers: Peers | None) -> tuple[int, int]:
+    """How many groups like this rank's all processes make, and which of them is this rank's.
+
+    Raises ValueError when a group is not made of neighbouring ranks: then nobody knows which batch is whose.
+    """
+    if not dist.is_initialized():
+        return 1, 0
+    ranks = [dist.get_rank()] if peers is None else dist.get_process_group_ranks(peers.group)
+    world, size, first = dist.get_world_size(), len(ranks), ranks[0]
+    if world % size or first % size or ranks != list(range(first, first + size)):
+        raise ValueError(
+            f"the ranks {ranks} of {world} share their sequences, and loaders want neighbours to share them, in groups "
+            f"of one size: make the dimension that shares the sequence the last one of the device mesh, or use sp_size"
+        )
+    return world // size, first // size
+
+
 def start_process_group(device: torch.device) -> None:
     """Start the default process group that torchrun's environment describes, and end it when the process ends."""
     dist.init_process_group(dist.get_default_backend_for_device(device))

@@ -39,9 +39,8 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
         with _one_thread_each():
             for rank in range(ranks):
                 mine, theirs = context.Pipe()
-                worker = context.Process(
-                    target=_work, args=(rank, ranks, folder, theirs, timeout, function, args), daemon=True
-                )
+                # Not as a daemon, which could not start processes of its own, such as a loader's workers.
+                worker = context.Process(target=_work, args=(rank, ranks, folder, theirs, timeout, function, args))
                 worker.start()
                 theirs.close()
                 workers.append(worker)

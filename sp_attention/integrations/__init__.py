@@ -1,0 +1,1 @@
+"""The trainers and launchers that people use; each module needs the package that it is named after."""

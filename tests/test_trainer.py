@@ -1,0 +1,214 @@
+"""transformers' Trainer: everything that a run logs, and its weights, against as many processes as there are groups."""
+
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from models import MODELS
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+
+import sp_attention
+from sp_attention.integrations.transformers import sequence_parallel
+from sp_attention.launch import run_ranks
+
+SIZE = 23
+# What a run logs of its own speed.
+SPEED = ("runtime", "per_second")
+
+
+class Texts(Dataset):
+    """23 texts of 8 to 32 tokens."""
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        if number >= SIZE:
+            raise IndexError(number)  # for those who iterate
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(3, 97, (8 + 7 * number % 25,), generator=generator)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from (Texts()[number] for number in range(SIZE))
+
+
+class Collator:
+    """Pads on the right, and notes what it was given. `noise`: labels are left out at random, by three generators."""
+
+    def __init__(self, noise: bool) -> None:
+        self.noise = noise
+        self.seen: list[int] = []
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        self.seen += [int(row["input_ids"].sum()) for row in rows]
+        length = max(len(row["input_ids"]) for row in rows)
+
+        def padded(tensors: list[Tensor], value: int) -> Tensor:
+            return torch.stack([F.pad(tensor, (0, length - len(tensor)), value=value) for tensor in tensors])
+
+        labels = padded([row["labels"] for row in rows], -100)
+        if self.noise:
+            draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+            for draw in draws:
+                labels[:, int(draw * length)] = -100
+        return {
+            "input_ids": padded([row["input_ids"] for row in rows], 0),
+            "attention_mask": padded([torch.ones_like(row["input_ids"]) for row in rows], 0),
+            "labels": labels,
+        }
+
+
+def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    right = prediction.predictions.argmax(-1)[:, :-1] == prediction.label_ids[:, 1:]
+    return {"right": float(right.mean()), "rows": len(prediction.predictions)}
+
+
+def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    """A loss of the user's, on whole logits."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return loss / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"include_num_input_tokens_seen": "non_padding"},
+    "clipped, smoothed": {"max_grad_norm": 0.5, "label_smoothing_factor": 0.1},
+    "own loss": {"compute_loss_func": summed_loss},
+    "loss by process": {"average_tokens_across_devices": False, "dataloader_drop_last": True},
+    # On several processes accelerate would read it on one of them, and take no batches that differ in length.
+    "stream": {"train_dataset": Stream(), "max_steps": 5, "accelerator_config": {"dispatch_batches": False}},
+    "workers": {"dataloader_num_workers": 2, "noise": True},
+    "noise": {"noise": True, "data_seed": 5},
+    "group by length": {"train_sampling_strategy": "group_by_length"},
+    "rebalanced": {"train_sampling_strategy": "batch_rebalance"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "best model": {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
+    "dropout": {"dropout": 0.2, "num_train_epochs": 1},
+}
+
+
+class Stop(TrainerCallback):
+    """Ends a run after its third step."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if state.global_step == 3:
+            control.should_save = control.should_training_stop = True
+
+
+def trainer(folder: Path, way: dict[str, Any], sp_size: int, callbacks: tuple[TrainerCallback, ...] = ()) -> Trainer:
+    options = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "gradient_accumulation_steps": 3,
+        "num_train_epochs": 2,
+        "learning_rate": 0.1,
+        "max_grad_norm": 0,
+        "optim": "sgd",
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "include_num_input_tokens_seen": "all",
+    } | way
+    dropout, noise = options.pop("dropout", 0.0), options.pop("noise", False)
+    data, loss = options.pop("train_dataset", Texts()), options.pop("compute_loss_func", None)
+    model = MODELS["llama-6q3kv"].build()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    trainer_class = Trainer
+    if sp_size > 1:
+        sp_attention.enable(model, backend="sdpa", sp_size=sp_size)
+        trainer_class = sequence_parallel(Trainer)
+    return trainer_class(
+        model=model,
+        args=TrainingArguments(
+            str(folder), use_cpu=True, logging_steps=1, report_to=[], disable_tqdm=True, seed=3, **options
+        ),
+        train_dataset=data,
+        eval_dataset=Texts(),
+        data_collator=Collator(noise),
+        compute_metrics=metrics,
+        compute_loss_func=loss,
+        callbacks=list(callbacks),
+    )
+
+
+def logged(trainer: Trainer) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(SPEED)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def as_launched() -> None:
+    """What torchrun would have set."""
+    os.environ |= {"RANK": f"{dist.get_rank()}", "LOCAL_RANK": f"{dist.get_rank()}"}
+    os.environ |= {"WORLD_SIZE": f"{dist.get_world_size()}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+
+
+def run(folder: Path, sp_size: int) -> dict[str, tuple[list[dict[str, float]], Tensor, list[int]]]:
+    """Every way: what was logged, the weights, and the texts that this rank was given."""
+    as_launched()
+    found = {}
+    for name, way in WAYS.items():
+        each = trainer(folder / name, way, sp_size)
+        each.train()
+        predicted = each.predict(Texts())
+        history = [*logged(each), {k: v for k, v in predicted.metrics.items() if not k.endswith(SPEED)}]
+        found[name] = history, weights(each), each.data_collator.seen
+        found[f"{name}, predictions"] = [], torch.from_numpy(predicted.predictions), []
+    first = trainer(folder / "resumed", {"save_strategy": "steps", "save_steps": 100}, sp_size, (Stop(),))
+    first.train()
+    second = trainer(folder / "resumed", {}, sp_size)
+    second.train(resume_from_checkpoint=True)
+    found["resumed"] = logged(second), weights(second), []
+    return found
+
+
+@cache
+def runs(folder: Path, groups: int, sp_size: int) -> list[dict[str, Any]]:
+    return run_ranks(groups * sp_size, run, folder / f"{groups} of {sp_size}", sp_size, timeout=240)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trainer")
+
+
+@pytest.mark.parametrize("way", [*WAYS, *(f"{way}, predictions" for way in WAYS), "resumed"])
+@pytest.mark.parametrize("groups", [1, 2], ids="{} groups".format)
+def test_a_run_is_that_of_as_many_processes_as_there_are_groups(folder: Path, groups: int, way: str) -> None:
+    plain, sharded = runs(folder, groups, 1), runs(folder, groups, 2)
+    for rank, found in enumerate(sharded):
+        expected_history, expected_weights, expected_seen = plain[rank // 2][way]
+        history, found_weights, seen = found[way]
+        assert seen == expected_seen
+        if way.startswith("dropout"):  # whose masks are other ones
+            assert [sorted(entry) for entry in history] == [sorted(entry) for entry in expected_history]
+            continue
+        torch.testing.assert_close(
+            found_weights, expected_weights, rtol=1e-6, atol=1e-6 * float(expected_weights.max())
+        )
+        for entry, expected in zip(history, expected_history, strict=True):
+            assert entry == pytest.approx(expected, rel=2e-6)
+    assert all(torch.equal(found[way][1], sharded[0][way][1]) for found in sharded)
