@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
 from models import MODELS
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -21,6 +23,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 import sp_attention
+from sp_attention.integrations.accelerate import require_fit
 from sp_attention.integrations.transformers import sequence_parallel
 from sp_attention.launch import run_ranks
 
@@ -103,6 +106,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+# For one group, against one process; and for two, where groups get different batches.
+WAYS_OF = {1: tuple(WAYS), 2: ("plain", "stream", "workers", "rebalanced", "loss by process")}
+
+
 class Stop(TrainerCallback):
     """Ends a run after its third step."""
 
@@ -166,28 +173,33 @@ def as_launched() -> None:
     transformers.logging.set_verbosity_error()
 
 
-def run(folder: Path, sp_size: int) -> dict[str, tuple[list[dict[str, float]], Tensor, list[int]]]:
-    """Every way: what was logged, the weights, and the texts that this rank was given."""
+def run(folder: Path, sp_size: int, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Every way: what was logged, weights and predictions, the texts that this rank was given, lengths in layers."""
     as_launched()
     found = {}
-    for name, way in WAYS.items():
+    for name, way in ways.items():
         each = trainer(folder / name, way, sp_size)
         each.train()
+        lengths: set[int] = set()
+        mlp = each.model.model.layers[0].mlp
+        mlp.register_forward_hook(lambda module, args, output, seen=lengths: seen.add(output.shape[1]))
         predicted = each.predict(Texts())
         history = [*logged(each), {k: v for k, v in predicted.metrics.items() if not k.endswith(SPEED)}]
-        found[name] = history, weights(each), each.data_collator.seen
-        found[f"{name}, predictions"] = [], torch.from_numpy(predicted.predictions), []
-    first = trainer(folder / "resumed", {"save_strategy": "steps", "save_steps": 100}, sp_size, (Stop(),))
-    first.train()
-    second = trainer(folder / "resumed", {}, sp_size)
-    second.train(resume_from_checkpoint=True)
-    found["resumed"] = logged(second), weights(second), []
+        numbers = torch.cat([weights(each), torch.from_numpy(predicted.predictions).flatten()])
+        found[name] = history, numbers, each.data_collator.seen, max(lengths)
+    if "plain" in ways:
+        first = trainer(folder / "resumed", {"save_strategy": "steps", "save_steps": 100}, sp_size, (Stop(),))
+        first.train()
+        second = trainer(folder / "resumed", {}, sp_size)
+        second.train(resume_from_checkpoint=True)
+        found["resumed"] = logged(second), weights(second), [], 0
     return found
 
 
 @cache
 def runs(folder: Path, groups: int, sp_size: int) -> list[dict[str, Any]]:
-    return run_ranks(groups * sp_size, run, folder / f"{groups} of {sp_size}", sp_size, timeout=240)
+    ways = {name: WAYS[name] for name in WAYS_OF[groups]}
+    return run_ranks(groups * sp_size, run, folder / f"{groups} of {sp_size}", sp_size, ways, timeout=240)
 
 
 @pytest.fixture(scope="session")
@@ -195,20 +207,66 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("trainer")
 
 
-@pytest.mark.parametrize("way", [*WAYS, *(f"{way}, predictions" for way in WAYS), "resumed"])
-@pytest.mark.parametrize("groups", [1, 2], ids="{} groups".format)
+CASES = [(groups, way) for groups, ways in WAYS_OF.items() for way in (*ways, "resumed")]
+
+
+@pytest.mark.parametrize(("groups", "way"), CASES)
 def test_a_run_is_that_of_as_many_processes_as_there_are_groups(folder: Path, groups: int, way: str) -> None:
     plain, sharded = runs(folder, groups, 1), runs(folder, groups, 2)
     for rank, found in enumerate(sharded):
-        expected_history, expected_weights, expected_seen = plain[rank // 2][way]
-        history, found_weights, seen = found[way]
+        expected_history, expected_numbers, expected_seen, whole = plain[rank // 2][way]
+        history, numbers, seen, part = found[way]
         assert seen == expected_seen
-        if way.startswith("dropout"):  # whose masks are other ones
+        assert part == (whole + 1) // 2 if rank % 2 == 0 else whole // 2
+        if way == "dropout":  # whose masks are other ones
             assert [sorted(entry) for entry in history] == [sorted(entry) for entry in expected_history]
-            continue
-        torch.testing.assert_close(
-            found_weights, expected_weights, rtol=1e-6, atol=1e-6 * float(expected_weights.max())
-        )
-        for entry, expected in zip(history, expected_history, strict=True):
-            assert entry == pytest.approx(expected, rel=2e-6)
-    assert all(torch.equal(found[way][1], sharded[0][way][1]) for found in sharded)
+        else:
+            largest = float(expected_numbers.abs().max())
+            torch.testing.assert_close(numbers, expected_numbers, rtol=1e-6, atol=1e-6 * largest)
+            for entry, expected in zip(history, expected_history, strict=True):
+                assert entry == pytest.approx(expected, rel=2e-6)
+        assert torch.equal(numbers, sharded[0][way][1])
+
+
+def wrongs(folder: Path) -> dict[str, str]:
+    """What is said of trainers that cannot work."""
+    texts = {}
+
+    def fails(name: str, way: dict[str, Any], sp_size: int = 2) -> None:
+        with pytest.raises(ValueError, match=r"sequence|launch") as error:
+            trainer(folder / name, way, sp_size).get_train_dataloader()
+        texts[name] = str(error.value)
+
+    fails("not launched", {})
+    as_launched()
+    fails("dispatched", {"train_dataset": Stream(), "max_steps": 5, "accelerator_config": {"dispatch_batches": True}})
+    model = MODELS["llama-6q3kv"].build()
+    with pytest.raises(ValueError, match="is not sequence-parallel") as error:
+        sequence_parallel(Trainer)(model, TrainingArguments(str(folder), use_cpu=True, report_to=[]))
+    texts["not enabled"] = str(error.value)
+    return texts
+
+
+def test_what_cannot_work_is_an_error_with_its_cure(folder: Path) -> None:
+    first, second = run_ranks(2, wrongs, folder)
+    assert first == second
+    assert first["not launched"].startswith("there are 2 processes and accelerate knows of 1, so it would not average")
+    assert first["dispatched"].endswith("need the same ones: leave it out, and every rank reads the dataset")
+    assert first["not enabled"] == (
+        "LlamaForCausalLM is not sequence-parallel: call sp_attention.enable(model) before the trainer is made, or in "
+        "model_init"
+    )
+
+
+@pytest.mark.parametrize("name", ["cp_size", "tp_size", "sp_size"])
+def test_accelerate_may_not_cut_too(name: str) -> None:
+    # An Accelerator takes no such configuration on CPUs.
+    accelerator = SimpleNamespace(num_processes=1, parallelism_config=ParallelismConfig(**{name: 2}))
+    with pytest.raises(ValueError, match=f"ParallelismConfig has {name}=2, and .* leave {name} out"):
+        require_fit(accelerator)
+
+
+def test_a_sequence_parallel_trainer_is_still_one_of_its_class() -> None:
+    made = sequence_parallel(transformers.Seq2SeqTrainer)
+    assert issubclass(made, transformers.Seq2SeqTrainer)
+    assert made.__name__ == "Seq2SeqTrainer"

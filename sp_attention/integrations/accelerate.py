@@ -25,7 +25,8 @@ def data_loader(accelerator: Accelerator, loader: DataLoader[Any], handle: Handl
 
     All ranks of a group get the same batches, and each group others: the loader is cut into as many parts as there are
     groups. What is returned may be passed to `accelerator.prepare` again, to no effect.
-    Raises ValueError when accelerate is to cut sequences too, or to read an iterable dataset on one rank for all.
+    Raises ValueError when accelerate knows of other processes than there are, is to cut sequences too, or to read an
+    iterable dataset on one rank for all.
     """
     with batches_by_group(accelerator, handle):
         prepared: DataLoader[Any] = accelerator.prepare_data_loader(loader)
@@ -59,8 +60,15 @@ def _first_of_every(size: int, tensor: Tensor) -> Tensor:
     return torch.cat(tensor.chunk(dist.get_world_size())[::size])
 
 
-def refuse_other_cuts(accelerator: Accelerator) -> None:
-    """Raise ValueError if accelerate is to cut sequences, or tensors, by itself."""
+def require_fit(accelerator: Accelerator) -> None:
+    """Raise ValueError if accelerate knows of other processes than there are, or is to cut sequences or tensors."""
+    if dist.is_initialized() and accelerator.num_processes != dist.get_world_size():
+        raise ValueError(
+            f"there are {dist.get_world_size()} processes and accelerate knows of {accelerator.num_processes}, so it "
+            "would not average gradients: start them with torchrun or accelerate launch, which say so in the "
+            "environment (RANK, LOCAL_RANK, WORLD_SIZE), and on CPUs say so to it too, with Accelerator(cpu=True) or "
+            "TrainingArguments(use_cpu=True)"
+        )
     config = accelerator.parallelism_config
     for name in ("sp_size", "cp_size", "tp_size"):
         if config is not None and getattr(config, name) > 1:
@@ -73,7 +81,7 @@ def refuse_other_cuts(accelerator: Accelerator) -> None:
 @contextmanager
 def batches_by_group(accelerator: Accelerator, handle: Handle) -> Iterator[None]:
     """Within it, loaders that are prepared give all ranks of a group the same batches; see `data_loader`."""
-    refuse_other_cuts(accelerator)
+    require_fit(accelerator)
     if handle.peers is None:
         yield
         return

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
@@ -13,7 +12,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from sp_attention.enabling import Handle, handle_of
-from sp_attention.integrations.accelerate import batches_by_group, gather, gather_for_metrics, refuse_other_cuts
+from sp_attention.integrations.accelerate import batches_by_group, gather, gather_for_metrics, require_fit
 
 TrainerClass = TypeVar("TrainerClass", bound=Trainer)
 
@@ -33,13 +32,8 @@ class _InGroups(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_other_cuts(self.accelerator)
-        if self._handle().peers is not None and self.args.world_size != dist.get_world_size():
-            raise ValueError(
-                f"there are {dist.get_world_size()} processes, and TrainingArguments knows of {self.args.world_size}: "
-                "start them with torchrun or accelerate launch, which say so in the environment (RANK, LOCAL_RANK, "
-                "WORLD_SIZE)"
-            )
+        require_fit(self.accelerator)
+        self._handle()
 
     def _handle(self) -> Handle:
         handle = None if self.model is None else handle_of(self.model)
