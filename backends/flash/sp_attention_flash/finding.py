@@ -32,12 +32,13 @@ def unusable(package: Package) -> str | None:
             import_module(package.extension)
         except (ImportError, OSError) as error:
             first = str(error).strip().splitlines()[0]
-            return f"{package.distribution} {installed} does not load ({first}): it is built for another torch; {package.cure}"
+            built = f"{package.distribution} {installed} does not load ({first}): it is built for another torch"
+            return f"{built}; {package.cure}"
     return None
 
 
 def best(usable: list[Package]) -> Package | None:
-    """The package that was written for this device: 4 for Blackwell, 3 for Hopper, 2 for others; then the next older."""
+    """The package that was written for this device, else one that runs on it."""
     blackwell = FLASH4 in usable and torch.cuda.get_device_capability()[0] >= 10
     order = (FLASH4, FLASH2, FLASH3) if blackwell else (FLASH3, FLASH2, FLASH4)
     return next((package for package in order if package in usable), None)

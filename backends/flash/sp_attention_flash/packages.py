@@ -102,7 +102,7 @@ def call(
     options: Options,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """[B, Sq, h, D], [B, Sk, hkv, D] twice → [B, Sq, h, D]; with sequences, [Tq, h, D], [Tk, hkv, D] twice → [Tq, h, D].
+    """[B, Sq, h, D], two of [B, Sk, hkv, D] → [B, Sq, h, D]; with sequences [T, h, D], two of [T, hkv, D] → [T, h, D].
 
     Beside it, if asked for, log-sum-exps [B, h, Sq] or [h, Tq] in float32, through which no gradient flows.
     """

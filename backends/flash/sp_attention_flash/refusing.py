@@ -1,4 +1,4 @@
-"""What the packages do not do exactly. They check little of it themselves before values are at stake, so we check all."""
+"""What the packages do not do exactly. On fake tensors they reject nothing themselves, so all of it is checked here."""
 
 import torch
 

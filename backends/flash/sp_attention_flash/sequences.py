@@ -73,10 +73,10 @@ def uncut(mask: Mask) -> tuple[Pattern, int] | None:
     length, end = mask.key_length, mask.offset + mask.query_length
     if not mask.causal and mask.window is None:
         return Pattern(), length
-    before = None if mask.window is None else mask.window - 1
-    if mask.causal and end <= length:
-        return Pattern(True, before, None if before is None else 0), end
-    return (Pattern(False, before, before), length) if end == length and not mask.causal else None
+    if mask.causal:
+        return (_causal(mask.window), end) if end <= length else None
+    assert mask.window is not None
+    return (Pattern(False, mask.window - 1, mask.window - 1), length) if end == length else None
 
 
 def cut(mask: Mask) -> Cut:
@@ -86,21 +86,23 @@ def cut(mask: Mask) -> Cut:
     starts, stops = starts[seeing], stops[seeing]
     widest = None if mask.window is None else mask.window if mask.causal else 2 * mask.window - 1
     parts: dict[Pattern, list[tuple[Tensor, Tensor]]] = {}
-    for first, last, kind in _runs(_steps(starts, stops, widest)):
+    for first, last, kind in _runs(_steps(starts, stops, widest), len(seeing)):
         queries, keys = seeing[first : last + 1], real[int(starts[first]) : int(stops[last])]
         if kind == SHRINKS:
             queries, keys = queries.flip(0), keys.flip(0)
         own = int(stops[first] - starts[first]) if kind == SLIDES else widest
         # One query alone sees all its keys in any pattern: in the one that there is anyway.
         everything = kind == STAYS or (kind == JUMPS and not mask.causal and mask.window is None)
-        narrow = None if own is None else own - 1
-        pattern = Pattern() if everything else Pattern(True, narrow, None if narrow is None else 0)
-        parts.setdefault(pattern, []).append((queries, keys))
+        parts.setdefault(Pattern() if everything else _causal(own), []).append((queries, keys))
     total = mask.batch * mask.query_length
     order = torch.cat([queries for pieces in parts.values() for queries, _ in pieces] or [seeing])
     places = torch.full((total,), len(order)).scatter_(0, order, torch.arange(len(order)))
     calls = tuple(_sequences(pattern, pieces, mask) for pattern, pieces in parts.items())
-    return Cut(calls, None if _in_order(order, total) else places.to(mask.device))
+    return Cut(calls, _unless_in_order(places, total, mask.device))
+
+
+def _causal(window: int | None) -> Pattern:
+    return Pattern(True) if window is None else Pattern(True, window - 1, 0)
 
 
 def _intervals(mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,14 +143,14 @@ def _steps(starts: Tensor, stops: Tensor, widest: int | None) -> Tensor:
     return kinds
 
 
-def _runs(steps: Tensor) -> Iterator[tuple[int, int, int]]:
+def _runs(steps: Tensor, queries: int) -> Iterator[tuple[int, int, int]]:
     """(first, last, kind): queries that follow each other by steps of one kind; JUMPS for one query alone.
 
     Each starts behind the one before it and is as long as it can be.
     """
     kinds, counts = torch.unique_consecutive(steps, return_counts=True)
     ends = counts.cumsum(0).tolist()
-    kinds_of, query, queries = kinds.tolist(), 0, len(steps) + 1
+    kinds_of, query = kinds.tolist(), 0
     while query < queries:
         at = bisect_left(ends, query + 1)
         if query == queries - 1 or kinds_of[at] == JUMPS:
@@ -164,12 +166,16 @@ def _sequences(pattern: Pattern, pieces: list[tuple[Tensor, Tensor]], mask: Mask
     lengths = torch.tensor([[len(part) for part in piece] for piece in pieces])
     edges = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().to(mask.device)
     longest_query, longest_key = lengths.amax(0).tolist()
-    whole = (_in_order(queries, mask.batch * mask.query_length), _in_order(keys, mask.batch * mask.key_length))
-    chosen = [
-        None if all_of_it else index.to(mask.device) for index, all_of_it in zip((queries, keys), whole, strict=True)
-    ]
-    return Sequences(pattern, *chosen, edges[:, 0].contiguous(), edges[:, 1].contiguous(), longest_query, longest_key)
+    return Sequences(
+        pattern,
+        _unless_in_order(queries, mask.batch * mask.query_length, mask.device),
+        _unless_in_order(keys, mask.batch * mask.key_length, mask.device),
+        edges[:, 0].contiguous(),
+        edges[:, 1].contiguous(),
+        longest_query,
+        longest_key,
+    )
 
 
-def _in_order(index: Tensor, total: int) -> bool:
-    return len(index) == total and bool((index == torch.arange(total)).all())
+def _unless_in_order(index: Tensor, total: int, device: torch.device) -> Tensor | None:
+    return None if torch.equal(index, torch.arange(total)) else index.to(device)

@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-import torch
-
 import sp_attention_flash
+import torch
 from sp_attention_flash import refusing
 from sp_attention_flash.packages import FLASH2
 

@@ -5,6 +5,8 @@ are those that flash_attn/flash_attn_interface.py calls, and the checks those of
 there, float32 is accepted once a test puts it in `DTYPES`.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -122,7 +124,10 @@ def varlen_fwd(
     return result, lses, q.new_empty(0), state
 
 
-def bwd(dout, q, k, v, out, lse, dq, dk, dv, alibi, dropout, scale, causal, left, right, softcap, deterministic, generator, state):  # fmt: skip
+def bwd(
+    dout, q, k, v, out, lse, dq, dk, dv, alibi, dropout, scale, causal, left, right, softcap, deterministic, generator,
+    state,
+):  # fmt: skip
     check_arguments(q, k, v, softcap, dropout)
     check(alibi is None and generator is None and isinstance(deterministic, bool), "not in the stand-in")
     totals = torch.zeros(len(q), q.shape[2], -(-q.shape[1] // 128) * 128)
@@ -154,7 +159,7 @@ def varlen_bwd(
 
 def pieces(edges: Tensor) -> list[slice]:
     bounds = edges.tolist()
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def check_longest(edges_q: Tensor, longest_q: int, edges_k: Tensor, longest_k: int) -> None:
