@@ -17,7 +17,7 @@ from sp_attention_flash.packages import PACKAGES, Package
 def sp_attention_backends() -> list[Backend]:
     reasons = {package: unusable(package) for package in PACKAGES}
     usable = [package for package, reason in reasons.items() if reason is None]
-    none = "no flash-attn package can be used: " + "; ".join(f"{p.kernel}: {why}" for p, why in reasons.items())
+    none = "no flash-attn package can be used; `sp-attention backends` says of flash2, flash3 and flash4 why"
     chosen = best(usable)
     return [
         backend("flash", chosen or PACKAGES[0], priority=20, unavailable=None if chosen else none),

@@ -4,7 +4,8 @@ Asked whenever kernels are listed, so nothing is imported that is not compiled: 
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, files, version
+from pathlib import Path
 
 import torch
 from packaging.version import Version
@@ -20,6 +21,10 @@ def unusable(package: Package) -> str | None:
         return f"{package.distribution} is not installed: {package.cure}"
     if Version(installed) < Version(package.oldest):
         return f"{package.distribution} {installed} is older than {package.oldest}: {package.cure}"
+    if package.extension is None and _overwritten(package.distribution):
+        return f"{package.distribution} is overwritten by an older package: {package.cure} --force-reinstall --no-deps"
+    if torch.version.hip is not None:
+        return "flash-attn for ROCm has kernels of its own, which are not covered yet: use sdpa"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install a torch with it, then {package.cure}"
     if not torch.cuda.is_available():
@@ -35,6 +40,12 @@ def unusable(package: Package) -> str | None:
             built = f"{package.distribution} {installed} does not load ({first}): it is built for another torch"
             return f"{built}; {package.cure}"
     return None
+
+
+def _overwritten(distribution: str) -> bool:
+    """Whether its interface is not the file it came with: flash-attn 2.8 has an older one in the same place."""
+    interface = next(file for file in files(distribution) or () if file.name == "interface.py")
+    return interface.size != Path(str(interface.locate())).stat().st_size
 
 
 def best(usable: list[Package]) -> Package | None:

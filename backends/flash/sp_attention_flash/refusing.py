@@ -16,9 +16,12 @@ def refuses(package: Package, request: Request) -> str | None:
     device = request.query.device
     if device.type != DEVICE:
         return f"{package.kernel} computes on {DEVICE}, and this is on {device.type}; sdpa computes on both"
-    return _refuses_features(package, request) or _refuses_sizes(
-        package, request, torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    )
+    return _refuses_features(package, request) or _refuses_sizes(package, request, _arch(device))
+
+
+def _arch(device: torch.device) -> int | None:
+    """The major compute capability of a device, None where that is not CUDA."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
 
 
 def _refuses_features(package: Package, request: Request) -> str | None:
@@ -42,7 +45,6 @@ def _refuses_features(package: Package, request: Request) -> str | None:
 
 
 def _refuses_sizes(package: Package, request: Request, arch: int | None) -> str | None:
-    """`arch` is the major compute capability of the device, None where that is not CUDA."""
     name, query, key, value = package.kernel, request.query, request.key, request.value
     size = size_that_fits(query.shape[3], value.shape[3])
     for tensor in (query, key, value):
