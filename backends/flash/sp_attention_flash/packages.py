@@ -47,10 +47,10 @@ class Package:
 FLASH2 = Package(
     kernel="flash2",
     distribution="flash-attn",
-    oldest="2.7.3",
+    oldest="2.8.3",
     module="flash_attn",
     extension="flash_attn_2_cuda",
-    cure="pip install --no-build-isolation --no-cache-dir 'flash-attn>=2.7.3,<3'",
+    cure="pip install --no-build-isolation --no-cache-dir 'flash-attn>=2.8.3,<3'",
     arches=(8, 9, 10, 12),
     unlimited=-1,
     lse="return_attn_probs",

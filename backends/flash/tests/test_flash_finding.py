@@ -59,7 +59,7 @@ def test_what_is_not_installed_is_told_with_its_cure(machine: Machine) -> None:
 def test_what_is_too_old_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(*PACKAGES)
     monkeypatch.setattr(finding, "version", lambda distribution: "2.5.9")
-    assert (finding.unusable(FLASH2) or "").startswith("flash-attn 2.5.9 is older than 2.7.3: pip install")
+    assert (finding.unusable(FLASH2) or "").startswith("flash-attn 2.5.9 is older than 2.8.3: pip install")
 
 
 @pytest.mark.parametrize(

@@ -125,28 +125,31 @@ def test_mixed_dtypes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == "flash2 wants one dtype, not torch.bfloat16, torch.bfloat16 and torch.float16"
 
 
-def refused_by_a_model() -> dict[str, str]:
-    """What `enable` says, or the first forward, of a model that asks for more than flash-attn has."""
+def asking_for_more() -> tuple[dict[str, str], dict[str, str]]:
+    """What `enable`, or the first forward, says of a model that asks for more; and what "auto" takes."""
     from test_flash_models import batch_of, build
 
     cpu.import_flash2()
     cpu.offer_flash2_on_the_cpu()
-    told = {}
+    told, taken = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         model = build("llama", dtype)
-        batch = batch_of("plain")
         mask = torch.ones(2, 1, 33, 33, dtype=torch.bool).tril()
         try:
             enable(model, backend="flash")
-            model(**batch, attention_mask=mask)
+            model(**batch_of("plain"), attention_mask=mask)
         except BackendError as error:
             told[str(dtype)] = str(error)
-    return told
+        taken[str(dtype)] = enable(build("llama", dtype), backend="auto").report()
+    return told, taken
 
 
 def test_a_model_that_asks_for_more_is_refused_on_every_rank_with_what_can() -> None:
-    for told in run_ranks(2, refused_by_a_model):
+    for told, taken in run_ranks(2, asking_for_more, timeout=120):
         assert "flash2 computes in float16 and bfloat16, and this is float32; sdpa does any" in told["torch.float32"]
         assert "flash2 takes no mask tensors; sdpa and transformers:eager do" in told["torch.bfloat16"]
         for text in told.values():
             assert 'Use enable(model, backend="sdpa"). Installed kernels that can: sdpa, transformers:' in text
+        assert "kernel 'flash'" in taken["torch.bfloat16"].splitlines()[0]
+        assert "kernel 'sdpa'" in taken["torch.float32"].splitlines()[0]
+        assert "kernel 'flash' was passed over: " in taken["torch.float32"]
