@@ -6,6 +6,7 @@ Their public functions, as of flash-attn 2.8.3 (flash_attn/flash_attn_interface.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +21,7 @@ class Package:
     """A flash-attn package.
 
     kernel: its name among our kernels. distribution, oldest: what has to be installed, from which version on.
-    module: where its functions are; extension: what of it is compiled for one torch, None for what is not.
+    load: imports the module with its functions. extension: the module of it that is compiled for one torch, if any is.
     cure: how to install it. arches: the major compute capabilities whose backward it has.
     unlimited: what it takes for an end without a window. lse: the option that returns log-sum-exps.
     dropout, sinks: whether it has them.
@@ -29,7 +30,7 @@ class Package:
     kernel: str
     distribution: str
     oldest: str
-    module: str
+    load: Callable[[], Any]
     extension: str | None
     cure: str
     arches: tuple[int, ...]
@@ -40,7 +41,7 @@ class Package:
 
     def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Its attention for tensors [B, S, h, D], and for sequences of various lengths [T, h, D]. Imports it."""
-        module = import_module(self.module)
+        module = self.load()
         return module.flash_attn_func, module.flash_attn_varlen_func
 
 
@@ -48,7 +49,7 @@ FLASH2 = Package(
     kernel="flash2",
     distribution="flash-attn",
     oldest="2.8.3",
-    module="flash_attn",
+    load=partial(import_module, "flash_attn"),
     extension="flash_attn_2_cuda",
     cure="pip install --no-build-isolation --no-cache-dir 'flash-attn>=2.8.3,<3'",
     arches=(8, 9, 10, 12),
@@ -60,7 +61,7 @@ FLASH3 = Package(
     kernel="flash3",
     distribution="flash_attn_3",
     oldest="3.0.0",
-    module="flash_attn_interface",
+    load=partial(import_module, "flash_attn_interface"),
     extension="flash_attn_interface",
     cure="pip install --no-build-isolation . in the folder hopper of its repository, Dao-AILab/flash-attention",
     arches=(8, 9),
@@ -71,7 +72,7 @@ FLASH4 = Package(
     kernel="flash4",
     distribution="flash-attn-4",
     oldest="4.0.0b36",
-    module="flash_attn.cute",
+    load=partial(import_module, "flash_attn.cute"),
     extension=None,
     cure="pip install --pre 'flash-attn-4>=4.0.0b36' triton",
     arches=(9, 10, 11, 12),

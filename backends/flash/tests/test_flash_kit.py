@@ -10,7 +10,7 @@ import torch
 from sp_attention_flash import backend
 from sp_attention_flash.packages import FLASH2, FLASH3, FLASH4, Package
 
-from sp_attention import Backend, Mask, testing
+from sp_attention import Backend, Mask, Request, testing
 
 REFUSED = (
     "any mask function (prefix-LM)",
@@ -49,30 +49,51 @@ def test_newer_packages_are_right_or_refuse(
     testing.conform(offered(package), (*REFUSED, "dropout"), dtype=dtype)
 
 
+def conditions(feature: str) -> dict[str, Any]:
+    mask = testing.FEATURES[feature]().mask
+    return {"documents": mask.documents, "padding": mask.padding}
+
+
+LENGTH = testing.LENGTH
+# Masks that the kit has not, each of which is cut in a way of its own.
+MASKS = {
+    "right padding, sliding window": {**conditions("right padding"), "window": 7},
+    "right padding, window of two": {**conditions("right padding"), "window": 2},
+    "padding between real tokens, sliding window": {**conditions("padding between real tokens"), "window": 7},
+    "padding between real tokens, window on both sides": {
+        **conditions("padding between real tokens"),
+        "window": 7,
+        "causal": False,
+    },
+    "packed documents, window on both sides": {**conditions("packed documents"), "window": 7, "causal": False},
+    "later queries": {"query_length": 11, "offset": 17},
+    "later queries, sliding window": {"query_length": 11, "offset": 17, "window": 7},
+    "later queries, window on both sides": {"query_length": 11, "offset": 17, "window": 7, "causal": False},
+    "last queries, window on both sides": {"query_length": 11, "offset": 26, "window": 7, "causal": False},
+    "fewer keys than queries": {"key_length": 20},
+}
+
+
+def built(query_length: int = LENGTH, key_length: int = LENGTH, **features: Any) -> Request:
+    sinks = features.pop("sinks")
+    mask = Mask(2, query_length, key_length, torch.device("cpu"), **features)
+    return testing.request(mask, testing.Shape(query_length, key_length, heads=6), sinks=sinks)
+
+
 @pytest.mark.usefixtures("on_the_cpu")
-def test_gradients_of_sinks_are_right_in_every_kind_of_mask() -> None:
-    """The kit has sinks with few masks; here with all of them, and in float32."""
-    for feature, build in testing.FEATURES.items():
-        request = build()
-        mask = request.mask
-        odd = (mask.explicit, mask.function, request.bias, request.softcap, request.sinks)
-        if any(one is not None for one in odd) or request.dropout or request.query.shape[3] > 256:
-            continue
-        name, heads = f"sinks, {feature}", request.query.shape[2]
-
-        def with_sinks(build: Callable[[], Any] = build, heads: int = heads) -> Any:
-            asked = build()
-            return replace(asked, sinks=torch.linspace(-2, 3, heads, dtype=torch.float64))
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(testing.FEATURES, name, with_sinks)
-            assert testing.check(offered(FLASH2), name, dtype=torch.float32, tolerance=2e-6) is None
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-2, 3, 6, dtype=torch.float64)], ids=["plain", "sinks"])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_way_of_cutting_a_mask_is_right(
+    name: str, sinks: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(testing.FEATURES, name, lambda: built(**MASKS[name], sinks=sinks))
+    assert testing.check(offered(FLASH2), name, dtype=torch.float32, tolerance=2e-6) is None
 
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_where_nothing_is_seen_at_all_the_output_is_zeros() -> None:
-    padding = torch.zeros(2, testing.LENGTH, dtype=torch.bool)
-    mask = Mask(2, testing.LENGTH, testing.LENGTH, torch.device("cpu"), padding=padding)
+    padding = torch.zeros(2, LENGTH, dtype=torch.bool)
+    mask = Mask(2, LENGTH, LENGTH, torch.device("cpu"), padding=padding)
     request = testing.request(mask)
     request = replace(request, **{name: getattr(request, name).float() for name in ("query", "key", "value")})
     out = offered(FLASH2).attend(request)
