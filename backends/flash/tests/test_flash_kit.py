@@ -7,7 +7,7 @@ from typing import Any
 import newer
 import pytest
 import torch
-from sp_attention_flash import backend
+from sp_attention_flash import attending, backend, sequences
 from sp_attention_flash.packages import FLASH2, FLASH3, FLASH4, Package
 
 from sp_attention import Backend, Mask, Request, testing
@@ -117,3 +117,18 @@ def test_deterministic_algorithms_are_asked_of_the_kernel(monkeypatch: pytest.Mo
         finally:
             torch.use_deterministic_algorithms(False)
     assert asked == [False, True]
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_mask_is_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+
+    def counted(mask: Mask) -> sequences.Cut:
+        masks.append(mask)
+        return sequences.cut(mask)
+
+    monkeypatch.setattr(attending, "cut", counted)
+    request = testing._moved(testing.FEATURES["packed documents, padding"](), torch.device("cpu"), torch.bfloat16)
+    for _ in range(3):
+        offered(FLASH2).attend(request)
+    assert masks == [request.mask]
