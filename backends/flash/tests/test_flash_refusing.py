@@ -145,7 +145,7 @@ def asking_for_more() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def test_a_model_that_asks_for_more_is_refused_on_every_rank_with_what_can() -> None:
-    for told, taken in run_ranks(2, asking_for_more, timeout=120):
+    for told, taken in run_ranks(2, asking_for_more, timeout=300):
         assert "flash2 computes in float16 and bfloat16, and this is float32; sdpa does any" in told["torch.float32"]
         assert "flash2 takes no mask tensors; sdpa and transformers:eager do" in told["torch.bfloat16"]
         for text in told.values():
