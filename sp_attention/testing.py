@@ -88,6 +88,9 @@ FEATURES: dict[str, Callable[[], Request]] = {
     "padding, bidirectional": lambda: request(_mask(causal=False, padding=_RIGHT)),
     "padding and nothing else in a row": lambda: request(_mask(padding=_real((0, 0), (5, LENGTH)))),
     "padding, sliding window": lambda: request(_mask(padding=_LEFT, window=7)),
+    "right padding, sliding window": lambda: request(_mask(padding=_RIGHT, window=7)),
+    "padding between real tokens, sliding window": lambda: request(_mask(padding=_HOLES, window=7)),
+    "packed documents, window on both sides": lambda: request(_mask(causal=False, documents=_documents(), window=7)),
     "packed documents, sliding window": lambda: request(_mask(documents=_documents(), window=7)),
     "packed documents, padding": lambda: request(_mask(documents=_documents(), padding=_RIGHT)),
     "packed documents, bidirectional": lambda: request(_mask(causal=False, documents=_documents())),
@@ -110,6 +113,7 @@ FEATURES: dict[str, Callable[[], Request]] = {
     "values larger than keys": lambda: request(_mask(), Shape(value_size=12)),
     "values smaller than keys": lambda: request(_mask(documents=_documents()), Shape(value_size=4)),
     "cross-attention": lambda: request(_mask(causal=False, query_length=11, padding=_RIGHT), Shape(query_length=11)),
+    "last queries of a sequence": lambda: request(_mask(query_length=11, offset=26), Shape(query_length=11)),
     "later queries of a sequence": lambda: request(
         _mask(query_length=11, offset=17, window=7, documents=_documents()), Shape(query_length=11)
     ),
@@ -170,7 +174,8 @@ def check(
     reason = backend.refuses(asked)
     if reason is not None:
         return reason
-    exact = _moved(asked, torch.device(device), torch.float64)
+    # On the CPU, since not every device has float64.
+    exact = _moved(asked, torch.device("cpu"), torch.float64)
     if asked.dropout:
         _check_dropout(backend, feature, asked, exact)
         return None
@@ -234,13 +239,13 @@ def conform(
 
 def _check_dropout(backend: Backend, feature: str, asked: Request, exact: Request) -> None:
     torch.manual_seed(0)
-    draws = torch.stack([backend.attend(asked).detach().double() for _ in range(DRAWS)])
+    draws = torch.stack([backend.attend(asked).detach().cpu().double() for _ in range(DRAWS)])
     expected, weights = attend_with_weights(exact)
     repeats = exact.query.shape[2] // exact.key.shape[2]
     values = exact.value.repeat_interleave(repeats, 2)
     # A weight w is kept with probability 1 - p and grows to w / (1 - p) then: its variance is w² p / (1 - p).
     spread = torch.einsum("bhqk,bkhd->bqhd", weights**2, values**2) * asked.dropout / (1 - asked.dropout)
-    rounding = max(1e-6, 2 * float((attend(asked) - expected).abs().max()))
+    rounding = max(1e-6, 2 * float((attend(asked).cpu() - expected).abs().max()))
     off = float(((draws.mean(0) - expected).abs() - ERRORS * (spread / DRAWS).sqrt()).max())
     # Summed over all numbers of the output, chance makes this a tenth or so, and other variances make it near 1.
     variance = float((draws.var(0) - spread).abs().sum() / spread.sum())
@@ -304,7 +309,7 @@ def _copies(asked: Request) -> dict[str, Tensor]:
 
 def _error(result: Tensor, expected: Tensor) -> float:
     """The largest difference, as a part of the largest number that is expected."""
-    return float((result.detach().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+    return float((result.detach().cpu().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
 
 
 def _require_close(backend: Backend, feature: str, name: str, result: Tensor, expected: Tensor, bound: float) -> None:
