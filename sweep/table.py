@@ -67,12 +67,17 @@ def largest(record: Record) -> float | None:
 
 
 def summary(results: Path) -> str:
-    """A line for every mapping and number of ranks; then the types that are wrong or fail, and why."""
+    """A line for every mapping and number of ranks, and every variant; then what is wrong or fails, and why."""
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    varied: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
     problems = []
     for (mapping, kind, ranks), record in latest(results).items():
         found = outcome(record)
         counts[mapping, ranks][found] += 1
+        for verdict in record.get("verdicts", []):
+            _, with_variant, variant = verdict["kind"].partition(", ")
+            if with_variant:
+                varied[ranks, variant][verdict["outcome"]] += 1
         if found in ("silently wrong", "other errors"):
             problems.append(f"  {found}: {mapping} {kind} on {ranks}: {reason(record)[:300]}")
     lines = []
@@ -80,6 +85,9 @@ def summary(results: Path) -> str:
         built = count.total() - count["not buildable"]
         rest = ", ".join(f"{count[name]} {name}" for name in OUTCOMES if name != "not buildable")
         lines.append(f"{mapping} on {ranks} ranks: {count.total()} types, {built} built: {rest}")
+    for (ranks, variant), count in sorted(varied.items()):
+        rest = ", ".join(f"{number} {name}" for name, number in count.most_common())
+        lines.append(f"with {variant} on {ranks} ranks, batches: {rest}")
     return "\n".join([*lines, *problems])
 
 
