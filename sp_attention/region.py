@@ -167,7 +167,12 @@ class Hooks:
         key = self.region.implementation
         if key is not None and any(inner.config._attn_implementation != key for inner in self.region.models):
             return "the attention implementation was changed after enable(): call handle.disable() before you change it"
-        if given.get("use_cache") or "past_key_values" in given:
+        # However the model calls its cache.
+        if (
+            given.get("use_cache")
+            or "past_key_values" in given
+            or any(isinstance(one, Cache) for one in given.values())
+        ):
             return (
                 "a key/value cache (generate(), use_cache=True, past_key_values) is not covered under sequence "
                 "parallelism yet: call handle.disable() before generate(), or pass use_cache=False"
@@ -450,8 +455,8 @@ def _with_sharded_logits(output: Any, call: Call) -> Any:
 
 def _without_cache(output: Any) -> Any:
     """A model's output without the key/value cache that it made on its own; it stayed empty."""
-    if isinstance(output, dict) and isinstance(output.get("past_key_values"), Cache):
-        return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+    if isinstance(output, dict) and any(isinstance(value, Cache) for value in output.values()):
+        return type(output)(**{name: value for name, value in output.items() if not isinstance(value, Cache)})
     if isinstance(output, tuple):
         return tuple(item for item in output if not isinstance(item, Cache))
     return output

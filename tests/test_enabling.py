@@ -10,6 +10,7 @@ from models import MODELS, Tiny, batch_of
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -196,7 +197,8 @@ def caches() -> tuple[list[bool], list[str], int]:
     sp_attention.enable(model, backend="sdpa")
     attention = model.model.layers[0].self_attn
     attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["past_key_values"] is not None), with_kwargs=True
+        lambda module, args, kwargs: seen.append(any(isinstance(one, Cache) for one in kwargs.values())),
+        with_kwargs=True,
     )
     output = model(batch_of("plain", 33)["input_ids"])
     return seen, list(output), len(model(batch_of("plain", 33)["input_ids"], return_dict=False))
