@@ -97,14 +97,9 @@ def sp_attention_backends():
     ids=["found by the rehearsal", "wrong on long sequences only"],
 )
 def test_a_kernel_with_wrong_numbers_is_exit_status_1(
-    longest: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    longest: int, message: str, tmp_path: Path, write_plugin: Callable[[str, str], None]
 ) -> None:
-    (tmp_path / "wrong_kernel.py").write_text(WRONG_KERNEL.replace("LONGEST", str(longest)))
-    dist_info = tmp_path / "wrong_kernel-1.0.dist-info"
-    dist_info.mkdir()
-    (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: wrong-kernel\nVersion: 1.0\n")
-    (dist_info / "entry_points.txt").write_text("[sp_attention]\nwrong = wrong_kernel\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    write_plugin("wrong_kernel", WRONG_KERNEL.replace("LONGEST", str(longest)))
     ran = run("demo", *SMALL, "--backend", "wrong", "--out", str(tmp_path / "out"))
     assert ran.returncode == 1
     assert message in ran.stderr

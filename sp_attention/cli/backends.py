@@ -15,7 +15,7 @@ def backends() -> None:
     table = Table("device", Column("kernel", no_wrap=True), "priority", "available", "from")
     for entry in registry.backends:
         backend = entry.backend
-        table.add_row(backend.device, backend.kernel, str(backend.priority), entry.problem or "yes", entry.plugin)
+        table.add_row(backend.device, backend.kernel, str(backend.priority), entry.problem or "yes", str(entry.plugin))
     for plugin in registry.broken:
-        table.add_row("-", "-", "-", f"broken plugin: {plugin.reason}", plugin.plugin)
+        table.add_row("-", "-", "-", f"broken plugin: {plugin.reason}", str(plugin.plugin))
     Console().print(table)
