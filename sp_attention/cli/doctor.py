@@ -77,12 +77,12 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "environment", " ".join(f"{name}={value}" for name, value in found["environment"].items()) or "not torchrun's"
     plugins = found["plugins"]
     if plugins is None:
-        yield "kernels", "not asked, for want of torch"
+        yield "backends", "not asked, for want of torch"
         return
     for number, entry in enumerate(plugins["backends"]):
         state = "available" if entry["available"] else entry["reason"]
         text = f"{entry['kernel']} on {entry['device']}, of {_origin(entry)}: {state}"
-        yield "" if number else "kernels", text
+        yield "" if number else "backends", text
     for entry in plugins["broken"]:
         yield "broken plugin", f"{_origin(entry)}: {entry['reason']}"
 
