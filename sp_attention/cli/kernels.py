@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sp_attention import testing
-from sp_attention.attention import Backend, Request
+from sp_attention.attention import Backend, Request, reason_against
 
 RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -68,15 +68,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _refused(backend: Backend, device: str, dtype: torch.dtype) -> dict[str, str]:
-    found = {}
-    for feature in testing.FEATURES:
-        try:
-            reason = backend.refuses(_request(feature, device, dtype))
-        except Exception as error:  # a stranger's code
-            reason = f"asking it raised {type(error).__name__}: {error}"
-        if reason is not None:
-            found[feature] = reason
-    return found
+    reasons = {feature: reason_against(backend, _request(feature, device, dtype)) for feature in testing.FEATURES}
+    return {feature: reason for feature, reason in reasons.items() if reason is not None}
 
 
 @cache
