@@ -152,6 +152,16 @@ def test_a_slow_plugin_costs_its_time_once(write_plugin: Callable[[str, str], No
     assert loaded - start > 1.5 > monotonic() - loaded
 
 
+def test_two_broken_plugins_and_a_twin_leave_the_library_as_it_was(install: Install) -> None:
+    install("good", "twin", "broken_import", "broken_answer")
+    assert len(load().broken) == 2
+    assert sum("several plugins offer it" in (problem or "") for problem in kernels().values()) == 4
+    for loss_error, gradient_error, report in run_ranks(2, train_with, "auto"):
+        assert loss_error < 1e-6
+        assert gradient_error < 1e-5
+        assert "kernel 'sdpa'" in report
+
+
 def test_a_reason_is_what_asking_for_the_kernel_raises(install: Install) -> None:
     install("good")
     with pytest.raises(BackendError, match=r"backend 'not-here' on cpu cannot be used: it needs a moon; wait for one"):
