@@ -133,7 +133,7 @@ def test_whatever_a_plugin_does_is_a_reason_and_the_library_works(
     (broken,) = load().broken
     assert str(broken.plugin) == f"{fault} 1.0 ({fault})"
     assert broken.reason.startswith(reason)
-    assert find("cpu", "auto").kernel == "sdpa"
+    assert candidates("cpu", "auto")[0].kernel == "sdpa"
     assert all(problem is None for name, problem in kernels().items() if name.startswith("sdpa from"))
 
 
