@@ -12,7 +12,10 @@ from sp_attention import testing
 from sp_attention.attention import Backend, Request, reason_against
 
 RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# On the CPU it is best seen in the widest dtype what is exact. Elsewhere kernels are used in narrow ones, and not every
+# device has float64.
+CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
 
 
@@ -51,8 +54,7 @@ def device_for(backend: Backend) -> str | None:
 
 def ask(backend: Backend, device: str) -> Answers:
     """Ask for every feature, without running the kernel."""
-    # On the CPU it is best seen in the widest dtype what is exact; elsewhere kernels are used in narrow ones.
-    dtypes = DTYPES if device == "cpu" else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    dtypes = CPU_DTYPES if device == "cpu" else DTYPES
     refused = {dtype: _refused(backend, device, dtype) for dtype in dtypes}
     chosen = min(dtypes, key=lambda dtype: len(refused[dtype]))
     by_dtype = {
