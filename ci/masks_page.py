@@ -5,17 +5,11 @@ python ci/masks_page.py > docs/masks.md
 
 from dataclasses import replace
 
-from torch import nn
-from transformers import Gemma2Config, GptOssConfig, LlamaConfig
-from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
-from transformers.models.llama.modeling_llama import LlamaAttention
-
 from sp_attention import registry, testing
 from sp_attention.attention import Backend
+from sp_attention.cli.kernels import module_for
 
 KERNELS = ("sdpa", "transformers:eager", "transformers:sdpa")
-SIZES = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
 TEXT = """# What kernels are asked, and what they do
 
 A kernel gets a `Request`: queries, keys and values of the whole sequence for some heads, and a `Mask`, which describes
@@ -62,15 +56,6 @@ attention written out has in that dtype. `testing.check` is the same for one fea
 
 This page is written by `python ci/masks_page.py > docs/masks.md`; a test compares.
 """
-
-
-def module_for(feature: str) -> nn.Module:
-    """A model's attention, 3 heads of 8, whose own eager function has the feature."""
-    if feature.startswith("attention sinks"):
-        return GptOssAttention(GptOssConfig(**SIZES), layer_idx=0)
-    if feature == "softcap":
-        return Gemma2Attention(Gemma2Config(**SIZES), layer_idx=0)
-    return LlamaAttention(LlamaConfig(**SIZES), layer_idx=0)
 
 
 def backends() -> dict[str, Backend]:

@@ -1,16 +1,16 @@
 """Sequence parallelism for the transformers model you already have: `sp_attention.enable(model, backend="sdpa")`."""
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from sp_attention.attention import Backend, Mask, Request
-from sp_attention.errors import BackendError, BatchError, ShardedLogitsError, UnsupportedError
-from sp_attention.gradients import average_gradients
-from sp_attention.hookspecs import hookimpl
-from sp_attention.logits import ShardedLogits
-
 if TYPE_CHECKING:
+    from sp_attention.attention import Backend, Mask, Request
     from sp_attention.enabling import Handle, enable
+    from sp_attention.errors import BackendError, BatchError, ShardedLogitsError, UnsupportedError
+    from sp_attention.gradients import average_gradients
+    from sp_attention.hookspecs import hookimpl
+    from sp_attention.logits import ShardedLogits
 
 __version__ = version("sp-attention")
 __all__ = [
@@ -29,10 +29,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # What works on models imports transformers' modelling code, which imports accelerate where it is installed.
-    if name in ("enable", "Handle"):
-        from sp_attention import enabling
+# Imported when first used: transformers' modelling code is slow, imports accelerate where it is installed, and is
+# needed by few; and `sp-attention doctor` must answer where even torch cannot be imported.
+_MODULES = {
+    "attention": ("Backend", "Mask", "Request"),
+    "enabling": ("Handle", "enable"),
+    "errors": ("BackendError", "BatchError", "ShardedLogitsError", "UnsupportedError"),
+    "gradients": ("average_gradients",),
+    "hookspecs": ("hookimpl",),
+    "logits": ("ShardedLogits",),
+}
 
-        return getattr(enabling, name)
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"sp_attention.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

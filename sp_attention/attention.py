@@ -238,3 +238,14 @@ class Backend:
     unavailable: str | None = None
     refuses: Callable[[Request], str | None] = _refuses_nothing
     attend_with_weights: Callable[[Request], tuple[Tensor, Tensor]] | None = None
+
+
+def reason_against(backend: Backend, request: Request) -> str | None:
+    """What `backend.refuses` says. A plugin's fault in it is a reason too: whoever asks goes on with other kernels."""
+    try:
+        reason = backend.refuses(request)
+    except Exception as error:
+        return f"asking it raised {type(error).__name__}: {error}"
+    if reason is None or isinstance(reason, str):
+        return reason
+    return f"asked, it said {reason!r}, which is neither None nor a reason"

@@ -1,8 +1,10 @@
 """(device, kernel) → backend, from the plugins that are installed, broken ones included."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from types import NoneType
+from typing import Any
 
 import pluggy
 
@@ -31,7 +33,7 @@ class Registered:
     """A backend and the plugin it comes from; `problem` is why it cannot be used, None when it can."""
 
     backend: Backend
-    plugin: str
+    plugin: Plugin
     problem: str | None
 
 
@@ -39,7 +41,7 @@ class Registered:
 class BrokenPlugin:
     """A plugin that offers nothing because loading it, or asking it, failed."""
 
-    plugin: str
+    plugin: Plugin
     reason: str
 
 
@@ -58,10 +60,14 @@ def load() -> Registry:
     for plugin in sorted(map(Plugin, entry_points(group="sp_attention")), key=str):
         try:
             offers += [(plugin, backend) for backend in _ask(plugin.point)]
-        except Exception as error:  # a stranger's code: keep the others alive, and keep the reason
-            broken.append(BrokenPlugin(str(plugin), f"{type(error).__name__}: {error}"))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            # A stranger's code: keep the others alive, and keep the reason. Scripts that end themselves on a wrong
+            # machine raise SystemExit, and extensions written in Rust panic in a class of their own.
+            broken.append(BrokenPlugin(plugin, f"{type(error).__name__}: {error}"))
     offers.sort(key=lambda offer: (offer[1].device, offer[1].kernel, str(offer[0])))
-    entries = (Registered(backend, str(plugin), _problem(plugin, backend, offers)) for plugin, backend in offers)
+    entries = (Registered(backend, plugin, _problem(plugin, backend, offers)) for plugin, backend in offers)
     return Registry(tuple(entries), tuple(broken))
 
 
@@ -111,7 +117,20 @@ def _ask(point: EntryPoint) -> list[Backend]:
     manager.check_pending()
     if not manager.hook.sp_attention_backends.get_hookimpls():
         raise TypeError(f"{point.value} does not implement the hook sp_attention_backends")
-    return [backend for offered in manager.hook.sp_attention_backends() for backend in _checked(offered, point)]
+    # pluggy leaves out an answer that is None.
+    return _checked(next(iter(manager.hook.sp_attention_backends()), None), point)
+
+
+# What the fields of a backend are; a stranger's may be anything.
+_KINDS: dict[str, Any] = {
+    "device": str,
+    "kernel": str,
+    "priority": int,
+    "unavailable": (str, NoneType),
+    "attend": Callable,
+    "refuses": Callable,
+    "attend_with_weights": (Callable, NoneType),
+}
 
 
 def _checked(offered: object, point: EntryPoint) -> list[Backend]:
@@ -121,6 +140,10 @@ def _checked(offered: object, point: EntryPoint) -> list[Backend]:
     for backend in backends:
         if not isinstance(backend, Backend):
             raise TypeError(f"{point.value} returned {backend!r} among its backends")
+        for name, kinds in _KINDS.items():
+            value = getattr(backend, name)
+            if not isinstance(value, kinds):
+                raise TypeError(f"{point.value} returned a backend whose {name} is {value!r}")
     return backends
 
 

@@ -5,6 +5,7 @@ A plugin's own test is one line: `conform(backend, refused=("softcap",))`.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,6 +121,32 @@ FEATURES: dict[str, Callable[[], Request]] = {
 }
 
 
+def _long(length: int, **conditions: Any) -> Request:
+    return request(_mask(query_length=length, key_length=length, **conditions), Shape(length, length, 1, 1, 16, 16))
+
+
+def _padded(length: int) -> Tensor:
+    places = torch.arange(length)
+    return torch.stack([places >= length // 3, places < length - length // 5])
+
+
+# The plainest masks at lengths where kernels go other ways than at `LENGTH`: over several tiles, or past a mask of 512.
+LONG: dict[str, Callable[[], Request]] = {}
+for _length in (137, 600, 4096):
+    LONG |= {
+        f"causal, {_length} tokens": partial(_long, _length),
+        f"padding on both sides, {_length} tokens": partial(_long, _length, padding=_padded(_length)),
+        f"sliding window, {_length} tokens": partial(_long, _length, window=100),
+    }
+
+
+def request_for(
+    feature: str, *, module: nn.Module | None = None, device: torch.device | str = "cpu", dtype: torch.dtype
+) -> Request:
+    """The request for one of `FEATURES` or `LONG`, on a device, with its float tensors in a dtype."""
+    return _moved(replace((FEATURES | LONG)[feature](), module=module), torch.device(device), dtype)
+
+
 def attend(request: Request) -> Tensor:
     """softmax(scale · QKᵀ, capped, + bias, over the keys that the mask allows and the sink) V, as it is written.
 
@@ -160,7 +187,7 @@ def check(
     dtype: torch.dtype = torch.float64,
     tolerance: float | None = None,
 ) -> str | None:
-    """Let a kernel do one of `FEATURES`: the reason if it refuses, None if it is right.
+    """Let a kernel do one of `FEATURES` or `LONG`: the reason if it refuses, None if it is right.
 
     Right is: the output, and the gradients of queries, keys, values, bias and sinks, are those of `attend` in float64,
     each to a relative error of `tolerance` (of the largest number), and so are the weights of `attend_with_weights`;
@@ -170,7 +197,7 @@ def check(
     module: the request's, for kernels that need one. dtype: what queries, keys, values, bias and sinks are given in.
     tolerance: by default 1e-9, or in a lower precision than float64 twice the largest error of `attend` in that one.
     """
-    asked = _moved(replace(FEATURES[feature](), module=module), torch.device(device), dtype)
+    asked = request_for(feature, module=module, device=device, dtype=dtype)
     reason = backend.refuses(asked)
     if reason is not None:
         return reason
@@ -179,7 +206,7 @@ def check(
     if asked.dropout:
         _check_dropout(backend, feature, asked, exact)
         return None
-    expected, weights = _results(attend, exact), attend_with_weights(exact)[1]
+    expected = _results(attend, exact)
     if tolerance is None:
         own = _results(attend, asked)
         tolerance = max(1e-9, 2 * max(_error(own[name], result) for name, result in expected.items()))
@@ -194,7 +221,7 @@ def check(
     if backend.attend_with_weights is not None:
         out, given = backend.attend_with_weights(asked)
         _require_close(backend, feature, "output beside weights", out, expected["output"], tolerance)
-        _require_close(backend, feature, "weights", given, weights, tolerance)
+        _require_close(backend, feature, "weights", given, attend_with_weights(exact)[1], tolerance)
     for name, copy in _copies(asked).items():
         if not torch.equal(before[name], copy):
             raise AssertionError(f"{backend.kernel}, {feature}: the kernel has changed its request's {name}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sp_attention import registry
-from sp_attention.attention import Backend, Mask, Request
+from sp_attention.attention import Backend, Mask, Request, reason_against
 from sp_attention.call import Call, Current
 from sp_attention.dims import Along
 from sp_attention.eager import eager_functions
@@ -162,7 +162,7 @@ class UlyssesAttention:
     def _why_not(self, backend: Backend, request: Request) -> str | None:
         if self.current.weights and backend.attend_with_weights is None:
             return "it has no attention weights to return (output_attentions=True)"
-        return backend.refuses(request)
+        return reason_against(backend, request)
 
     def _refuse_unknown(self, module: nn.Module, options: dict[str, Any]) -> None:
         for name, value in options.items():

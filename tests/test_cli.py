@@ -13,9 +13,9 @@ from models import Tiny
 SMALL = ["--steps", "3", "--seq", "128", "--layers", "1"]
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, launcher: tuple[str, ...] = ("-m",), columns: int = 200) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, "sp_attention", *arguments]
-    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"COLUMNS": str(columns), "OMP_NUM_THREADS": "1"}
     # Away from the source tree, so that the installed package runs.
     options = {"cwd": Path(__file__).parent, "timeout": 300, "env": environment}
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
@@ -97,14 +97,9 @@ def sp_attention_backends():
     ids=["found by the rehearsal", "wrong on long sequences only"],
 )
 def test_a_kernel_with_wrong_numbers_is_exit_status_1(
-    longest: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    longest: int, message: str, tmp_path: Path, write_plugin: Callable[[str, str], None]
 ) -> None:
-    (tmp_path / "wrong_kernel.py").write_text(WRONG_KERNEL.replace("LONGEST", str(longest)))
-    dist_info = tmp_path / "wrong_kernel-1.0.dist-info"
-    dist_info.mkdir()
-    (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: wrong-kernel\nVersion: 1.0\n")
-    (dist_info / "entry_points.txt").write_text("[sp_attention]\nwrong = wrong_kernel\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    write_plugin("wrong_kernel", WRONG_KERNEL.replace("LONGEST", str(longest)))
     ran = run("demo", *SMALL, "--backend", "wrong", "--out", str(tmp_path / "out"))
     assert ran.returncode == 1
     assert message in ran.stderr
@@ -139,16 +134,18 @@ def test_fewer_ranks_than_torchrun_started_is_a_wrong_option(monkeypatch: pytest
 
 
 def test_backends_lists_every_kernel_with_its_origin(install: Callable[..., None]) -> None:
-    install("good", "broken_import")
-    ran = run("backends")
+    install("good", "twin", "broken_import", "broken_answer")
+    ran = run("backends", columns=320)
     assert ran.returncode == 0
     rows = {line.split("│")[2].strip(): line for line in ran.stdout.splitlines() if line.startswith("│")}
-    assert "any" in rows["sdpa"]
-    assert " yes " in rows["sdpa"]
-    assert "sp-attention" in rows["sdpa"]
+    assert "any" in rows["transformers:sdpa"]
+    assert " yes " in rows["transformers:sdpa"]
+    assert "sp-attention" in rows["transformers:sdpa"]
     assert "it needs a moon; wait for one to rise" in rows["not-here"]
     assert "its mask does not travel as a tensor" in rows["transformers:flash_attention_2"]
-    assert "broken plugin: ModuleNotFoundError: No module named 'package_that_does_not_exist'" in rows["-"]
+    assert "several plugins offer it, stranger-good 1.0 (good), stranger-twin 1.0 (twin)" in rows["written-out"]
+    assert "broken plugin: ModuleNotFoundError: No module named 'package_that_does_not_exist'" in ran.stdout
+    assert "broken plugin: TypeError: stranger_broken_answer returned 'cuda' among its backends" in ran.stdout
 
 
 def test_help_and_version() -> None:

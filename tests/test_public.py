@@ -49,6 +49,7 @@ def test_arguments() -> None:
         "batch", "query_length", "key_length", "device", "causal", "window", "documents", "padding", "explicit",
         "function", "offset",
     ]  # fmt: skip
+    assert arguments(testing.request_for) == ["feature", "module", "device", "dtype"]
     assert arguments(testing.check) == ["backend", "feature", "module", "device", "dtype", "tolerance"]
     assert arguments(testing.conform) == ["backend", "refused", "module", "device", "dtype", "tolerance"]
 
@@ -59,7 +60,8 @@ def test_commands_and_options() -> None:
         for name, command in cli.commands.items()
     }
     assert options == {
-        "backends": [],
+        "backends": ["--json"],
         "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],
+        "doctor": ["--run", "--json"],
         "verify": ["--ranks", "--backend", "--task", "--length", "--kinds", "--with", "--full", "--json"],
     }

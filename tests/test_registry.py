@@ -1,6 +1,7 @@
 """Plugins: found by entry point, and no plugin can break another."""
 
 from collections.abc import Callable
+from time import monotonic
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_transformers_own_functions_train(kernel: str) -> None:
 def test_broken_plugins_are_recorded_and_break_nothing(install: Install) -> None:
     install("good", "broken_import", "broken_hook", "broken_answer")
     assert kernels()["written-out from stranger-good 1.0 (good)"] is None
-    reasons = {broken.plugin: broken.reason for broken in load().broken}
+    reasons = {str(broken.plugin): broken.reason for broken in load().broken}
     assert reasons == {
         "stranger-broken-import 1.0 (broken_import)": "ModuleNotFoundError: No module named "
         "'package_that_does_not_exist'",
@@ -92,6 +93,73 @@ def test_broken_plugins_are_recorded_and_break_nothing(install: Install) -> None
     assert find("cpu", "sdpa").kernel == "sdpa"
     with pytest.raises(BackendError, match=r"unknown backend 'x'.*broken_import\) is broken: ModuleNotFoundError"):
         find("cpu", "x")
+
+
+OFFER = "import sp_attention\n@sp_attention.hookimpl\ndef sp_attention_backends():\n    return "
+PANIC = "class PanicException(BaseException): pass\nraise PanicException('index out of bounds')"
+# What a plugin of a stranger does instead of offering backends, and the reason that is kept.
+FAULTS = {
+    "ends_the_process": ("import sys; sys.exit('no GPU here')", "SystemExit: no GPU here"),
+    "panics": (PANIC, "PanicException: index out of bounds"),
+    "no_code": ("def sp_attention_backends(:", "SyntaxError: "),
+    "no_hook": ("", "TypeError: no_hook does not implement the hook sp_attention_backends"),
+    "nothing": (OFFER + "None", "TypeError: nothing returned None instead of backends"),
+    "a_number": (OFFER + "7", "TypeError: a_number returned 7 instead of backends"),
+    "no_name": (
+        OFFER + "[sp_attention.Backend('cpu', None, print)]",
+        "TypeError: no_name returned a backend whose kernel is None",
+    ),
+    "no_function": (
+        OFFER + "[sp_attention.Backend('cpu', 'fast', 'fast')]",
+        "TypeError: no_function returned a backend whose attend is 'fast'",
+    ),
+    "availability_as_a_flag": (
+        OFFER + "[sp_attention.Backend('cpu', 'fast', print, unavailable=False)]",
+        "TypeError: availability_as_a_flag returned a backend whose unavailable is False",
+    ),
+    "raises_late": (
+        OFFER + "(1 // 0 for _ in range(2))",
+        "ZeroDivisionError: integer division or modulo by zero",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_a_plugin_does_is_a_reason_and_the_library_works(
+    fault: str, write_plugin: Callable[[str, str], None]
+) -> None:
+    source, reason = FAULTS[fault]
+    write_plugin(fault, source)
+    (broken,) = load().broken
+    assert str(broken.plugin) == f"{fault} 1.0 ({fault})"
+    assert broken.reason.startswith(reason)
+    assert candidates("cpu", "auto")[0].kernel == "sdpa"
+    assert all(problem is None for name, problem in kernels().items() if name.startswith("sdpa from"))
+
+
+def test_an_interrupt_while_a_plugin_loads_is_the_users(write_plugin: Callable[[str, str], None]) -> None:
+    write_plugin("interrupted", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        load()
+
+
+def test_a_slow_plugin_costs_its_time_once(write_plugin: Callable[[str, str], None]) -> None:
+    write_plugin("slow", f"import time; time.sleep(1.5)\n{OFFER}[sp_attention.Backend('cpu', 'slow', print)]")
+    start = monotonic()
+    assert find("cpu", "slow").kernel == "slow"
+    loaded = monotonic()
+    assert find("cpu", "slow").kernel == "slow"
+    assert loaded - start > 1.5 > monotonic() - loaded
+
+
+def test_two_broken_plugins_and_a_twin_leave_the_library_as_it_was(install: Install) -> None:
+    install("good", "twin", "broken_import", "broken_answer")
+    assert len(load().broken) == 2
+    assert sum("several plugins offer it" in (problem or "") for problem in kernels().values()) == 4
+    for loss_error, gradient_error, report in run_ranks(2, train_with, "auto"):
+        assert loss_error < 1e-6
+        assert gradient_error < 1e-5
+        assert "kernel 'sdpa'" in report
 
 
 def test_a_reason_is_what_asking_for_the_kernel_raises(install: Install) -> None:

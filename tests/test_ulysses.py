@@ -1,12 +1,17 @@
 """The attention function that models call: what it passes on, and what it refuses, on every rank."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from models import Tiny, batch_of
 from torch import Tensor, nn
 
+import sp_attention
+from sp_attention import registry
 from sp_attention.attention import Backend, Mask, Request
 from sp_attention.call import Call, Current
 from sp_attention.dims import Extent
@@ -91,6 +96,107 @@ def test_refusals_are_those_of_every_rank_and_say_why() -> None:
     assert first["dtype"] == "query, key and value have different dtypes: torch.float64, torch.float32, torch.float32"
     assert "4 queries attend to 4 keys, with a mask for 9 and 9, in a sequence of 9 tokens of which" in first["length"]
     assert "5 queries attend to 4 keys, with a mask for 9 and 9, in a sequence of 9 tokens of which" in first["keys"]
+
+
+# Kernels of a stranger that do a softcap: some of them not here, not in this dtype, or not when they are asked.
+CAPPED = """
+import sp_attention, torch
+from sp_attention import Backend, testing
+
+
+def narrow(request):
+    return None if request.query.dtype == torch.bfloat16 else "it takes bfloat16 only"
+
+
+def mute(request):
+    raise LookupError("no table")
+
+
+@sp_attention.hookimpl
+def sp_attention_backends():
+    return [
+        Backend("cpu", "capped", testing.attend),
+        Backend("cpu", "best", testing.attend, priority=20),
+        Backend("cpu", "narrow", testing.attend, priority=30, refuses=narrow),
+        Backend("cpu", "mute", testing.attend, priority=30, refuses=mute),
+        Backend("cpu", "flag", testing.attend, priority=30, refuses=lambda request: False),
+        Backend("cpu", "broken", testing.attend, priority=30, unavailable="it needs a moon; wait for one to rise"),
+        Backend("moon", "far", testing.attend, priority=30),
+    ]
+"""
+
+
+def refused_for_softcap() -> dict[str, str]:
+    def refuses(request: Request) -> str | None:
+        return "it has no softcap" if request.softcap else None
+
+    found = {"capped": refusal(attention(refuses=refuses), *tensors(5, 1), MASK, softcap=30.0)}
+    for kernel in ("mute", "flag"):
+        backend = registry.find("cpu", kernel)
+        found[kernel] = refusal(attention(refuses=backend.refuses), *tensors(5, 1), MASK, softcap=30.0)
+    return found
+
+
+def test_a_refusal_names_the_installed_kernels_that_can_the_best_first(
+    write_plugin: Callable[[str, str], None],
+) -> None:
+    write_plugin("capped", CAPPED)
+    first, second = run_ranks(2, refused_for_softcap)
+    assert first == second
+    cure = 'Use enable(model, backend="best"). Installed kernels that can: best, capped.'
+    cannot = "layer.attn: kernel 'test' on cpu cannot do this: "
+    assert first["capped"] == f"{cannot}it has no softcap. {cure}"
+    # A stranger's mistake is a reason of its kernel, on every rank.
+    assert first["mute"] == f"{cannot}asking it raised LookupError: no table. {cure}"
+    assert first["flag"] == f"{cannot}asked, it said False, which is neither None nor a reason. {cure}"
+
+
+def test_a_refusal_says_when_no_kernel_can() -> None:
+    for text in run_ranks(2, refused_without_strangers):
+        assert text == (
+            "layer.attn: kernel 'test' on cpu cannot do this: it has no softcap. Installed kernels that can: none."
+        )
+
+
+def refused_without_strangers() -> str:
+    refuses = attention(refuses=lambda request: "it has no softcap")
+    return refusal(refuses, *tensors(5, 1), MASK, softcap=30.0)
+
+
+# What kernels that come along do not do, in the models that ask for it, and who can.
+UNABLE = {
+    "softcap": (Tiny("Gemma2ForCausalLM"), "sdpa", ["transformers:eager"]),
+    "sinks": (
+        Tiny(
+            "GptOssForCausalLM",
+            {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"},
+            tolerance=1e-3,
+        ),
+        "transformers:sdpa",
+        ["sdpa", "transformers:eager"],
+    ),
+}
+
+
+def cured(feature: str) -> tuple[list[str], float]:
+    """Who can, according to the refusal, and the error of the loss with the kernel that it says is to be used."""
+    tiny, kernel, _ = UNABLE[feature]
+    with pytest.raises(UnsupportedError) as refused:
+        sp_attention.enable(tiny.build(), backend=kernel)
+    (cure, able) = re.search(r'Use enable\(model, backend="(.*)"\)\. .* can: (.*)\.', str(refused.value)).groups()
+    reference, model = tiny.build(), tiny.build()
+    reference.set_attn_implementation("eager")  # transformers' sdpa drops a softcap
+    sp_attention.enable(model, backend=cure)
+    losses = [each(**batch_of("plain", 33)).loss.item() for each in (reference, model)]
+    return able.split(", "), abs(losses[1] / losses[0] - 1)
+
+
+@pytest.mark.parametrize("feature", UNABLE)
+def test_the_kernel_that_a_refusal_recommends_is_exact(feature: str) -> None:
+    tiny, _, able = UNABLE[feature]
+    for named, error in run_ranks(2, cured, feature):
+        assert named == able
+        assert error < tiny.tolerance
 
 
 def seen_by_kernels() -> list[tuple[Any, ...]]:
