@@ -106,21 +106,21 @@ def install() -> None:
 
 
 def matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-    return _gradients(torch.matmul, grad, (self, other), mask)
+    left = self if self.dim() > 1 else self[None]
+    right = other if other.dim() > 1 else other[:, None]
+    grad = grad if self.dim() > 1 else grad.unsqueeze(-1 if other.dim() == 1 else -2)
+    grad = grad if other.dim() > 1 else grad.unsqueeze(-1)
+    found = (grad @ right.mT).sum_to_size(left.shape), (left.mT @ grad).sum_to_size(right.shape)
+    parts = zip(found, (self, other), mask, strict=True)
+    return tuple(gradient.reshape(tensor.shape) if wanted else None for gradient, tensor, wanted in parts)
 
 
-def linear_backward(self: Tensor, grad_output: Tensor, weight: Tensor, output_mask: list[bool]) -> Any:
-    bias = weight.new_zeros(weight.shape[0])
-    return _gradients(torch.nn.functional.linear, grad_output, (self, weight, bias), output_mask)
-
-
-def _gradients(
-    function: Callable[..., Tensor], grad: Tensor, inputs: tuple[Tensor, ...], mask: list[bool]
+def linear_backward(
+    self: Tensor, grad_output: Tensor, weight: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-        found = torch.autograd.grad(function(*inputs), inputs, grad)
-    return tuple(gradient if wanted else None for gradient, wanted in zip(found, mask, strict=True))
+    rows = grad_output.reshape(-1, grad_output.shape[-1])
+    found = grad_output @ weight, rows.mT @ self.reshape(-1, self.shape[-1]), rows.sum(0)
+    return tuple(gradient if wanted else None for gradient, wanted in zip(found, output_mask, strict=True))
 
 
 # torch-npu differentiates these as a whole, which torch does not on the CPU.
