@@ -1,0 +1,113 @@
+"""Whole models on two ranks with the kernel `npu`, against one process with eager attention."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import standin  # noqa: F401  # registers the stand-ins
+import torch
+import torch.distributed as dist
+import transformers
+from ranks import run_on_devices
+from torch import Tensor
+
+import sp_attention
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "experts_implementation": "eager"}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    cls: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, dtype: torch.dtype) -> transformers.PreTrainedModel:
+        """The same weights every time, in training mode, with eager attention."""
+        model_class = getattr(transformers, self.cls)
+        torch.manual_seed(0)
+        model = model_class(model_class.config_class(**COMMON | self.settings, attn_implementation="eager"))
+        return model.to(dtype).train()
+
+
+MODELS = {
+    "llama": Tiny("LlamaForCausalLM"),
+    "mistral-window5": Tiny("MistralForCausalLM", {"sliding_window": 5}),
+    # Sinks, and a window in every second layer.
+    "gpt-oss": Tiny("GptOssForCausalLM", GPT_OSS),
+}
+KINDS = ("plain", "left-padded", "right-padded", "packed")
+LENGTH = 33
+
+
+def batch_of(kind: str, device: str = "cpu") -> dict[str, Tensor]:
+    ids = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if kind.endswith("padded"):
+        mask = torch.ones_like(ids)
+        mask[0, slice(0, 11) if kind == "left-padded" else slice(22, LENGTH)] = 0
+        # Nothing real is before the first real token, so nothing predicts it.
+        labels = ids.masked_fill(mask == 0, -100).index_fill(1, torch.arange(12), -100)
+        batch |= {"attention_mask": mask, "labels": labels}
+    if kind == "packed":
+        positions = torch.cat([torch.arange(8), torch.arange(9), torch.arange(16)])
+        batch |= {"position_ids": torch.stack([positions, torch.arange(LENGTH)]), "use_cache": False}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def train(name: str, backend: str) -> dict[str, dict[str, float]]:
+    """For each kind of batch, the relative error of the loss and of every parameter's gradient."""
+    exact, low, model = (MODELS[name].build(dtype) for dtype in (torch.float64, torch.float32, torch.float32))
+    model = model.to("npu:0")
+    sp_attention.enable(model, backend=backend)
+    errors = {}
+    for kind in KINDS:
+        results = []
+        for each in (exact, low, model):
+            each.zero_grad()
+            output = each(**batch_of(kind, str(each.device)))
+            output.loss.backward()
+            if each is model:
+                sp_attention.average_gradients(model)
+            grads = {key: parameter.grad.cpu().double() for key, parameter in each.named_parameters()}
+            results.append({"loss": output.loss.detach().cpu().double(), **grads})
+        own, ours = ({key: _error(result[key], results[0][key]) for key in result} for result in results[1:])
+        errors[kind] = {"own": max(own.values()), "ours": max(ours.values())}
+    return errors
+
+
+def _error(result: Tensor, expected: Tensor) -> float:
+    return float((result - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+
+
+def train_all(backend: str) -> dict[str, dict[str, dict[str, float]]]:
+    return {name: train(name, backend) for name in MODELS}
+
+
+@cache
+def trained(backend: str) -> list[dict[str, dict[str, dict[str, float]]]]:
+    with TemporaryDirectory() as folder:
+        return run_on_devices(2, Path(folder), train_all, backend)
+
+
+@pytest.mark.parametrize("backend", ["npu", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_one_process(name: str, kind: str, backend: str) -> None:
+    for rank in trained(backend):
+        print(rank[name][kind])
+        assert rank[name][kind]["ours"] < 1e-4
