@@ -84,7 +84,8 @@ def _calls(mask: Mask) -> Whole | Dense | tuple[Packed, ...]:
     if whole is not None:
         return whole
     packed = _packed(mask)
-    return dense(mask.dense()) if packed is None else packed
+    # Only what is made of it is kept.
+    return dense(mask.dense(Span(0, mask.query_length))) if packed is None else packed
 
 
 def dense(allowed: Tensor) -> Dense:

@@ -6,19 +6,17 @@ a query, itself not counted).
 """
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sp_attention.attention import Request
+from sp_attention.attention import Mask, Request
 from sp_attention_npu.calls import FULL, TOKENS, Dense, Packed, Pattern, Whole, calls, dense
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADS, HEAD_SIZE = 256, 768
-# The mask that sparse modes 2, 3 and 4 want, however long the sequences are.
 TRIANGLE = 2048
 
 
@@ -55,7 +53,7 @@ def attend(request: Request) -> Tensor:
     if isinstance(found, Whole):
         keys = slice(found.keys.start, found.keys.stop)
         key, value = request.key[:, keys], request.value[:, keys]
-        return _operate(request, request.query, key, value, "BSND", **_sparse(found.pattern, request.query.device))
+        return _operate(request, request.query, key, value, "BSND", **_sparse(found.pattern, request.mask))
     if isinstance(found, Dense):
         out = _operate(request, request.query, request.key, request.value, "BSND", **_masked(found, request))
         return out.masked_fill(found.blind, 0)
@@ -68,7 +66,7 @@ def _packed(request: Request, found: tuple[Packed, ...]) -> Tensor:
     for call in found:
         taken = _take(query, call.queries), _take(key, call.keys), _take(value, call.keys)
         ends = {"actual_seq_qlen": call.query_ends, "actual_seq_kvlen": call.key_ends}
-        part = _operate(request, *taken, "TND", **ends, **_sparse(call.pattern, query.device))
+        part = _operate(request, *taken, "TND", **ends, **_sparse(call.pattern, request.mask))
         if call.queries is None and call.kept is None:
             return part.unflatten(0, request.query.shape[:2])
         out = out.index_copy(0, call.places, _take(part, call.kept))
@@ -96,9 +94,8 @@ def _operate(
     request: Request, query: Tensor, key: Tensor, value: Tensor, layout: str, *, second: bool = False, **options: Any
 ) -> Tensor:
     """One call: [B, S, h, D] tensors in layout "BSND", [T, h, D] tensors in layout "TND"."""
-    import torch_npu
-
-    operator = torch_npu.npu_fusion_attention_v2 if second else torch_npu.npu_fusion_attention
+    # They are there where tensors of an NPU are: torch-npu registers them with torch.
+    operator = torch.ops.npu.npu_fusion_attention_v2 if second else torch.ops.npu.npu_fusion_attention
     if request.sinks is not None:
         options["sink"] = request.sinks.float()
     heads, kept = request.query.shape[2], 1 - request.dropout
@@ -106,11 +103,17 @@ def _operate(
     return out
 
 
-def _sparse(pattern: Pattern, device: torch.device) -> dict[str, Any]:
+def _sparse(pattern: Pattern, mask: Mask) -> dict[str, Any]:
     if pattern == FULL:
         return {}
+    triangle = mask.once("npu triangle", lambda: _triangle(mask.device))
     limits = {"pre_tockens": pattern.before, "next_tockens": pattern.after}
-    return {"sparse_mode": pattern.mode, "atten_mask": _triangle(device), **limits}
+    return {"sparse_mode": pattern.mode, "atten_mask": triangle, **limits}
+
+
+def _triangle(device: torch.device) -> Tensor:
+    """What sparse modes 2, 3 and 4 want for a mask, however long the sequences are."""
+    return torch.ones(TRIANGLE, TRIANGLE, dtype=torch.bool, device=device).triu(1)
 
 
 def _masked(call: Dense, request: Request) -> dict[str, Any]:
@@ -118,9 +121,3 @@ def _masked(call: Dense, request: Request) -> dict[str, Any]:
     rows = request.query.shape[0] if call.hidden.shape[1] > 1 else -1
     return {"sparse_mode": 1, "atten_mask": call.hidden.expand(rows, -1, -1, -1)}
 
-
-@cache
-def _triangle(device: torch.device) -> Tensor:
-    # A model may be evaluated in inference mode first, whose tensors cannot take part in training.
-    with torch.inference_mode(False):
-        return torch.ones(TRIANGLE, TRIANGLE, dtype=torch.bool, device=device).triu(1)

@@ -100,9 +100,16 @@ def install() -> None:
             base, _, overload = short.partition(".")
             operator = getattr(getattr(torch.ops.aten, base), overload or "default")
             library.impl(short, aliased(operator, operator._schema), "PrivateUse1", allow_override=True)
+    # torch-npu's own has no gradient either.
+    one_hot = torch.ops.aten.one_hot.default
+    library.impl("one_hot", aliased(one_hot, one_hot._schema), "AutogradPrivateUse1", allow_override=True)
     for name, function in BACKWARD.items():
         schema = getattr(torch.ops.aten, name).default._schema
         library.impl(name, aliased(function, schema), "PrivateUse1", allow_override=True)
+    casts = torch.library.Library("npu", "IMPL")
+    _libraries.append(casts)
+    schema = torch.ops.npu._npu_dtype_cast.default._schema
+    casts.impl("_npu_dtype_cast", aliased(lambda input, dtype: input.to(dtype), schema), "PrivateUse1", allow_override=True)
 
 
 def matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
