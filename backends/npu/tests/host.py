@@ -14,9 +14,12 @@ from torch.utils._pytree import tree_map
 # What torch-npu does itself, with the driver's memory and copies alone.
 ITS_OWN = {
     "empty.memory_format", "empty_strided", "as_strided", "view", "resize_", "set_.source_Storage",
-    "set_.source_Storage_storage_offset", "set_.source_Tensor", "set_", "_local_scalar_dense", "record_stream",
-    "is_pinned", "_pin_memory", "pin_memory",
+    "set_.source_Storage_storage_offset", "set_.source_Tensor", "set_", "record_stream", "is_pinned", "_pin_memory",
 }  # fmt: skip
+# Their results are as large as the numbers say, so the host waits for these.
+SIZED_BY_NUMBERS = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+# What the host has waited for since the last `reads.clear()`: operators that need a device's numbers there.
+reads: list[str] = []
 _libraries: list[torch.library.Library] = []
 
 
@@ -45,13 +48,21 @@ def aliased(operator: Callable[..., Any], schema: torch.FunctionSchema) -> Calla
     def call(*args: Any, **kwargs: Any) -> Any:
         given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
         tensors = [value for value in _leaves(given.values()) if isinstance(value, Tensor)]
-        device = next((t.device for t in tensors if t.device.type == "npu"), None) or given.get("device")
+        source = next((tensor.device for tensor in tensors if tensor.device.type == "npu"), None)
+        device = given.get("device") or source
         results = operator(**tree_map(_moved, given))
         written = [
             given[argument.name]
             for argument in schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
+        if source is not None and (
+            any(tensor.device.type == "cpu" for tensor in written)
+            or device.type == "cpu"
+            or schema.name.removeprefix("aten::") in SIZED_BY_NUMBERS
+            or not any(isinstance(result, Tensor) for result in _leaves([results]))
+        ):
+            reads.append(schema.name)
         if written and len(written) == len(schema.returns):
             for target, result in zip(written, results if isinstance(results, tuple) else (results,), strict=True):
                 if target.shape != result.shape:
@@ -64,10 +75,10 @@ def aliased(operator: Callable[..., Any], schema: torch.FunctionSchema) -> Calla
         def back(result: Any) -> Any:
             if not isinstance(result, Tensor):
                 return result
-            source = hosts.get(result.untyped_storage().data_ptr()) if views else None
-            if source is not None:
-                return source.as_strided(result.shape, result.stride(), result.storage_offset())
-            return on_device(result, torch.device(device))
+            viewed = hosts.get(result.untyped_storage().data_ptr()) if views else None
+            if viewed is not None:
+                return viewed.as_strided(result.shape, result.stride(), result.storage_offset())
+            return on_device(result, device) if device.type == "npu" else result
 
         return tree_map(back, results)
 
