@@ -20,11 +20,11 @@ def unavailable() -> str | None:
         if missing is not None:
             return (
                 f"torch-npu is installed, and Ascend's CANN is not found ({missing}): source its set_env.sh, or "
-                "uninstall torch-npu; until then `import torch` needs TORCH_DEVICE_BACKEND_AUTOLOAD=0, and transformers "
-                "cannot be imported"
+                "uninstall torch-npu; until then `import torch` needs TORCH_DEVICE_BACKEND_AUTOLOAD=0, and "
+                "transformers cannot be imported"
             )
         return "torch-npu is not imported: unset TORCH_DEVICE_BACKEND_AUTOLOAD, or import torch_npu before sp_attention"
-    if not torch.npu.is_available():
+    if not torch.get_device_module("npu").is_available():
         return "torch-npu finds no NPU: see `npu-smi info`, and the variable ASCEND_RT_VISIBLE_DEVICES"
     return None
 

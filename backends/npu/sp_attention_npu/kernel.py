@@ -25,19 +25,19 @@ def refuses(request: Request) -> str | None:
     query, value, mask = request.query, request.value, request.mask
     size = max(query.shape[3], value.shape[3])
     if request.softcap is not None:
-        return "npu_fusion_attention has no softcap; use transformers:eager"
+        return "npu_fusion_attention has no softcap"
     if request.bias is not None and request.bias.requires_grad:
-        return "npu_fusion_attention gives no gradient for a bias on the scores; use sdpa"
+        return "npu_fusion_attention gives no gradient for a bias on the scores"
     if query.dtype not in DTYPES:
-        return f"npu_fusion_attention takes bfloat16, float16 and float32, not {query.dtype}; use sdpa"
+        return f"npu_fusion_attention takes bfloat16, float16 and float32, not {query.dtype}"
     if size > HEAD_SIZE:
-        return f"npu_fusion_attention takes heads of up to {HEAD_SIZE} numbers, not {size}; use sdpa"
+        return f"npu_fusion_attention takes heads of up to {HEAD_SIZE} numbers, not {size}"
     if query.shape[2] > HEADS:
-        return f"npu_fusion_attention takes up to {HEADS} heads, not {query.shape[2]}; use more ranks, or sdpa"
+        return f"npu_fusion_attention takes up to {HEADS} heads, not {query.shape[2]}"
     if max(mask.query_length, mask.key_length) > TOKENS:
-        return f"npu_fusion_attention takes sequences of up to {TOKENS:,} tokens; use sdpa"
+        return f"npu_fusion_attention takes sequences of up to {TOKENS:,} tokens"
     if not request.dropout < 1:
-        return "npu_fusion_attention cannot drop all; use sdpa"
+        return "npu_fusion_attention cannot drop all"
     return None
 
 
@@ -61,16 +61,17 @@ def attend(request: Request) -> Tensor:
 
 
 def _packed(request: Request, found: tuple[Packed, ...]) -> Tensor:
+    rows = request.query.shape[:2]
     query, key, value = (tensor.flatten(0, 1) for tensor in (request.query, request.key, request.value))
     out = query.new_zeros(*query.shape[:2], value.shape[2])
     for call in found:
+        options = _sparse(call.pattern, request.mask)
+        options |= {"actual_seq_qlen": call.query_ends, "actual_seq_kvlen": call.key_ends}
         taken = _take(query, call.queries), _take(key, call.keys), _take(value, call.keys)
-        ends = {"actual_seq_qlen": call.query_ends, "actual_seq_kvlen": call.key_ends}
-        part = _operate(request, *taken, "TND", **ends, **_sparse(call.pattern, request.mask))
-        if call.queries is None and call.kept is None:
-            return part.unflatten(0, request.query.shape[:2])
-        out = out.index_copy(0, call.places, _take(part, call.kept))
-    return out.unflatten(0, request.query.shape[:2])
+        part = _take(_operate(request, *taken, "TND", **options), call.kept)
+        whole = call.queries is None and call.kept is None
+        out = part if whole else out.index_copy(0, call.places, part)
+    return out.view(*rows, *out.shape[1:])
 
 
 def _take(tensor: Tensor, places: Tensor | None) -> Tensor:
@@ -120,4 +121,3 @@ def _masked(call: Dense, request: Request) -> dict[str, Any]:
     """The operator takes masks that differ by head for every row of the batch only."""
     rows = request.query.shape[0] if call.hidden.shape[1] > 1 else -1
     return {"sparse_mode": 1, "atten_mask": call.hidden.expand(rows, -1, -1, -1)}
-

@@ -50,7 +50,13 @@ const char *aclGetRecentErrMsg(void) {{ return "the stand-in driver computes not
 int aclopCompileAndExecute(void) {{ return 500000; }}
 """
 # What torch-npu looks up by name, and does not start without.
-LOOKED_UP = {"aclrtSynchronizeStreamWithTimeout", "aclrtSetOpExecuteTimeOut", "aclrtCtxSetSysParamOpt", "aclrtSetDeviceSatMode", "aclSetCompileopt"}
+LOOKED_UP = {
+    "aclrtSynchronizeStreamWithTimeout",
+    "aclrtSetOpExecuteTimeOut",
+    "aclrtCtxSetSysParamOpt",
+    "aclrtSetDeviceSatMode",
+    "aclSetCompileopt",
+}
 
 
 def build(folder: Path) -> None:

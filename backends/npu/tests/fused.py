@@ -1,4 +1,4 @@
-"""A stand-in for the operators npu_fusion_attention, _v2 and _v3 and their gradients: what torch-npu documents, in float64.
+"""A stand-in for the operators npu_fusion_attention, _v2, _v3 and their gradients: what is documented, in float64.
 
 It is written from torch-npu's documentation (torch_npu/_op_plugin_docs.py, 2.13) and not from the adapter under test.
 What the documentation does not allow raises, and so does what it says nothing about: a query that sees no key.
@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from host import _libraries, on_device, on_host
+from torch import Tensor
 
 UNLIMITED = 2**31 - 1
 # Keywords of the calls since the last `calls.clear()`, for tests that look at them.
@@ -22,13 +21,16 @@ def install() -> None:
     library = torch.library.Library("npu", "IMPL")
     _libraries.append(library)
     for version in ("", "_v2", "_v3"):
-        for name, function in ((f"npu_fusion_attention{version}", forward), (f"npu_fusion_attention_grad{version}", backward)):
+        for name, function in (
+            (f"npu_fusion_attention{version}", forward),
+            (f"npu_fusion_attention_grad{version}", backward),
+        ):
             schema = getattr(torch.ops.npu, name).default._schema
             library.impl(name, _bound(function, schema, version), "PrivateUse1", allow_override=True)
 
 
 def _bound(function: Callable[..., Any], schema: Any, version: str) -> Callable[..., Any]:
-    """The function with all arguments by name, tensors of the host for those of a device, and its results moved back."""
+    """The function, given all arguments by name, with tensors of the host for a device's; its results moved back."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = {argument.name: argument.default_value for argument in schema.arguments}
@@ -38,7 +40,8 @@ def _bound(function: Callable[..., Any], schema: Any, version: str) -> Callable[
         names = {"pre_tockens": "before", "pre_tokens": "before", "next_tockens": "after", "next_tokens": "after"}
         names["scale_value"] = "scale"
         called = {
-            names.get(name, name): on_host(value) if isinstance(value, Tensor) else value for name, value in given.items()
+            names.get(name, name): on_host(value) if isinstance(value, Tensor) else value
+            for name, value in given.items()
         }
         results = function(version=version, **called)
         return tuple(on_device(result, device) if isinstance(result, Tensor) else result for result in results)
@@ -136,7 +139,9 @@ def _hidden(given: dict[str, Any], queries: int, keys: int) -> Tensor:
     # How far a key is behind its query, from the upper left corner, or the lower right one.
     left = torch.arange(keys) - torch.arange(queries)[:, None]
     right = left - (keys - queries)
-    if mode in (2, 3, 4) and not (mask.dtype == torch.bool and torch.equal(mask, torch.ones(2048, 2048).triu(1).bool())):
+    if mode in (2, 3, 4) and not (
+        mask.dtype == torch.bool and torch.equal(mask, torch.ones(2048, 2048).triu(1).bool())
+    ):
         raise ValueError(f"sparse mode {mode} wants the upper triangle of 2048 x 2048")
     if mode == 2:
         return left > 0
@@ -170,7 +175,11 @@ def _check(given: dict[str, Any]) -> None:
         "1 to 256 heads": heads <= 256,
         "one dtype of three": query.dtype == key.dtype == value.dtype
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32),
-        "heads of 1 to 768, no wider in values": query.shape[-1] == key.shape[-1] >= value.shape[-1] <= 768 >= key.shape[-1],
+        "heads of 1 to 768, no wider in values": query.shape[-1]
+        == key.shape[-1]
+        >= value.shape[-1]
+        <= 768
+        >= key.shape[-1],
         "keep_prob in (0, 1]": 0 < given["keep_prob"] <= 1,
         "no padding_mask": given["padding_mask"] is None,
         "a sink per head in float32": given["sink"] is None

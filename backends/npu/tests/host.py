@@ -120,7 +120,9 @@ def install() -> None:
     casts = torch.library.Library("npu", "IMPL")
     _libraries.append(casts)
     schema = torch.ops.npu._npu_dtype_cast.default._schema
-    casts.impl("_npu_dtype_cast", aliased(lambda input, dtype: input.to(dtype), schema), "PrivateUse1", allow_override=True)
+    casts.impl(
+        "_npu_dtype_cast", aliased(lambda input, dtype: input.to(dtype), schema), "PrivateUse1", allow_override=True
+    )
 
 
 def matmul_backward(grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:

@@ -51,7 +51,9 @@ def install() -> None:
     dist.Backend.register_backend("host", HostGroup, devices=["cpu", "npu"])
 
 
-def run_on_devices(ranks: int, folder: Path, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+def run_on_devices(
+    ranks: int, folder: Path, function: Callable[..., Any], *args: Any, timeout: float = 300
+) -> list[Any]:
     """As `run_ranks`, with a process group for the stand-in's devices; `folder` is empty, for the ranks to meet in."""
     return run_ranks(ranks, _work, ranks, folder, function, args, timeout=timeout)
 

@@ -1,4 +1,4 @@
-"""The kernel `npu`, and torch's on the same device, against attention written out: real torch-npu, stand-in below it."""
+"""The kernel `npu`, and torch's on its device, against attention written out: the real torch-npu on stand-ins."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +35,13 @@ def test_torchs_own_conforms_on_this_device(dtype: torch.dtype) -> None:
     testing.conform(backend, ("softcap",), device=NPU, dtype=dtype)
 
 
+def test_torchs_own_leaves_queries_that_see_nothing_to_the_operator() -> None:
+    """As docs/npu.md says: torch-npu hands such masks on, and what the operator does with them is not documented."""
+    (backend,) = sdpa.sp_attention_backends()
+    with pytest.raises(ValueError, match="a query sees no key"):
+        backend.attend(asked(replace(MASKS["holes"])))
+
+
 def padding(*rows: tuple[int, int]) -> Tensor:
     places = torch.arange(LENGTH, device=NPU)
     return torch.stack([(places >= first) & (places < last) for first, last in rows])
@@ -50,6 +57,9 @@ def strided(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 BASE = Mask(2, LENGTH, LENGTH, NPU)
+BOTH_SIDES = replace(BASE, causal=False)
+PACKED_AND_PADDED = {"documents": documents([20, 17], [9, 28]), "padding": padding((3, 30), (0, 8))}
+BY_HEAD = torch.rand(1, 6, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.1
 HOLES = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(5)) < 0.5
 # Beyond what the kit asks, all that the code tells apart.
 MASKS = {
@@ -57,24 +67,24 @@ MASKS = {
     "window1-right": replace(BASE, window=1, padding=padding((0, 30), (3, 33))),
     "window7-right": replace(BASE, window=7, padding=padding((0, 30), (3, 36))),
     "window30-right": replace(BASE, window=30, padding=padding((0, 20), (9, 11))),
-    "window7-documents-padded": replace(BASE, window=7, documents=documents([20, 17], [9, 28]), padding=padding((3, 30), (0, 8))),
-    "documents-padded": replace(BASE, documents=documents([20, 17], [9, 28]), padding=padding((3, 30), (0, 8))),
-    "both-sides1": replace(BASE, causal=False, window=1),
-    "both-sides7-padded": replace(BASE, causal=False, window=7, padding=padding((12, 25), (0, 33))),
-    "both-sides30-padded": replace(BASE, causal=False, window=30, padding=padding((12, 25), (3, 37))),
-    "both-sides7-documents": replace(BASE, causal=False, window=7, documents=documents([10, 1, 26], [5, 32])),
-    "full-documents-padded": replace(BASE, causal=False, documents=documents([20, 17], [9, 28]), padding=padding((3, 30), (0, 8))),
+    "window7-documents-padded": replace(BASE, window=7, **PACKED_AND_PADDED),
+    "documents-padded": replace(BASE, **PACKED_AND_PADDED),
+    "both-sides1": replace(BOTH_SIDES, window=1),
+    "both-sides7-padded": replace(BOTH_SIDES, window=7, padding=padding((12, 25), (0, 33))),
+    "both-sides30-padded": replace(BOTH_SIDES, window=30, padding=padding((12, 25), (3, 37))),
+    "both-sides7-documents": replace(BOTH_SIDES, window=7, documents=documents([10, 1, 26], [5, 32])),
+    "full-documents-padded": replace(BOTH_SIDES, **PACKED_AND_PADDED),
     "rows-causal": replace(BASE, query_length=11, offset=17),
     "rows-window7": replace(BASE, window=7, query_length=11, offset=17),
     "rows-window7-first": replace(BASE, window=7, query_length=11, offset=3),
-    "rows-both-sides7": replace(BASE, causal=False, window=7, query_length=11, offset=17),
-    "rows-both-sides7-last": replace(BASE, causal=False, window=7, query_length=11, offset=26),
+    "rows-both-sides7": replace(BOTH_SIDES, window=7, query_length=11, offset=17),
+    "rows-both-sides7-last": replace(BOTH_SIDES, window=7, query_length=11, offset=26),
     "rows-behind-the-keys": replace(BASE, query_length=11, offset=33),
-    "cross": replace(BASE, causal=False, query_length=11),
+    "cross": replace(BOTH_SIDES, query_length=11),
     "holes": replace(BASE, padding=HOLES.index_fill(1, torch.arange(3), False).to(NPU)),
-    "strided": replace(BASE, causal=False, function=strided),
-    "by-head": replace(BASE, explicit=torch.rand(1, 6, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)).lt(0.1).to(NPU)),
-}  # fmt: skip
+    "strided": replace(BOTH_SIDES, function=strided),
+    "by-head": replace(BASE, explicit=BY_HEAD.to(NPU)),
+}
 SHAPES = {
     "h6-hkv2": {"heads": 6, "kv_heads": 2},
     "h6-hkv1-Dv4": {"heads": 6, "kv_heads": 1, "value_size": 4},
@@ -87,9 +97,7 @@ def asked(mask: Mask, shape: str = "h6-hkv2", dtype: torch.dtype = torch.float32
     sizes = testing.Shape(mask.query_length, mask.key_length, **SHAPES[shape])
     request = testing.request(mask, sizes, **features)
     tensors = {name: getattr(request, name) for name in ("query", "key", "value", "sinks")}
-    moved = {
-        name: tensor.to(NPU, dtype).requires_grad_() for name, tensor in tensors.items() if tensor is not None
-    }
+    moved = {name: tensor.to(NPU, dtype).requires_grad_() for name, tensor in tensors.items() if tensor is not None}
     return replace(request, **moved)
 
 
@@ -133,9 +141,9 @@ def test_many_sequences_take_several_calls(
 # What the operator is told, for masks of each kind: layout, sparse mode, limits, lengths.
 TOLD = {
     "causal": (BASE, [("BSND", 3, None, None)]),
-    "full": (replace(BASE, causal=False), [("BSND", 0, None, None)]),
+    "full": (replace(BOTH_SIDES), [("BSND", 0, None, None)]),
     "window7": (replace(BASE, window=7), [("BSND", 4, (6, 0), None)]),
-    "both-sides7": (replace(BASE, causal=False, window=7), [("BSND", 4, (6, 6), None)]),
+    "both-sides7": (replace(BOTH_SIDES, window=7), [("BSND", 4, (6, 6), None)]),
     "documents": (replace(BASE, documents=documents([10, 1, 26], [37])), [("TND", 3, None, ([10, 11, 37, 74],) * 2)]),
     "left": (replace(BASE, padding=padding((9, 37), (0, 37))), [("TND", 3, None, ([28, 65],) * 2)]),
     "right": (
@@ -164,20 +172,28 @@ def test_the_operator_is_told(kind: str) -> None:
     assert told == expected
 
 
+def hiding(hidden: Tensor, value: float) -> Tensor:
+    return torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(hidden, value)
+
+
 BIASES = {
     "by-row": lambda: torch.randn(2, 1, LENGTH, LENGTH),
     "by-head": lambda: torch.randn(1, 6, LENGTH, LENGTH),
     "by-key": lambda: torch.randn(2, 6, 1, LENGTH),
     # As users write masks: with the lowest number, or with -inf, and a query that sees nothing.
-    "lowest": lambda: torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(HOLES[:, None, None], torch.finfo(torch.float32).min),
-    "infinite": lambda: torch.zeros(2, 1, LENGTH, LENGTH).masked_fill(torch.ones(LENGTH, LENGTH).tril().bool(), -torch.inf),
-}  # fmt: skip
+    "lowest": lambda: hiding(HOLES[:, None, None], torch.finfo(torch.float32).min),
+    "infinite": lambda: hiding(torch.ones(LENGTH, LENGTH).tril().bool(), -torch.inf),
+}
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "padded"])
 @pytest.mark.parametrize("bias", BIASES)
 def test_adds_a_bias_that_is_not_trained(bias: str, mask: str) -> None:
-    masks = {"full": replace(BASE, causal=False), "causal": BASE, "padded": replace(BASE, padding=padding((9, 37), (0, 30)))}
+    masks = {
+        "full": replace(BOTH_SIDES),
+        "causal": BASE,
+        "padded": replace(BASE, padding=padding((9, 37), (0, 30))),
+    }
     torch.manual_seed(0)
     request = replace(asked(replace(masks[mask]), scale=0.3), bias=BIASES[bias]().to(NPU))
     assert kernel.refuses(request) is None
@@ -197,7 +213,11 @@ def test_after_the_first_layer_nothing_waits_for_the_device(mask: str) -> None:
 
 def test_what_waits_for_the_device_is_seen() -> None:
     numbers = torch.ones(3, device=NPU)
-    for name, read in {"_to_copy": numbers.cpu, "_local_scalar_dense": numbers[0].item, "nonzero": numbers.nonzero}.items():
+    for name, read in {
+        "_to_copy": numbers.cpu,
+        "_local_scalar_dense": numbers[0].item,
+        "nonzero": numbers.nonzero,
+    }.items():
         host.reads.clear()
         read()
         assert f"aten::{name}" in host.reads
@@ -211,23 +231,17 @@ def test_an_evaluation_in_inference_mode_leaves_nothing_behind() -> None:
 
 
 REFUSALS = {
-    "npu_fusion_attention has no softcap; use transformers:eager": {"softcap": 30.0},
-    "npu_fusion_attention takes bfloat16, float16 and float32, not torch.float64; use sdpa": {
+    "npu_fusion_attention has no softcap": {"softcap": 30.0},
+    "npu_fusion_attention takes bfloat16, float16 and float32, not torch.float64": {
         "query": torch.zeros(2, LENGTH, 6, 8, dtype=torch.float64)
     },
-    "npu_fusion_attention takes heads of up to 768 numbers, not 1024; use sdpa": {
-        "query": torch.zeros(2, LENGTH, 6, 1024)
-    },
-    "npu_fusion_attention takes up to 256 heads, not 257; use more ranks, or sdpa": {
-        "query": torch.zeros(2, LENGTH, 257, 8)
-    },
-    "npu_fusion_attention takes sequences of up to 1,048,576 tokens; use sdpa": {
-        "mask": Mask(1, 2**20 + 1, 2**20 + 1, NPU)
-    },
-    "npu_fusion_attention gives no gradient for a bias on the scores; use sdpa": {
+    "npu_fusion_attention takes heads of up to 768 numbers, not 1024": {"query": torch.zeros(2, LENGTH, 6, 1024)},
+    "npu_fusion_attention takes up to 256 heads, not 257": {"query": torch.zeros(2, LENGTH, 257, 8)},
+    "npu_fusion_attention takes sequences of up to 1,048,576 tokens": {"mask": Mask(1, 2**20 + 1, 2**20 + 1, NPU)},
+    "npu_fusion_attention gives no gradient for a bias on the scores": {
         "bias": torch.zeros(1, 1, LENGTH, LENGTH, requires_grad=True)
     },
-    "npu_fusion_attention cannot drop all; use sdpa": {"dropout": 1.0},
+    "npu_fusion_attention cannot drop all": {"dropout": 1.0},
 }
 
 

@@ -34,7 +34,9 @@ def padded_window() -> Request:
 
 def blind_rows() -> Request:
     """A mask in which the first queries see nothing, and that is no run of padding."""
-    mask = Mask(testing.BATCH, testing.LENGTH, testing.LENGTH, torch.device("cpu"), function=lambda b, h, q, k: k % 3 == 2)
+    mask = Mask(
+        testing.BATCH, testing.LENGTH, testing.LENGTH, torch.device("cpu"), function=lambda b, h, q, k: k % 3 == 2
+    )
     return testing.request(mask)
 
 
@@ -130,21 +132,32 @@ MISTAKES = {
         ("blind rows",),
     ),
     "blind queries left to the operator": Mistake(
-        calls, "Dense", lambda right: lambda hidden, blind: right(hidden | blind.transpose(1, 2), blind), ("blind rows",)
+        calls,
+        "Dense",
+        lambda right: lambda hidden, blind: right(hidden | blind.transpose(1, 2), blind),
+        ("blind rows",),
     ),
     "queries after the last real key left out": Mistake(
-        calls, "_later_queries", lambda right: lambda rows, mask: iter(()), ("right padding", "padding on the right, window")
+        calls,
+        "_later_queries",
+        lambda right: lambda rows, mask: iter(()),
+        ("right padding", "padding on the right, window"),
     ),
     "limit of the queries after the last real key off by one": Mistake(
         calls,
         "Pattern",
-        lambda right: lambda mode, before=calls.UNLIMITED, after=calls.UNLIMITED: right(
-            mode, before + (after == calls.UNLIMITED), after
+        lambda right: (
+            lambda mode, before=calls.UNLIMITED, after=calls.UNLIMITED: right(
+                mode, before + (after == calls.UNLIMITED), after
+            )
         ),
         ("padding on the right, window",),
     ),
     "masks of one batch row for all": Mistake(
-        kernel, "_masked", lambda right: lambda call, r: right(replace(call, hidden=call.hidden[:1]), r), ("mask tensor",)
+        kernel,
+        "_masked",
+        lambda right: lambda call, r: right(replace(call, hidden=call.hidden[:1]), r),
+        ("mask tensor",),
     ),
 }
 CASES = [(mistake, feature) for mistake, made in MISTAKES.items() for feature in made.features]

@@ -70,7 +70,7 @@ def test_after_a_failed_import_the_reason_is_the_same() -> None:
         "-c",
         "import torch\n"
         "try:\n    import torch_npu\nexcept ImportError as error:\n    print(error)\n"
-        "from sp_attention_npu.availability import unavailable\nprint(unavailable())\n"
+        "from sp_attention_npu.availability import unavailable\nprint(unavailable())\n",
     )
     assert ran.stdout.splitlines()[-1] == REASON, ran.stderr
 
@@ -90,7 +90,7 @@ def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_says_that_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.npu, "is_available", lambda: False)
+    monkeypatch.setattr(torch.get_device_module("npu"), "is_available", lambda: False)
     reason = "torch-npu finds no NPU: see `npu-smi info`, and the variable ASCEND_RT_VISIBLE_DEVICES"
     assert availability.unavailable() == reason
     with pytest.raises(BackendError, match="backend 'npu' on npu cannot be used: torch-npu finds no NPU"):

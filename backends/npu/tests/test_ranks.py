@@ -49,6 +49,7 @@ MODELS = {
     # Sinks, and a window in every second layer.
     "gpt-oss": Tiny("GptOssForCausalLM", GPT_OSS),
 }
+SOFTCAPPED = Tiny("Gemma2ForCausalLM")
 KINDS = ("plain", "left-padded", "right-padded", "packed")
 LENGTH = 33
 
@@ -108,3 +109,20 @@ def trained(backend: str) -> list[dict[str, dict[str, float]]]:
 def test_loss_and_gradients_are_those_of_one_process(name: str, kind: str, backend: str) -> None:
     for errors in trained(backend):
         assert errors[name][kind] < 2e-5
+
+
+def chosen() -> tuple[str, str, str]:
+    """What becomes of a softcap: the refusal, and the kernel that "auto" takes; and the one for a model without."""
+    llama, gemma = (tiny.build().to("npu:0") for tiny in (MODELS["llama"], SOFTCAPPED))
+    with pytest.raises(sp_attention.UnsupportedError) as refusal:
+        sp_attention.enable(gemma, backend="npu")
+    return str(refusal.value), sp_attention.enable(gemma).backend.kernel, sp_attention.enable(llama).backend.kernel
+
+
+def test_a_softcap_is_refused_and_auto_takes_what_can_do_it(tmp_path: Path) -> None:
+    for refusal, gemma, llama in run_on_devices(2, tmp_path, chosen):
+        assert refusal == (
+            "model.layers.0.self_attn: kernel 'npu' on npu cannot do this: npu_fusion_attention has no softcap. Use "
+            'enable(model, backend="transformers:eager"). Installed kernels that can: transformers:eager.'
+        )
+        assert (gemma, llama) == ("transformers:eager", "npu")

@@ -23,7 +23,9 @@ CASES = {
 }
 
 
-def tensors(batch: int, length: int, heads: int, kv_heads: int, device: torch.device = NPU) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(
+    batch: int, length: int, heads: int, kv_heads: int, device: torch.device = NPU
+) -> tuple[Tensor, Tensor, Tensor]:
     sizes = ((heads, 192), (kv_heads, 192), (kv_heads, 128))
     return tuple(
         torch.empty(batch, length, count, size, dtype=torch.bfloat16, device=device, requires_grad=True)
