@@ -71,7 +71,7 @@ def _packed(request: Request, found: tuple[Packed, ...]) -> Tensor:
         part = _take(_operate(request, *taken, "TND", **options), call.kept)
         whole = call.queries is None and call.kept is None
         out = part if whole else out.index_copy(0, call.places, part)
-    return out.view(*rows, *out.shape[1:])
+    return out.reshape(*rows, *out.shape[1:])
 
 
 def _take(tensor: Tensor, places: Tensor | None) -> Tensor:
