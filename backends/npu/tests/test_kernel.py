@@ -211,6 +211,21 @@ def test_after_the_first_layer_nothing_waits_for_the_device(mask: str) -> None:
     assert host.reads == []
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_is_worked_out_once(mask: str) -> None:
+    fresh = replace(MASKS[mask])
+    assert calls.calls(fresh) is calls.calls(fresh)
+
+
+def test_layers_share_the_operators_mask() -> None:
+    request = asked(replace(BASE))
+    fused.calls.clear()
+    for _ in range(2):
+        kernel.attend(request)
+    places = {call["atten_mask"].data_ptr() for call in fused.calls}
+    assert (len(fused.calls), len(places)) == (2, 1)
+
+
 def test_what_waits_for_the_device_is_seen() -> None:
     numbers = torch.ones(3, device=NPU)
     for name, read in {
