@@ -199,6 +199,7 @@ def _check(given: dict[str, Any]) -> None:
             "1024 sequences at most": len(query_ends) <= 1024,
             "lengths that add up to the tokens": query_ends[-1] == query.shape[0] and key_ends[-1] == key.shape[0],
             "lengths that are not negative": query_ends == sorted(query_ends) and key_ends == sorted(key_ends),
+            # Allowed, and nothing that the adapter needs.
             "no sequence without tokens": len(set(query_ends)) == len(query_ends) and query_ends[0] > 0 < key_ends[0],
         }
     broken = [demand for demand, met in demands.items() if not met]
