@@ -45,7 +45,7 @@ def test_torchs_own_leaves_queries_that_see_nothing_to_the_operator() -> None:
 @pytest.mark.parametrize("feature", ["left padding", "additive bias", "values larger than keys"])
 def test_transformers_own_is_not_to_be_used_on_this_device(feature: str) -> None:
     """As docs/npu.md says: what reaches the operator is not documented, or no additive mask any more."""
-    with pytest.raises(ValueError, match="a query sees no key|no wider in values"):
+    with pytest.raises(ValueError, match=r"a query sees no key|no wider in values"):
         testing.check(find("npu", "transformers:sdpa"), feature, device=NPU, dtype=torch.float32)
 
 
