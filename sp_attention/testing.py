@@ -198,7 +198,7 @@ def check(
     tolerance: by default 1e-9, or in a lower precision than float64 twice the largest error of `attend` in that one.
     """
     asked = request_for(feature, module=module, device=device, dtype=dtype)
-    reason = backend.refuses(asked)
+    reason = backend.refuses(_trained(asked))
     if reason is not None:
         return reason
     # On the CPU, since not every device has float64.
@@ -309,12 +309,17 @@ def _moved(request: Request, device: torch.device, dtype: torch.dtype) -> Reques
     return replace(request, mask=replace(mask, device=device, **places), **tensors)
 
 
+def _trained(asked: Request) -> Request:
+    """The request as in training: every tensor wants its gradient, so a kernel may refuse to give one of them."""
+    tensors = {name: getattr(asked, name) for name in _TENSORS if getattr(asked, name) is not None}
+    return replace(asked, **{name: tensor.detach().requires_grad_() for name, tensor in tensors.items()})
+
+
 def _results(function: Callable[[Request], Tensor], asked: Request) -> dict[str, Tensor]:
     """The output and the gradient of every tensor of a request."""
-    inputs = {
-        name: getattr(asked, name).detach().requires_grad_() for name in _TENSORS if getattr(asked, name) is not None
-    }
-    out = function(replace(asked, **inputs))
+    asked = _trained(asked)
+    inputs = {name: getattr(asked, name) for name in _TENSORS if getattr(asked, name) is not None}
+    out = function(asked)
     down = _random(*out.shape).to(out)
     gradients = torch.autograd.grad((out * down).sum(), list(inputs.values()), allow_unused=True)
     found = {"output": out.detach()}
