@@ -91,8 +91,10 @@ class UlyssesAttention:
             )
         bias = None if position_bias is None else _for_all(position_bias, length, memory, self.name_of(module))
         if mask.explicit is not None and mask.explicit.dtype != torch.bool:
-            additive = mask.explicit
-            mask, bias = replace(mask, explicit=None), additive if bias is None else additive + bias
+            given, additive = mask, mask.explicit
+            # One for all layers, since kernels keep with it what they derive from it.
+            mask = given.once("without explicit", lambda: replace(given, explicit=None))
+            bias = additive if bias is None else additive + bias
         scale = scaling if scaling is not None else query.shape[3] ** -0.5
         sinks = None if s_aux is None else s_aux.reshape(-1)
         request = Request(query, key, value, mask, scale, softcap, sinks, bias, dropout, module)

@@ -129,12 +129,17 @@ def _attend_tile(request: Request, tile: Piece, query: Tensor, bias: Tensor | No
     keys = slice(tile.keys.start, tile.keys.stop)
     # torch wants it in the dtype of the queries.
     mask = None if bias is None else bias[..., keys].to(query.dtype)
+    blind = None
     if tile.pattern == "tile":
         allowed = request.mask.dense(tile.queries)[..., keys]
+        # Kernels differ in what they give queries that see nothing, so these see all, and what they give is hidden.
+        blind = ~allowed.any(-1, keepdim=True)
+        allowed = allowed | blind
         mask = allowed if mask is None else torch.where(allowed, mask, float("-inf"))
     if mask is not None and request.sinks is not None:
         mask = F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
-    return _sdpa(query, request.key[:, keys], request.value[:, keys], request, mask=mask, causal=False)
+    out = _sdpa(query, request.key[:, keys], request.value[:, keys], request, mask=mask, causal=False)
+    return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
 
 
 def _attend_row(request: Request, rows: slice, pieces: tuple[Piece, ...]) -> Tensor:

@@ -49,6 +49,9 @@ def refuses_sdpa(request: Request) -> str | None:
         return "transformers' sdpa attention has no softcap"
     if request.sinks is not None:
         return "transformers' sdpa attention has no attention sinks"
+    if request.query.device.type == "npu":
+        # It makes a bool of an additive mask there, and leaves queries that see nothing to the operator.
+        return "transformers' sdpa attention hands on to an NPU another mask than it is given; npu and sdpa do not"
     return None
 
 
