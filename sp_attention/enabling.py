@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import nn
@@ -28,8 +29,9 @@ from sp_attention.ulysses import UlyssesAttention
 # that a copy of a model that was disabled since finds nothing instead of another model's attention.
 _PREFIX = "sp_attention_"
 _KEYS = (f"{_PREFIX}{number}" for number in count())
-# The attribute of an enabled model that is its handle.
+# The attribute of an enabled model that is its handle, and the handles of models that nothing was changed in.
 _HANDLE = "_sp_attention_handle"
+_UNCHANGED: WeakKeyDictionary[nn.Module, "Handle"] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -130,7 +132,8 @@ def enable(
     peers = resolve(group, sp_size, inner.device)
     choice = _agreed(lambda: _candidates(inner, backend, rehearse), peers)
     if peers is None:
-        return _remembered(Handle(choice[0], {}, None, None, None, ExitStack()), inner)
+        alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, ExitStack())
+        return alone
     names = {id(module): name for name, module in inner.named_modules()}
     passed_over: dict[str, str] = {}
     for chosen in _of_every_rank(choice, peers):
@@ -147,20 +150,18 @@ def enable(
             undo.close()
             raise
         else:
-            return _remembered(Handle(chosen, passed_over, peers, findings, region, undo), inner)
+            handle = Handle(chosen, passed_over, peers, findings, region, undo)
+            setattr(inner, _HANDLE, handle)
+            undo.callback(delattr, inner, _HANDLE)
+            return handle
     raise BackendError("no kernel does all that this model asks:\n" + "\n".join(passed_over.values()))
 
 
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle that `enable` returned for a model, or for one that it wraps; None for a model that is not enabled."""
-    found = (vars(module).get(_HANDLE) for module in model.modules() if isinstance(module, PreTrainedModel))
-    return next((handle for handle in found if handle is not None), None)
-
-
-def _remembered(handle: Handle, model: PreTrainedModel) -> Handle:
-    setattr(model, _HANDLE, handle)
-    handle._undo.callback(delattr, model, _HANDLE)
-    return handle
+    inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    handles = (vars(module).get(_HANDLE) or _UNCHANGED.get(module) for module in inner)
+    return next(filter(None, handles), None)
 
 
 def _candidates(model: PreTrainedModel, backend: str, rehearse: bool) -> tuple[Backend, ...]:
