@@ -25,7 +25,8 @@ SINKS = ("s_aux", "sinks")
 
 @hookimpl
 def sp_attention_backends() -> list[Backend]:
-    keys = {"eager", *ALL_ATTENTION_FUNCTIONS}
+    # Kernels of the Hub, whose keys are repositories, are offered by sp-attention-flash, which knows their functions.
+    keys = {"eager", *(key for key in ALL_ATTENTION_FUNCTIONS if "/" not in key)}
     return [_backend(key) for key in sorted(keys) if not key.startswith(("paged|", "sp_attention"))]
 
 

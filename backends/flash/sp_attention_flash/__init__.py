@@ -1,5 +1,6 @@
 """Kernels `flash2`, `flash3`, `flash4`: the flash-attn packages; and `flash`, the best of those that can be used here.
 
+Beside them, a build of flash-attn 2 from the Hub, which is taken only by its name: it is fetched when it is called.
 A mask becomes sequences that the packages attend in (`sequences`); what they cannot do is refused (`refusing`); a
 package that cannot be used is offered as unavailable, with the cure (`finding`).
 """
@@ -10,7 +11,7 @@ from sp_attention import Backend, hookimpl
 from sp_attention_flash import refusing
 from sp_attention_flash.attending import attend
 from sp_attention_flash.finding import best, unusable
-from sp_attention_flash.packages import PACKAGES, Package
+from sp_attention_flash.packages import HUB2, PACKAGES, Package
 
 
 @hookimpl
@@ -22,6 +23,7 @@ def sp_attention_backends() -> list[Backend]:
     return [
         backend("flash", chosen or PACKAGES[0], priority=20, unavailable=None if chosen else none),
         *(backend(package.kernel, package, 15, reason) for package, reason in reasons.items()),
+        backend(HUB2.kernel, HUB2, priority=-1, unavailable=unusable(HUB2)),
     ]
 
 

@@ -21,7 +21,7 @@ def unusable(package: Package) -> str | None:
         return f"{package.distribution} is not installed: {package.cure}"
     if Version(installed) < Version(package.oldest):
         return f"{package.distribution} {installed} is older than {package.oldest}: {package.cure}"
-    if package.extension is None and _overwritten(package.distribution):
+    if package is FLASH4 and _overwritten(package.distribution):
         return f"{package.distribution} is overwritten by an older package: {package.cure} --force-reinstall --no-deps"
     if torch.version.hip is not None:
         return "flash-attn for ROCm has kernels of its own, which are not covered yet: use sdpa"

@@ -5,7 +5,7 @@ Their public functions, as of flash-attn 2.8.3 (flash_attn/flash_attn_interface.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -81,6 +81,23 @@ FLASH4 = Package(
     sinks=True,
 )
 PACKAGES = (FLASH2, FLASH3, FLASH4)
+
+
+def _from_hub(repository: str, version: int) -> Any:
+    return import_module("kernels").get_kernel(repository, version=version)
+
+
+# A build of flash-attn 2 that the package `kernels` fetches when it is first called, under transformers' name for it.
+HUB2 = replace(
+    FLASH2,
+    kernel="transformers:kernels-community/flash-attn2",
+    distribution="kernels",
+    oldest="0.17",
+    # The version that transformers 5.23 takes for our versions of torch.
+    load=partial(_from_hub, "kernels-community/flash-attn2", 4),
+    extension=None,
+    cure="pip install kernels",
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import sp_attention_flash
 import torch
 from sp_attention_flash import finding
-from sp_attention_flash.packages import FLASH2, FLASH3, FLASH4, PACKAGES, Package
+from sp_attention_flash.packages import FLASH2, FLASH3, FLASH4, HUB2, PACKAGES, Package
 
 from sp_attention import BackendError, registry
 
@@ -130,7 +130,7 @@ def test_flash_is_the_package_that_was_made_for_the_device(
 def test_flash_is_what_can_be_used(machine: Machine) -> None:
     machine(FLASH2, device=(8, 0))
     offered = {backend.kernel: backend for backend in sp_attention_flash.sp_attention_backends()}
-    assert list(offered) == ["flash", "flash2", "flash3", "flash4"]
+    assert list(offered) == ["flash", "flash2", "flash3", "flash4", HUB2.kernel]
     assert offered["flash"].unavailable is offered["flash2"].unavailable is None
     assert offered["flash"].attend.args == (FLASH2,)  # type: ignore[attr-defined]  # a partial
     assert offered["flash3"].unavailable is not None
@@ -161,4 +161,4 @@ def test_listing_kernels_imports_no_flash_attn() -> None:
         "[name for name in heavy if name in sys.modules]]))"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout) == [["flash", "flash2", "flash3", "flash4"], []]
+    assert json.loads(found.stdout) == [["flash", "flash2", "flash3", "flash4", HUB2.kernel], []]
