@@ -36,7 +36,7 @@ def _backend(key: str) -> Backend:
         return Backend("any", kernel, eager, refuses=refuses_eager, attend_with_weights=eager_with_weights)
     if key == "sdpa":
         return Backend("any", kernel, sdpa, refuses=refuses_sdpa)
-    reason = "its mask does not travel as a tensor, which is not covered yet; use sdpa or transformers:eager"
+    reason = "its mask does not travel as a tensor: use sdpa, transformers:eager, or flash of sp-attention-flash"
     return Backend("any", kernel, _unused, unavailable=reason)
 
 
