@@ -185,6 +185,7 @@ def run(folder: Path, sp_size: int, ways: dict[str, dict[str, Any]]) -> dict[str
         mlp.register_forward_hook(lambda module, args, output, seen=lengths: seen.add(output.shape[1]))
         predicted = each.predict(Texts())
         history = [*logged(each), {k: v for k, v in predicted.metrics.items() if not k.endswith(SPEED)}]
+        history.append({"rows in a step": each.get_total_train_batch_size(each.args)})
         numbers = torch.cat([weights(each), torch.from_numpy(predicted.predictions).flatten()])
         found[name] = history, numbers, each.data_collator.seen, max(lengths)
     if "plain" in ways:

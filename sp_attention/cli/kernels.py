@@ -96,18 +96,23 @@ def check(backend: Backend, answers: Answers) -> Iterator[Result]:
             yield Result(feature, RIGHT if reason is None else REFUSED, reason or "")
 
 
-def module_for(feature: str) -> nn.Module:
-    """A model's attention, 3 heads of 8, whose own eager function has the feature."""
+def module_for(feature: str) -> nn.Module | None:
+    """A model's attention, 3 heads of 8, whose own eager function has the feature.
+
+    None where transformers cannot be imported, as with torch-npu and no driver: its kernels are not here then.
+    """
     return _module("sinks" if feature.startswith("attention sinks") else feature)
 
 
 @cache
-def _module(feature: str) -> nn.Module:
-    from transformers import Gemma2Config, GptOssConfig, LlamaConfig
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
-    from transformers.models.llama.modeling_llama import LlamaAttention
-
+def _module(feature: str) -> nn.Module | None:
+    try:
+        from transformers import Gemma2Config, GptOssConfig, LlamaConfig
+        from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+        from transformers.models.llama.modeling_llama import LlamaAttention
+    except ImportError:
+        return None
     if feature == "sinks":
         return GptOssAttention(GptOssConfig(**SIZES), layer_idx=0)
     if feature == "softcap":
