@@ -82,9 +82,9 @@ def built(
 ) -> object:
     builder, config = BUILDERS[kind]
     config = type(config)(**config.to_dict(), attn_implementation=implementation)
-    options = {} if kind.startswith("bidirectional") else {"past_key_values": None, "position_ids": positions}
-    embeddings = torch.zeros(2, LENGTH, 8)
-    return builder(config=config, inputs_embeds=embeddings, attention_mask=padding, **options | additions)
+    # The fourth is the cache, whose name differs between versions of transformers.
+    further, options = ((), {}) if kind.startswith("bidirectional") else ((None,), {"position_ids": positions})
+    return builder(config, torch.zeros(2, LENGTH, 8), padding, *further, **options | additions)
 
 
 def dense(kind: str, padding: Tensor | None, positions: Tensor | None = None, **additions: object) -> Tensor:
