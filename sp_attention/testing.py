@@ -16,6 +16,8 @@ from sp_attention.attention import Backend, Mask, Request
 BATCH, LENGTH = 2, 37
 # Draws of dropout that a mean is taken of, and how many standard errors it may be off.
 DRAWS, ERRORS = 400, 6.0
+# What can come of a feature.
+RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,20 @@ def check(
     return None
 
 
+def outcome(backend: Backend, feature: str, **options: Any) -> tuple[str, str]:
+    """What `check` with these options finds: `RIGHT`, `REFUSED` with the reason, or `WRONG` with what is wrong.
+
+    Nothing is raised: a kernel that raises where it does not refuse is wrong.
+    """
+    try:
+        reason = check(backend, feature, **options)
+    except AssertionError as error:
+        return WRONG, str(error).removeprefix(f"{backend.kernel}, {feature}: ")
+    except Exception as error:  # it did not refuse, and did not do it
+        return WRONG, f"{type(error).__name__}: {error}"
+    return (RIGHT, "") if reason is None else (REFUSED, reason)
+
+
 def conform(
     backend: Backend,
     refused: Collection[str] = (),
@@ -247,16 +263,13 @@ def conform(
         raise ValueError(f"no features: {', '.join(unknown)}. There are: {', '.join(FEATURES)}")
     found = {}
     for feature in FEATURES:
-        try:
-            reason = check(backend, feature, module=module, device=device, dtype=dtype, tolerance=tolerance)
-        except Exception as error:  # told below, beside what else is wrong
-            told = f"{type(error).__name__}: {error}".removeprefix("AssertionError: ")
-            found[feature] = told.removeprefix(f"{backend.kernel}, {feature}: ")
-        else:
-            if reason is not None and feature not in refused:
-                found[feature] = f"refused, which it should not be: {reason}"
-            if reason is None and feature in refused:
-                found[feature] = "done, though it should be refused"
+        came, text = outcome(backend, feature, module=module, device=device, dtype=dtype, tolerance=tolerance)
+        if came == WRONG:
+            found[feature] = text
+        elif came == REFUSED and feature not in refused:
+            found[feature] = f"refused, which it should not be: {text}"
+        elif came == RIGHT and feature in refused:
+            found[feature] = "done, though it should be refused"
     if found:
         width = max(map(len, found))
         lines = [f"    {feature:{width}}  {text}" for feature, text in found.items()]

@@ -106,8 +106,9 @@ def _checked() -> Iterator[dict[str, Any]]:
     """Every usable kernel on every device that is here: what is right, and what is refused or wrong and why."""
     from rich.console import Console
 
-    from sp_attention.cli.kernels import REFUSED, RIGHT, WRONG, ask, check, devices
+    from sp_attention.cli.kernels import ask, check, devices
     from sp_attention.registry import usable
+    from sp_attention.testing import REFUSED, RIGHT, WRONG
 
     with Console(stderr=True).status("") as status:
         for device in devices():

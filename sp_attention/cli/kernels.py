@@ -11,7 +11,6 @@ from torch import nn
 from sp_attention import testing
 from sp_attention.attention import Backend, Request, reason_against
 
-RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
 # On the CPU it is best seen in the widest dtype what is exact. Elsewhere kernels are used in narrow ones, and not every
 # device has float64.
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +32,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one feature: `RIGHT`, `REFUSED` or `WRONG`, and why."""
+    """What came of one feature, as `testing.outcome` says it."""
 
     feature: str
     outcome: str
@@ -86,14 +85,8 @@ def check(backend: Backend, answers: Answers) -> Iterator[Result]:
     tolerance = 1e-6 if dtype == torch.float64 else None
     for feature in testing.FEATURES | testing.LONG:
         module = module_for(feature)
-        try:
-            reason = testing.check(backend, feature, module=module, device=device, dtype=dtype, tolerance=tolerance)
-        except AssertionError as error:
-            yield Result(feature, WRONG, str(error).removeprefix(f"{backend.kernel}, {feature}: "))
-        except Exception as error:  # it did not refuse, and did not do it
-            yield Result(feature, WRONG, f"{type(error).__name__}: {error}")
-        else:
-            yield Result(feature, RIGHT if reason is None else REFUSED, reason or "")
+        options = {"module": module, "device": device, "dtype": dtype, "tolerance": tolerance}
+        yield Result(feature, *testing.outcome(backend, feature, **options))
 
 
 def module_for(feature: str) -> nn.Module | None:

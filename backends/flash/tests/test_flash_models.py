@@ -6,35 +6,26 @@ import cpu
 import pytest
 import torch
 import transformers
+from models import Tiny
 from torch import Tensor
 
 import sp_attention
 from sp_attention.launch import run_ranks
 
 Results = dict[str, Tensor]
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-    "attn_implementation": "eager",
-}
+EAGER = {"num_key_value_heads": 2, "attn_implementation": "eager"}
 MODELS = {
-    "llama": ("LlamaForCausalLM", {}),
-    "mistral": ("MistralForCausalLM", {"sliding_window": 5}),
-    "gemma2": ("Gemma2ForCausalLM", {"sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "llama": Tiny("LlamaForCausalLM", EAGER),
+    "mistral": Tiny("MistralForCausalLM", EAGER | {"sliding_window": 5}),
+    "gemma2": Tiny(
+        "Gemma2ForCausalLM",
+        EAGER | {"sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    ),
     # Every expert serves every token: with a choice, the rounding of bfloat16 would choose others here and there.
-    "gpt-oss": (
+    "gpt-oss": Tiny(
         "GptOssForCausalLM",
-        {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 4, "experts_implementation": "eager"},
+        EAGER
+        | {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 4, "experts_implementation": "eager"},
     ),
 }
 KINDS = ("plain", "packed", "left-padded")
@@ -42,14 +33,11 @@ LENGTH = 33
 
 
 def build(name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    cls, settings = MODELS[name]
-    model_class = getattr(transformers, cls)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**COMMON | settings))
+    model = MODELS[name].build(torch.float32)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("sinks"):
             torch.nn.init.normal_(parameter)
-    return model.to(dtype).train()
+    return model.to(dtype)
 
 
 def batch_of(kind: str) -> dict[str, Tensor]:
