@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
@@ -30,8 +31,9 @@ def attend_by(model: PreTrainedModel, key: str, attention: Callable[..., Any], m
         AttentionInterface._global_mapping.pop(key, None)
         AttentionMaskInterface._global_mapping.pop(key, None)
 
-    AttentionInterface.register(key, attention)
-    AttentionMaskInterface.register(key, masks)
+    # A compiled model runs these two as they are.
+    AttentionInterface.register(key, torch.compiler.disable(attention))
+    AttentionMaskInterface.register(key, torch.compiler.disable(masks))
     undo.callback(restore)
     verbosity = logging.get_verbosity()
     # A model that cannot be told how to attend is found out right after, and no one needs a warning of it.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,9 @@ def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[
     `num_items_in_batch`. The result is the same on every rank, and NaN where transformers' is. Raises IndexError on
     every rank for a target that is no token, as cross entropy does.
     """
+
+    # It looks at values, so a compiled model runs it as it is.
+    require_tokens = torch.compiler.disable(_require_tokens)
 
     def loss(
         logits: Tensor,
@@ -35,10 +39,7 @@ def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[
         if shift_labels is None:
             targets = F.pad(targets, (0, 1), value=ignore_index)[:, 1:]
         targets = targets.to(logits.device)
-        # Seen by every rank in the whole batch, since only the rank of that span would fail on it.
-        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
-        if wrong.numel():
-            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+        require_tokens(targets, vocab_size, ignore_index)
         count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         span = peers.span(targets.shape[1])
         mine = F.cross_entropy(
@@ -50,3 +51,10 @@ def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[
         return sum_over_ranks(mine, peers) / (count.to(mine.device) if isinstance(count, Tensor) else count)
 
     return loss
+
+
+def _require_tokens(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """In the whole batch, on every rank, since only the rank of that span would fail on it."""
+    wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
+    if wrong.numel():
+        raise IndexError(f"Target {wrong[0].item()} is out of bounds.")

@@ -152,7 +152,7 @@ def _place(
         attend_by(model, key, recorded, masks, undo)
     findings, runs = explore(model, pairs, attended, proves=rehearse, attends=masks is not None)
     if masks is not None:
-        AttentionInterface.register(key, replace(attention, over_memory=findings.over_memory))
+        AttentionInterface.register(key, torch.compiler.disable(replace(attention, over_memory=findings.over_memory)))
         release(own, findings.models)
     if rehearse and masks is not None and not all(_is_right(run.output, run.specimen) for run, _ in runs):
         _require_right_kernel(model, attention, key, narrow)

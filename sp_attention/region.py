@@ -104,6 +104,8 @@ class Hooks:
         self.handles.clear()
 
     def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        # A compiled model runs these as they are, and compiles what is between them.
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
         self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
         # leaves nothing in progress behind.

@@ -1,10 +1,32 @@
-"""The sweep: results that can be resumed, and a page of tables."""
+"""The sweeps: results that can be resumed, and pages of tables."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_twenty_accumulated_steps_of_two_groups_are_those_of_one_process() -> None:
+    # What no test of gradients has; the page has all.
+    engines = ("DDP, static graph", "DDP, unused parameters", "FSDP2, offloaded", "HSDP")
+    options = [option for engine in engines for option in ("--engine", engine)]
+    command = [sys.executable, "-m", "sweep.engines", "--shape", "2 x 2", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for engine in engines:
+        assert f"| {engine} | " in ran.stdout
+
+
+def test_no_engine_of_the_page_is_wrong() -> None:
+    _, _, *rows = re.findall(r"^\| (.*) \|$", (ROOT / "docs" / "engines.md").read_text(), re.MULTILINE)
+    assert len(rows) > 8
+    for row in rows:
+        assert all(float(error) < 1e-6 for error in row.split(" | ")[1:])
 
 
 def test_results_are_kept_and_tabled(tmp_path: Path) -> None:
@@ -14,9 +36,8 @@ def test_results_are_kept_and_tabled(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "sweep", *options, "--results", str(tmp_path / "results.jsonl")]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         # In the source tree, of which the sweep is a part and the package is not.
-        root = Path(__file__).parent.parent
         return subprocess.run(
-            command, cwd=root, capture_output=True, text=True, check=True, timeout=300, env=environment
+            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300, env=environment
         )
 
     first, second = run("llama,layoutlmv2").stdout.splitlines()
