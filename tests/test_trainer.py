@@ -4,10 +4,12 @@ import os
 import random
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
 from models import MODELS
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -103,11 +108,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "best model": {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
     "dropout": {"dropout": 0.2, "num_train_epochs": 1},
+    "fsdp2": {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        "save_strategy": "epoch",
+        "max_grad_norm": 0.5,
+    },
 }
 
 
 # For one group, against one process; and for two, where groups get different batches.
-WAYS_OF = {1: tuple(WAYS), 2: ("plain", "stream", "workers", "rebalanced")}
+WAYS_OF = {1: tuple(WAYS), 2: ("plain", "stream", "workers", "rebalanced", "fsdp2")}
 
 
 class Stop(TrainerCallback):
@@ -131,6 +142,8 @@ def trainer(folder: Path, way: dict[str, Any], sp_size: int, callbacks: tuple[Tr
         "save_strategy": "no",
         "include_num_input_tokens_seen": "all",
     } | way
+    if sp_size == 1:
+        options.pop("fsdp", None)  # Against no engine, or DDP.
     dropout, noise = options.pop("dropout", 0.0), options.pop("noise", False)
     data, loss = options.pop("train_dataset", Texts()), options.pop("compute_loss_func", None)
     model = MODELS["llama-6q3kv"].build()
@@ -140,18 +153,34 @@ def trainer(folder: Path, way: dict[str, Any], sp_size: int, callbacks: tuple[Tr
     if sp_size > 1:
         sp_attention.enable(model, backend="sdpa", sp_size=sp_size)
         trainer_class = sequence_parallel(Trainer)
-    return trainer_class(
-        model=model,
-        args=TrainingArguments(
-            str(folder), use_cpu=True, logging_steps=1, report_to=[], disable_tqdm=True, seed=3, **options
-        ),
-        train_dataset=data,
-        eval_dataset=Texts(),
-        data_collator=Collator(noise),
-        compute_metrics=metrics,
-        compute_loss_func=loss,
-        callbacks=list(callbacks),
-    )
+    with fsdp_on_cpus() if "fsdp" in options else nullcontext():
+        return trainer_class(
+            model=model,
+            args=TrainingArguments(
+                str(folder), use_cpu=True, logging_steps=1, report_to=[], disable_tqdm=True, seed=3, **options
+            ),
+            train_dataset=data,
+            eval_dataset=Texts(),
+            data_collator=Collator(noise),
+            compute_metrics=metrics,
+            compute_loss_func=loss,
+            callbacks=list(callbacks),
+        )
+
+
+@contextmanager
+def fsdp_on_cpus() -> Iterator[None]:
+    """accelerate has FSDP for GPUs and their like only; torch has it for CPUs too, so these pass for GPUs."""
+    prepare = PartialState._prepare_backend
+
+    def passing(*args: Any, **options: Any) -> tuple[str, DistributedType]:
+        return prepare(*args, **options)[0], DistributedType.MULTI_GPU
+
+    def set_device(state: PartialState) -> None:
+        state.device = torch.device("cpu")
+
+    with patch.multiple(PartialState, _prepare_backend=passing, set_device=set_device):
+        yield
 
 
 def logged(trainer: Trainer) -> list[dict[str, float]]:
@@ -162,7 +191,8 @@ def logged(trainer: Trainer) -> list[dict[str, float]]:
 
 
 def weights(trainer: Trainer) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    whole = [each.full_tensor() if isinstance(each, DTensor) else each for each in trainer.model.parameters()]
+    return torch.cat([parameter.detach().flatten() for parameter in whole])
 
 
 def as_launched() -> None:
@@ -179,6 +209,7 @@ def run(folder: Path, sp_size: int, ways: dict[str, dict[str, Any]]) -> dict[str
     found = {}
     for name, way in ways.items():
         each = trainer(folder / name, way, sp_size)
+        assert each.is_fsdp_enabled == (sp_size > 1 and "fsdp" in way)
         each.train()
         lengths: set[int] = set()
         mlp = each.model.model.layers[0].mlp

@@ -29,7 +29,7 @@ def data_loader(accelerator: Accelerator, loader: DataLoader[Any], handle: Handl
     iterable dataset on one rank for all.
     """
     with batches_by_group(accelerator, handle):
-        prepared: DataLoader[Any] = accelerator.prepare_data_loader(loader)
+        prepared: DataLoader[Any] = accelerator.prepare(loader)
     return prepared
 
 
