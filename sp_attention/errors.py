@@ -6,6 +6,8 @@
         └── ShardedLogitsError  a part of the logits used as if they were all; also an AttributeError
     ValueError
     └── BatchError              the ranks of a group were given different batches
+    OSError
+    └── CheckpointError         a rank could not write its part of a Trainer's checkpoint
 
 Wrong arguments of `enable` are plain ValueErrors. Every one of them is raised on every rank of the group.
 """
@@ -25,3 +27,7 @@ class BatchError(ValueError):
 
 class ShardedLogitsError(UnsupportedError, AttributeError):
     """Logits of this rank's span were used as if they were all; an AttributeError, so that `hasattr` is answered."""
+
+
+class CheckpointError(OSError):
+    """A rank could not write its part of a checkpoint; what is in memory, and earlier checkpoints, are as they were."""

@@ -1,6 +1,7 @@
 """What enable() puts in place, what disable() takes away, and what is refused."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,6 +238,37 @@ def states() -> bool:
 
 def test_the_state_dict_is_that_of_the_model_never_enabled() -> None:
     assert all(run_ranks(2, states))
+
+
+def saved(folder: Path) -> bool:
+    """Files, and an optimizer's state after a step: those of a model that was never enabled, byte for byte."""
+    before, after = folder / f"before{dist.get_rank()}", folder / f"after{dist.get_rank()}"
+    model = LLAMA.build()
+    model.save_pretrained(before)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sp_attention.enable(model, backend="sdpa")
+    model.save_pretrained(after)
+    names = sorted(file.name for file in before.iterdir())
+    same = names == sorted(file.name for file in after.iterdir())
+    same &= all((before / name).read_bytes() == (after / name).read_bytes() for name in names)
+    batch = batch_of("left-padded", 33)
+    plain = type(model).from_pretrained(after)
+    with torch.no_grad():
+        model.eval()
+        torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=1e-9, atol=1e-9)
+    model.train()(**batch).loss.backward()
+    optimizer.step()
+    reference = LLAMA.build()
+    expected = torch.optim.AdamW(reference.parameters())
+    reference(**batch).loss.backward()
+    expected.step()
+    ours, theirs = optimizer.state_dict(), expected.state_dict()
+    same &= ours["param_groups"] == theirs["param_groups"] and ours["state"].keys() == theirs["state"].keys()
+    return same and all(ours["state"][key].keys() == theirs["state"][key].keys() for key in ours["state"])
+
+
+def test_what_is_saved_is_that_of_the_model_never_enabled(tmp_path: Path) -> None:
+    assert all(run_ranks(2, saved, tmp_path))
 
 
 def report() -> str:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from sp_attention.enabling import Handle, handle_of
 from sp_attention.integrations.accelerate import batches_by_group, gather, gather_for_metrics, require_fit
+from sp_attention.integrations.checkpoints import WholeCheckpoints
 
 TrainerClass = TypeVar("TrainerClass", bound=Trainer)
 
@@ -27,7 +28,7 @@ def sequence_parallel(trainer_class: type[TrainerClass]) -> type[TrainerClass]:
     return type(trainer_class.__name__, (_InGroups, trainer_class), {"__module__": trainer_class.__module__})
 
 
-class _InGroups(Trainer):
+class _InGroups(WholeCheckpoints):
     """Counts groups where Trainer counts processes, as it does for tensor parallelism, whose ranks share batches."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
