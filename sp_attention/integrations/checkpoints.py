@@ -21,7 +21,7 @@ class WholeCheckpoints(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             # Where there is none Trainer raises what it always does.
-            resume_from_checkpoint = _last_whole(self.args.output_dir) or True
+            resume_from_checkpoint = _last_whole(str(self.args.output_dir)) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
