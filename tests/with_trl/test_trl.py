@@ -15,11 +15,9 @@ from datasets import Dataset
 from models import MODELS, Tiny
 from test_trainer import as_launched, logged, weights
 from texts import TEXTS, tokenizer
-from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 import sp_attention
-from sp_attention.enabling import handle_of
 from sp_attention.integrations.transformers import sequence_parallel
 from sp_attention.launch import run_ranks
 
@@ -59,7 +57,14 @@ WAYS: dict[str, tuple[type[Trainer], type, dict[str, dict[str, Any]]]] = {
 }
 # For one group, against one process; and for two, where groups get different batches.
 ONE_GROUP = [(name, way) for name, (_, _, ways) in WAYS.items() for way in ways]
-TWO_GROUPS = [("SFT", "padded"), ("SFT", "packed"), ("DPO", "plain reference"), ("DPO", "precomputed"), ("Reward", "plain"), ("KTO", "plain reference")]
+TWO_GROUPS = [
+    ("SFT", "padded"),
+    ("SFT", "packed"),
+    ("DPO", "plain reference"),
+    ("DPO", "precomputed"),
+    ("Reward", "plain"),
+    ("KTO", "plain reference"),
+]
 CASES = [(1, *each) for each in ONE_GROUP] + [(2, *each) for each in TWO_GROUPS]
 
 
@@ -144,7 +149,11 @@ def run(folder: Path, sp_size: int, cases: list[tuple[str, str]]) -> dict[tuple[
     for name, way in cases:
         each = trainer(folder / name / way, name, WAYS[name][2][way], sp_size)
         lengths: list[int] = []
-        layer = next(module for name, module in each.model.named_modules() if type(module).__name__.endswith(("RMSNorm", "MLP")) and "layers.0" in name)
+        layer = next(
+            module
+            for name, module in each.model.named_modules()
+            if type(module).__name__.endswith(("RMSNorm", "MLP")) and "layers.0" in name
+        )
         layer.register_forward_hook(lambda module, args, output, seen=lengths: seen.append(output.shape[1]))
         each.train()
         found[name, way] = logged(each), weights(each), lengths
@@ -163,9 +172,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("groups", "name", "way"), CASES)
-def test_a_run_is_that_of_as_many_processes_as_there_are_groups(
-    folder: Path, groups: int, name: str, way: str
-) -> None:
+def test_a_run_is_that_of_as_many_processes_as_there_are_groups(folder: Path, groups: int, name: str, way: str) -> None:
     plain, sharded = runs(folder, groups, 1), runs(folder, groups, 2)
     for rank, found in enumerate(sharded):
         expected_history, expected_weights, whole = plain[rank // 2][name, way]

@@ -5,8 +5,9 @@ import string
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew vexing potions at dawn".split()
-TEXTS = [" ".join(WORDS[number % 7 : number % 7 + 2 + number * 5 % 7]) for number in range(23)]
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards brew vexing potions at dawn"
+# 23 parts of it, of 12 to 36 letters.
+TEXTS = [TEXT[7 * number % 41 :][: 12 + 11 * number % 25] for number in range(23)]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
