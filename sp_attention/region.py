@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from sp_attention import randomness
 from sp_attention.agreement import require_same_batch

@@ -66,7 +66,7 @@ class GroupAccelerator(Accelerator):  # type: ignore[misc]  # accelerate has no 
         return prepared
 
     def gather(self, tensor: Any) -> Any:
-        return recursively_apply(self._once_for_each_group, super().gather(tensor))
+        return recursively_apply(self.once_for_each_group, super().gather(tensor))
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         if not use_gather_object and _has_only_tensors(input_data):
@@ -85,7 +85,7 @@ class GroupAccelerator(Accelerator):  # type: ignore[misc]  # accelerate has no 
         handle = self.handle()
         return 1 if handle.peers is None else dist.get_world_size() // handle.data_parallel_size
 
-    def _once_for_each_group(self, gathered: Tensor) -> Tensor:
+    def once_for_each_group(self, gathered: Tensor) -> Tensor:
         """[ranks * N, …] → [groups * N, …], of the first rank of every group."""
         size = self._group_size()
         if size == 1:

@@ -22,10 +22,15 @@ def sequence_parallel(trainer_class: type[TrainerClass]) -> type[TrainerClass]:
     size, steps, epochs, learning rates, token counts, losses, gradient norms, evaluation and its metrics. All ranks of
     a group read the same data, and evaluation is sequence-parallel too.
     """
-    return type(trainer_class.__name__, (_InGroups, trainer_class), {"__module__": trainer_class.__module__})
+    base = InGroups
+    if hasattr(trainer_class, "_generate_and_score_completions"):
+        from sp_attention.integrations.trl import GeneratesInGroups
+
+        base = GeneratesInGroups
+    return type(trainer_class.__name__, (base, trainer_class), {"__module__": trainer_class.__module__})
 
 
-class _InGroups(WholeCheckpoints):
+class InGroups(WholeCheckpoints):
     """Counts groups where Trainer counts processes, most of all by an accelerator that does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -49,14 +49,24 @@ DPO = {
 }
 REWARDS = {"plain": {"eval_strategy": "steps", "eval_steps": 2}, "lora": {"model": REWARD, "lora": LORA}}
 KTO = {"plain reference": {"reference": "plain"}}
+GRPO = {
+    "plain": {"num_generations": 2, "eval_strategy": "steps", "eval_steps": 4},
+    # Of two processes or groups: one has too few completions at a time.
+    "prompts on several processes": {"num_generations": 4, "per_device_train_batch_size": 1, "num_iterations": 2},
+    "reference": {"num_generations": 2, "beta": 0.1},
+    "lora": {"num_generations": 2, "beta": 0.1, "lora": LORA},
+}
+RLOO = {"plain": {"num_generations": 2, "beta": 0.0}}
 WAYS: dict[str, tuple[type[Trainer], type, dict[str, dict[str, Any]]]] = {
     "SFT": (trl.SFTTrainer, trl.SFTConfig, SFT),
     "DPO": (trl.DPOTrainer, trl.DPOConfig, DPO),
     "Reward": (trl.RewardTrainer, trl.RewardConfig, REWARDS),
     "KTO": (trl.KTOTrainer, trl.KTOConfig, KTO),
+    "GRPO": (trl.GRPOTrainer, trl.GRPOConfig, GRPO),
+    "RLOO": (trl.RLOOTrainer, trl.RLOOConfig, RLOO),
 }
 # For one group, against one process; and for two, where groups get different batches.
-ONE_GROUP = [(name, way) for name, (_, _, ways) in WAYS.items() for way in ways]
+ONE_GROUP = [(name, way) for name, (_, _, ways) in WAYS.items() for way in ways if "several" not in way]
 TWO_GROUPS = [
     ("SFT", "padded"),
     ("SFT", "packed"),
@@ -64,6 +74,8 @@ TWO_GROUPS = [
     ("DPO", "precomputed"),
     ("Reward", "plain"),
     ("KTO", "plain reference"),
+    ("GRPO", "plain"),
+    ("GRPO", "prompts on several processes"),
 ]
 CASES = [(1, *each) for each in ONE_GROUP] + [(2, *each) for each in TWO_GROUPS]
 
@@ -75,6 +87,8 @@ def rows(name: str) -> list[dict[str, Any]]:
         return [{"text": text} for text in TEXTS]
     if name == "completions":
         return [{"prompt": prompt, "completion": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    if name == "prompts":
+        return [{"prompt": prompt} for prompt in prompts]
     if name == "judged":
         each = zip(prompts, answers, strict=True)
         return [
@@ -85,7 +99,19 @@ def rows(name: str) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "chosen": answer, "rejected": other} for prompt, answer, other in each]
 
 
-DATA = {"SFT": "texts", "DPO": "pairs", "Reward": "pairs", "KTO": "judged"}
+DATA = {
+    "SFT": "texts",
+    "DPO": "pairs",
+    "Reward": "pairs",
+    "KTO": "judged",
+    "GRPO": "prompts",
+    "RLOO": "prompts",
+}
+
+
+def early_letters(completions: list[str], **_: Any) -> list[float]:
+    """A reward: the part of letters in the first half of the alphabet."""
+    return [sum(letter.lower() < "n" for letter in completion) / (1 + len(completion)) for completion in completions]
 
 
 def trainer(folder: Path, name: str, way: dict[str, Any], sp_size: int) -> Trainer:
@@ -106,9 +132,12 @@ def trainer(folder: Path, name: str, way: dict[str, Any], sp_size: int) -> Train
     data, lora, reference = options.pop("data", DATA[name]), options.pop("lora", None), options.pop("reference", None)
     others: dict[str, Any] = {"peft_config": None if lora is None else peft.LoraConfig(**lora)}
     model = tiny.build()
+    if name in ("GRPO", "RLOO"):
+        others["reward_funcs"] = [early_letters]
+        options |= {"max_completion_length": 12, "per_device_eval_batch_size": 2}
     if reference is not None:
         others["ref_model"] = tiny.build()
-    elif name in ("DPO", "KTO") and lora is None:
+    elif name not in ("SFT", "Reward") and lora is None:
         # The trainer loads another one from where this one is from.
         on_first_rank(lambda: model.save_pretrained(folder / "model"))
         model = type(model).from_pretrained(folder / "model", dtype=torch.float64)
@@ -154,9 +183,15 @@ def run(folder: Path, sp_size: int, cases: list[tuple[str, str]]) -> dict[tuple[
             for name, module in each.model.named_modules()
             if type(module).__name__.endswith(("RMSNorm", "MLP")) and "layers.0" in name
         )
-        layer.register_forward_hook(lambda module, args, output, seen=lengths: seen.append(output.shape[1]))
+
+        def note(module: nn.Module, args: Any, output: Tensor, seen: list[int] = lengths) -> None:
+            if torch.is_grad_enabled():  # and not in what is generated
+                seen.append(output.shape[1])
+
+        layer.register_forward_hook(note)
         each.train()
-        found[name, way] = logged(each), weights(each), lengths
+        history = [{key: value for key, value in entry.items() if key != "step_time"} for entry in logged(each)]
+        found[name, way] = history, weights(each), lengths
     return found
 
 
@@ -182,3 +217,40 @@ def test_a_run_is_that_of_as_many_processes_as_there_are_groups(folder: Path, gr
         assert torch.equal(each, sharded[0][name, way][1])
         for entry, expected in zip(history, expected_history, strict=True):
             assert entry == pytest.approx(expected, rel=2e-6)
+
+
+def refused(folder: Path) -> dict[str, str]:
+    as_launched()
+    texts = {}
+    for name, way in {
+        "log_completions": ("GRPO", {"num_generations": 2, "log_completions": True}),
+        "beta": ("RLOO", {"num_generations": 2, "beta": 0.1}),
+        "few": ("GRPO", {"num_generations": 4, "per_device_train_batch_size": 1}),
+    }.items():
+        with pytest.raises((ValueError, sp_attention.UnsupportedError)) as error:
+            trainer(folder / name, *way, sp_size=2).get_train_dataloader()
+        texts[name] = str(error.value)
+    model = CAUSAL.build()
+    sp_attention.enable(model, backend="sdpa")
+    args = trl.SFTConfig(str(folder), use_cpu=True, report_to=[], bf16=False)
+    with pytest.raises(sp_attention.BatchError) as error:
+        trl.SFTTrainer(
+            model, args, train_dataset=on_disk(folder / "texts", rows("texts")), processing_class=tokenizer()
+        ).train()
+    texts["not sequence-parallel"] = str(error.value)
+    return texts
+
+
+def test_what_is_not_covered_is_refused_with_its_cure(folder: Path) -> None:
+    first, second = run_ranks(2, refused, folder / "refused")
+    assert first == second
+    assert first["log_completions"] == (
+        "log_completions is not covered under sequence parallelism: leave it out, and completions come from the "
+        "model's own generate()"
+    )
+    assert first["beta"].endswith("and not from each group: set beta=0.0, or use GRPOTrainer")
+    assert first["few"] == (
+        "all groups together generate 2 completions at a time, and each prompt has 4: make "
+        "per_device_train_batch_size larger, since the ranks of a group share one batch"
+    )
+    assert "were given different batches" in first["not sequence-parallel"]
