@@ -15,6 +15,7 @@ from datasets import Dataset
 from models import MODELS, Tiny
 from test_trainer import as_launched, logged, weights
 from texts import TEXTS, tokenizer
+from torch import Tensor, nn
 from transformers import Trainer
 
 import sp_attention
