@@ -184,10 +184,10 @@ class Hooks:
                 "a key/value cache (generate(), use_cache=True, past_key_values) is not covered under sequence "
                 "parallelism yet: call handle.disable() before generate(), or pass use_cache=False"
             )
-        if DOCUMENTS & given.keys() and "position_ids" not in given:
+        if {"cu_seq_lens_q", "max_length_q"} <= given.keys() and "position_ids" not in given:
             return (
-                f"{', '.join(sorted(DOCUMENTS & given.keys()))} without position_ids: under sequence parallelism "
-                "position_ids that start anew say where documents begin, so pass them too"
+                "cu_seq_lens_q and max_length_q without position_ids: under sequence parallelism it is positions that "
+                "start anew which say where documents begin, so pass them too"
             )
         if _is_on("output_hidden_states", model, given) and not _is_on("return_dict", model, given, default=True):
             return "output_hidden_states needs return_dict=True under sequence parallelism"
