@@ -393,7 +393,7 @@ def unseen_arguments() -> dict[str, Any]:
     with pytest.raises(UnsupportedError) as refusal:
         loss(model, gate=numbers[:, :, :1])
     found["refusal"] = str(refusal.value)
-    with pytest.raises(UnsupportedError, match="cu_seq_lens_q and max_length_q without position_ids: .* so pass them"):
+    with pytest.raises(UnsupportedError, match="cu_seq_lens_q and max_length_q without position_ids"):
         loss(model, cu_seq_lens_q=torch.tensor([0, 9, 33]), max_length_q=24)
     # And nothing is left behind.
     model.zero_grad()
