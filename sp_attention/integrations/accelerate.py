@@ -50,6 +50,11 @@ class GroupAccelerator(Accelerator):  # type: ignore[misc]  # accelerate has no 
         return self.handle().data_parallel_rank if self.counts_groups else self.state.process_index
 
     @property
+    def torch_device_mesh(self) -> Any:
+        # Loaders would count processes in the mesh of an engine instead.
+        return None if self.counts_groups else super().torch_device_mesh
+
+    @property
     def dispatch_batches(self) -> bool | None:
         # One rank that reads for all would read for each rank another batch.
         return super().dispatch_batches if self.handle().peers is None else False
