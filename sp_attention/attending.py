@@ -53,6 +53,12 @@ def release(own: Own, models: tuple[PreTrainedModel, ...]) -> None:
             config._attn_implementation_internal = implementation
 
 
+def attend_as(own: Own) -> None:
+    """Let models attend as their configurations did when `own` was read."""
+    for config, implementation in own:
+        config._attn_implementation_internal = implementation
+
+
 def own_attention(model: PreTrainedModel) -> Own:
     """How a model and the models in it attend now."""
     return [(config, config._attn_implementation) for config in configs(model)]

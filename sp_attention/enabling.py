@@ -1,7 +1,7 @@
 """`enable`: one line that makes a model sequence-parallel, and the handle that undoes it."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -13,14 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.agreement import share_problem
-from sp_attention.attending import configs
+from sp_attention.attending import Own, attend_as, configs, own_attention
 from sp_attention.attention import Backend
 from sp_attention.call import Current
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.groups import Group, place, resolve
-from sp_attention.plan import Region
 from sp_attention.proving import install
+from sp_attention.region import Hooks
 from sp_attention.registry import candidates
 from sp_attention.rehearsal import Findings, report
 from sp_attention.ulysses import UlyssesAttention
@@ -40,13 +40,15 @@ class Handle:
 
     peers: the ranks that share its sequences, None when this rank is alone and nothing was changed.
     passed_over: the kernels of higher priority that "auto" did not take, and why.
+    own: how the model attended before.
     """
 
     backend: Backend
     passed_over: dict[str, str]
     peers: Peers | None
     findings: Findings | None
-    region: Region | None
+    hooks: Hooks | None
+    own: Own
     _undo: ExitStack
 
     @property
@@ -66,9 +68,24 @@ class Handle:
         """Make the model what it was before `enable`: hooks, attributes, configuration and registries."""
         self._undo.close()
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within it the model computes as before `enable`, for `generate()`: each rank does all of the work, alone."""
+        if self.hooks is None or not self.hooks.handles:
+            yield
+            return
+        ours = [(config, config._attn_implementation) for config, _ in self.own]
+        self.hooks.remove()
+        attend_as(self.own)
+        try:
+            yield
+        finally:
+            attend_as(ours)
+            self.hooks.install()
+
     def report(self) -> str:
         """What each part of each kind of layer does, and why, as text for people."""
-        if self.peers is None or self.findings is None or self.region is None:
+        if self.peers is None or self.findings is None or self.hooks is None:
             return "sp_attention: one rank, so nothing is changed"
         world = dist.get_world_size()
         size, kernel = self.peers.size, self.backend.kernel
@@ -76,10 +93,10 @@ class Handle:
         lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
-        loss = self.region.sharded_loss
+        loss = self.hooks.region.sharded_loss
         logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
         lines.append(f"  logits {logits}")
-        if self.region.random:
+        if self.hooks.region.random:
             lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
         return "\n".join(lines)
 
@@ -132,15 +149,16 @@ def enable(
     peers = resolve(group, sp_size, inner.device)
     choice = _agreed(lambda: _candidates(inner, backend, rehearse), peers)
     if peers is None:
-        alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, ExitStack())
+        alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
     names = {id(module): name for name, module in inner.named_modules()}
     passed_over: dict[str, str] = {}
+    own = own_attention(inner)
     for chosen in _of_every_rank(choice, peers):
         undo, key = ExitStack(), next(_KEYS)
         attention = UlyssesAttention(chosen, peers, Current(), lambda it: names.get(id(it), type(it).__name__))
         try:
-            findings, region = install(inner, attention, key, undo, rehearse, whole_logits)
+            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits)
         except BackendError as error:
             undo.close()
             if backend != "auto":
@@ -150,7 +168,7 @@ def enable(
             undo.close()
             raise
         else:
-            handle = Handle(chosen, passed_over, peers, findings, region, undo)
+            handle = Handle(chosen, passed_over, peers, findings, hooks, own, undo)
             setattr(inner, _HANDLE, handle)
             undo.callback(delattr, inner, _HANDLE)
             return handle

@@ -28,6 +28,9 @@ from transformers.masking_utils import (
 from sp_attention.attention import Mask, MaskFunction
 from sp_attention.errors import UnsupportedError
 
+# Where packed documents begin, as `position_ids` say too: for what runs on whole sequences.
+DOCUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
 # transformers composes masks out of closures. A closure is recognised by its code object, which no other function
 # has, and its numbers and tensors are then read from its cells. Anything else stays a function.
 _SOME = torch.zeros(1, 1, dtype=torch.int64)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sp_attention.dims import Dims
+from sp_attention.masks import DOCUMENTS
 from sp_attention.trees import Path, tensors
 
 # What transformers hands down through the layers although only the loss uses it.
@@ -91,5 +92,5 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def tensor_names(named: Mapping[str, Any]) -> frozenset[str]:
-    """The names of the arguments that are or hold tensors, but for those that only the loss uses."""
-    return frozenset(name for name, value in named.items() if any(tensors(value))) - FOR_THE_LOSS
+    """The names of the arguments that are or hold tensors, but for those that are never cut."""
+    return frozenset(name for name, value in named.items() if any(tensors(value))) - FOR_THE_LOSS - DOCUMENTS

@@ -52,7 +52,7 @@ def install(
     undo: ExitStack,
     rehearse: bool,
     whole_logits: bool,
-) -> tuple[Findings, Region]:
+) -> tuple[Findings, Hooks]:
     """Find, prove and hook the region of a model; whatever is put in place can be undone by `undo`.
 
     `key` is the name under which transformers gets to know `attention`. With `whole_logits` they never stay sharded.
@@ -87,7 +87,7 @@ def install(
             hooks.region = replace(hooks.region, sharded_loss="enable(whole_logits=True)")
         elif rehearse and not draws.after:
             _shard_loss(model, hooks, findings, pairs[0][0], undo)
-    return findings, hooks.region
+    return findings, hooks
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ are gathered, or stay sharded when the sharded loss follows. A part of a layer t
 whole tensors, and my span of what it returns goes on.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import TransformersKwargs
 
 from sp_attention import randomness
 from sp_attention.agreement import require_same_batch
@@ -26,6 +28,7 @@ from sp_attention.dims import Along, Extent
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
+from sp_attention.masks import DOCUMENTS
 from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
 from sp_attention.trees import Path, leaves, map_leaves, tensors
 
@@ -155,6 +158,8 @@ class Hooks:
             and "labels" in given
             and tokens is not None
             and all(isinstance(one, Tensor) and one.shape == tokens.shape[:2] for one in labels)
+            # Another argument is for code in place of the model's own forward, which may use hidden states itself.
+            and given.keys() <= _own_arguments(model)
             and (kept is None or (isinstance(kept, int) and kept == 0))
             and not isinstance(self.region.sharded_loss, str)
             # Such a mask does not remember for a recomputation that the logits stayed sharded.
@@ -178,6 +183,11 @@ class Hooks:
             return (
                 "a key/value cache (generate(), use_cache=True, past_key_values) is not covered under sequence "
                 "parallelism yet: call handle.disable() before generate(), or pass use_cache=False"
+            )
+        if {"cu_seq_lens_q", "max_length_q"} <= given.keys() and "position_ids" not in given:
+            return (
+                "cu_seq_lens_q and max_length_q without position_ids: under sequence parallelism it is positions that "
+                "start anew which say where documents begin, so pass them too"
             )
         if _is_on("output_hidden_states", model, given) and not _is_on("return_dict", model, given, default=True):
             return "output_hidden_states needs return_dict=True under sequence parallelism"
@@ -353,7 +363,7 @@ class Hooks:
                 return None
 
             def whole(path: Path, leaf: Any) -> Any:
-                if not isinstance(leaf, Tensor):
+                if not isinstance(leaf, Tensor) or path[1] in DOCUMENTS:
                     return leaf
                 if path not in part.arguments and not {call.mine.length, call.extent.length}.isdisjoint(leaf.shape):
                     raise UnsupportedError(
@@ -392,7 +402,9 @@ def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
     """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
     if isinstance(leaf, Cache):
         return None  # It would hold one rank's part, and the model does not return it.
-    if not isinstance(leaf, Tensor) or not call.is_shared or path[1] in FOR_THE_LOSS or path in layer.masks:
+    if not isinstance(leaf, Tensor) or not call.is_shared or path in layer.masks:
+        return leaf
+    if path[1] in FOR_THE_LOSS | DOCUMENTS:
         return leaf
     if path not in layer.arguments:
         if layer.gathered or call.extent.length not in leaf.shape:
@@ -425,6 +437,11 @@ def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, ends: bool) -> Any
 def _is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
     """Whether a switch of transformers is on: in the arguments of a forward, or else in the configuration."""
     return bool(given.get(switch, getattr(model.config, switch, default)))
+
+
+def _own_arguments(model: PreTrainedModel) -> set[str]:
+    """The arguments that a model's class, and what it passes its keyword arguments on to, know."""
+    return {*inspect.signature(type(model).forward).parameters, *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
 
 
 def _outside(name: str) -> str:

@@ -17,10 +17,11 @@ from sp_attention.eager import eager_functions
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, gather, head_to_seq, seq_to_head
 from sp_attention.layout import HeadPlan, head_plan
+from sp_attention.masks import DOCUMENTS
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
 # window and the positions in it, and the region knows what is recorded.
-_TOLD_BY_THE_MASK = {"sliding_window", "position_ids", "cache_position"}
+_TOLD_BY_THE_MASK = {"sliding_window", "position_ids", "cache_position", *DOCUMENTS}
 _ABOUT_OTHER_THINGS = {
     "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "labels",
     "num_items_in_batch", "shift_labels", "logits_to_keep",

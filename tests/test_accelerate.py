@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import sp_attention
-from sp_attention.integrations.accelerate import data_loader, gather_for_metrics
+from sp_attention.integrations.accelerate import GroupAccelerator, data_loader, gather, gather_for_metrics
 from sp_attention.launch import run_ranks
 
 ACCUMULATION, EPOCHS = 3, 2
@@ -124,3 +124,41 @@ def test_a_loop_is_that_of_as_many_processes_as_there_are_groups(groups: int, wa
         for name in ("losses", "norms"):
             assert found[way][name] == pytest.approx(expected[name], rel=1e-6)
         torch.testing.assert_close(found[way]["weights"], expected["weights"], rtol=1e-6, atol=1e-9)
+
+
+def counted() -> dict[str, Any]:
+    as_launched()
+    accelerator = Accelerator(cpu=True)
+    model = MODELS["llama-6q3kv"].build()
+    handle = sp_attention.enable(model, backend="sdpa", sp_size=2)
+    group = handle.data_parallel_rank
+    rows = torch.arange(3) + 10 * group
+    view = GroupAccelerator.of(accelerator, lambda: handle)
+    found = {
+        "gather": gather(accelerator, {"rows": rows, "number": torch.tensor(group)}, handle),
+        "objects": gather_for_metrics(accelerator, [["a"], ["b", "c"]][group], handle, use_gather_object=True),
+        "sum": view.reduce(torch.tensor([group + 1, 4])),
+        "mean": view.reduce(torch.tensor([group + 1.0]), "mean"),
+        "processes": (view.num_processes, view.process_index == dist.get_rank()),
+    }
+    with view.counting_groups():
+        found["groups"] = (view.num_processes, view.process_index)
+    loader = data_loader(accelerator, DataLoader(range(7), batch_size=2), handle)
+    seen = [(batch.tolist(), gather_for_metrics(accelerator, batch, handle).tolist()) for batch in loader]
+    found |= {"batches": [batch for batch, _ in seen], "metrics": [row for _, metrics in seen for row in metrics]}
+    return found
+
+
+def test_each_group_counts_once() -> None:
+    for rank, found in enumerate(run_ranks(4, counted)):
+        assert found["gather"]["rows"].tolist() == [0, 1, 2, 10, 11, 12]
+        assert found["gather"]["number"].tolist() == [0, 1]
+        assert found["objects"] == ["a", "b", "c"]
+        assert found["sum"].tolist() == [3, 8]
+        assert found["sum"].dtype == torch.int64
+        assert found["mean"].tolist() == [1.5]
+        assert found["processes"] == (4, True)
+        assert found["groups"] == (2, rank // 2)
+        # The last batch is filled up from the beginning, and metrics are without that.
+        assert found["batches"] == ([[0, 1], [4, 5]], [[2, 3], [6, 0]])[rank // 2]
+        assert found["metrics"] == list(range(7))

@@ -64,6 +64,37 @@ def test_disable_leaves_no_trace() -> None:
     assert all(run_ranks(2, enable_and_disable))
 
 
+def suspend() -> tuple[bool, bool]:
+    """Whether it generates what the whole model does, and whether the model computes with others again after that."""
+    model, reference = LLAMA.build(), LLAMA.build()
+    batch, before = batch_of("left-padded", 33), state(model)
+    handle = sp_attention.enable(model, backend="sdpa")
+    enabled = state(model)[-3:]
+
+    def generated(each: PreTrainedModel) -> Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return each.eval().generate(**inputs, max_new_tokens=8, do_sample=False)
+
+    with handle.suspended():
+        texts = generated(model)
+    assert state(model)[-3:] == enabled
+    with pytest.raises(ZeroDivisionError), handle.suspended():
+        raise ZeroDivisionError
+    losses = [each.train()(**batch) for each in (model, reference)]
+    torch.testing.assert_close(losses[0].loss, losses[1].loss)
+    is_shared = isinstance(losses[0].logits, sp_attention.ShardedLogits)
+    handle.disable()
+    with handle.suspended():
+        pass
+    assert state(model) == before
+    return torch.equal(texts, generated(reference)), is_shared
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_suspended_model_generates_alone_and_goes_on_with_others() -> None:
+    assert run_ranks(2, suspend) == [(True, True)] * 2
+
+
 REFUSED = {
     "soft cap": (
         Tiny("Gemma2ForCausalLM"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import MODELS, batch_of
 from test_parity import relative_error
 
@@ -90,3 +91,30 @@ def test_sharded_logits_are_used_in_part_or_whole_and_in_no_other_way() -> None:
             "sharded. Use outputs.logits.part, or outputs.logits.whole() on every rank of the group, or "
             "enable(model, whole_logits=True)."
         }
+
+
+def head_of_others() -> float:
+    """The error of gradients with a forward of somebody else's in place of the model's, which has its own head."""
+    tiny, batch = MODELS["llama-6q3kv"], batch_of("left-padded", 33)
+    models = [tiny.build(), tiny.build()]
+    sp_attention.enable(models[1], backend="sdpa")
+    for model in models:
+        own = model.forward
+
+        def forward(*args: Any, fused: bool = False, model: Any = model, own: Any = own, **kwargs: Any) -> Any:
+            if not fused:
+                return own(*args, **kwargs)
+            labels = kwargs.pop("labels")
+            hidden = model.model(**kwargs).last_hidden_state[:, :-1]
+            return {"loss": F.cross_entropy(model.lm_head(hidden).flatten(0, 1), labels[:, 1:].flatten())}
+
+        model.forward = forward
+        model(**batch, fused=True)["loss"].backward()
+    assert isinstance(models[1](**batch).logits, ShardedLogits)
+    sp_attention.average_gradients(models[1])
+    pairs = zip(models[1].parameters(), models[0].parameters(), strict=True)
+    return max(relative_error(ours.grad, theirs.grad) for ours, theirs in pairs)
+
+
+def test_a_forward_in_place_of_the_model_s_gets_whole_hidden_states() -> None:
+    assert max(run_ranks(2, head_of_others)) < 1e-9

@@ -124,6 +124,18 @@ def holes_step(model: PreTrainedModel) -> list[torch.Tensor]:
     return loss_step(model, attention_mask=mask)
 
 
+def documents_step(model: PreTrainedModel) -> list[torch.Tensor]:
+    """As collators without padding give them: where documents begin, in all ways that kernels know."""
+    positions = torch.cat([torch.arange(9), torch.arange(24)])[None]
+    starts = torch.tensor([0, 9, 33], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 24, "max_length_k": 24}
+    documents = torch.repeat_interleave(torch.tensor([[0, 1]]), torch.tensor([9, 24]), dim=1)
+    batch = {name: value[:1] for name, value in batch_of("plain", 33).items()}
+    output = model(**batch, **lengths, position_ids=positions, seq_idx=documents, use_cache=False)
+    output.loss.backward()
+    return [output.loss.detach()]
+
+
 def short_mask_step(model: PreTrainedModel) -> list[torch.Tensor]:
     """A mask that does not reach the last keys hides them."""
     return loss_step(model, attention_mask=torch.ones(2, 25, dtype=torch.int64))
@@ -144,7 +156,8 @@ STEPS = {
     step.__name__.removesuffix("_step"): step
     for step in (
         loss_step, two_forwards_step, hidden_states_step, embeddings_step, own_loss_step, evaluation_step,
-        accumulation_step, shifted_labels_step, mask_tensor_step, holes_step, short_mask_step, short_step,
+        accumulation_step, shifted_labels_step, mask_tensor_step, holes_step, documents_step, short_mask_step,
+        short_step,
     )
 }  # fmt: skip
 
@@ -380,6 +393,8 @@ def unseen_arguments() -> dict[str, Any]:
     with pytest.raises(UnsupportedError) as refusal:
         loss(model, gate=numbers[:, :, :1])
     found["refusal"] = str(refusal.value)
+    with pytest.raises(UnsupportedError, match="cu_seq_lens_q and max_length_q without position_ids"):
+        loss(model, cu_seq_lens_q=torch.tensor([0, 9, 33]), max_length_q=24)
     # And nothing is left behind.
     model.zero_grad()
     found["after"] = compare_built(extra(), model, loss)
