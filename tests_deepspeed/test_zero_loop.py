@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from models import MODELS, batch_of
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ def engines(sp_size: int) -> dict[Any, Any]:
     launched()
     groups, group = ranks_of_group(sp_size)
     found = {}
-    for stage, accumulation, (when, weighs) in CASES:
+    for stage, accumulation, way in CASES:
+        when, weighs = way
         model = TINY.build(dtype_of(stage))
         start = zero(stage, accumulation)
         engine = None if when == "before" else start(model)
@@ -89,7 +91,7 @@ def engines(sp_size: int) -> dict[Any, Any]:
             losses.append(total)
             norms.append(engine.get_global_grad_norm())
             after.append(weights(model))
-        found[stage, accumulation, when, weighs] = losses, norms, after, handle.report()
+        found[stage, accumulation, way] = losses, norms, after, handle.report()
         engine.destroy()
     return found
 
@@ -103,7 +105,7 @@ def runs(groups: int) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize(("stage", "accumulation", "way"), CASES)
 def test_steps_are_those_of_one_process(groups: int, stage: int, accumulation: int, way: tuple[str, str]) -> None:
     losses, norms, after = one_process(groups, accumulation, way[1])
-    found = [ranks[stage, accumulation, *way] for ranks in runs(groups)]
+    found = [ranks[stage, accumulation, way] for ranks in runs(groups)]
     of_groups = [torch.tensor(each[0], dtype=torch.float64) for each in found[::2]]
     assert torch.stack(of_groups).mean(0).tolist() == pytest.approx(losses, rel=1e-6)
     for rank, (its_losses, its_norms, its_weights, report) in enumerate(found):
@@ -180,9 +182,7 @@ def by_rank() -> str:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rows = [{name: tensor[0] for name, tensor in batch_of("plain", 20 + 2 * row).items()} for row in range(4)]
     rows = [{name: tensor[:20] for name, tensor in row.items()} for row in rows]
-    engine, _, loader, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config(1), training_data=rows
-    )
+    engine, _, loader, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(1), training_data=rows)
     with pytest.raises(sp_attention.errors.BatchError) as error:
         engine(**next(iter(loader)))
     return str(error.value)
@@ -192,3 +192,49 @@ def test_batches_of_deepspeeds_own_loader_are_an_error_on_every_rank() -> None:
     first, second = run_ranks(2, by_rank, timeout=120)
     assert first == second
     assert "input_ids differs on rank 1 from rank 0" in first
+
+
+def saved(folder: Path, sp_size: int | None) -> dict[str, Any]:
+    """What engines in every stage save after a step, and weights before and after they are loaded."""
+    from zero import dtype_of, launched, weights, zero
+
+    launched()
+    found = {}
+    for stage in STAGES:
+        place = folder / str(stage)
+
+        def started(stage: int = stage, enabled: bool = sp_size is not None) -> tuple[nn.Module, Any]:
+            model = TINY.build(dtype_of(stage))
+            if enabled:
+                sp_attention.enable(model, backend="sdpa", sp_size=sp_size)
+            return model, zero(stage, stage3_gather_16bit_weights_on_model_save=True)(model)
+
+        model, engine = started()
+        engine.backward(engine(**batch(0, 0, 0)).loss)
+        engine.step()
+        engine.save_checkpoint(place, tag="step")
+        engine.save_16bit_model(place, "model.bin")
+        dist.barrier()  # One rank writes it.
+        files = sorted(str(file.relative_to(place)) for file in place.rglob("*") if file.is_file())
+        weights_saved = torch.load(place / "model.bin")
+        after = weights(model)
+        engine.destroy()
+        plain, engine = started(enabled=False)
+        engine.load_checkpoint(place, tag="step")
+        found[stage] = files, weights_saved, after, weights(plain)
+        engine.destroy()
+    return found
+
+
+def test_what_is_saved_is_what_it_is_without_sequence_parallelism(tmp_path: Path) -> None:
+    without = run_ranks(2, saved, tmp_path / "without", None, timeout=200)
+    within = run_ranks(2, saved, tmp_path / "within", 2, timeout=200)
+    for rank, stage in product((0, 1), STAGES):
+        files, tensors, after, loaded = within[rank][stage]
+        expected_files, expected, *_ = without[rank][stage]
+        assert files == expected_files
+        assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+            name: tensor.dtype for name, tensor in expected.items()
+        }
+        torch.testing.assert_close(tensors, expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(loaded, after)

@@ -33,12 +33,12 @@ def config(stage: int, accumulation: int = 1, **zero: Any) -> dict[str, Any]:
     }
 
 
-def zero(stage: int, accumulation: int = 1) -> Callable[[nn.Module], Any]:
+def zero(stage: int, accumulation: int = 1, **more: Any) -> Callable[[nn.Module], Any]:
     """What puts a model into an engine: call it with a batch, then `backward(loss)` and `step()`. SGD, rate 0.1."""
 
     def start(model: nn.Module) -> Any:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, accumulation))[0]
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, accumulation, **more))[0]
 
     return start
 
