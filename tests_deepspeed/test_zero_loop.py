@@ -31,9 +31,14 @@ def targets(batches: list[dict[str, Tensor]]) -> int:
     return sum(int((F.pad(each["labels"], (0, 1), value=-100)[:, 1:] != -100).sum()) for each in batches)
 
 
-# Whether enable() comes before the engine, and whether each batch counts alike, or each token.
-WAYS = [("before", "tokens"), ("after", "tokens"), ("before", "batches")]
-CASES = list(product(STAGES, (1, 3), WAYS))
+# Whether enable() comes before the engine; whether each batch counts alike, or each token; where the optimizer is.
+WAYS = [
+    ("before", "tokens", "here"),
+    ("after", "tokens", "here"),
+    ("before", "batches", "here"),
+    ("before", "tokens", "offloaded"),
+]
+CASES = [case for case in product(STAGES, (1, 3), WAYS) if case[0] or case[2][2] == "here"]
 
 
 def one_process(groups: int, accumulation: int, weighs: str) -> tuple[list[float], list[float], list[Tensor]]:
@@ -65,9 +70,9 @@ def engines(sp_size: int) -> dict[Any, Any]:
     groups, group = ranks_of_group(sp_size)
     found = {}
     for stage, accumulation, way in CASES:
-        when, weighs = way
+        when, weighs, where = way
         model = TINY.build(dtype_of(stage))
-        start = zero(stage, accumulation)
+        start = zero(stage, accumulation, **({} if where == "here" else {"offload_optimizer": {"device": "cpu"}}))
         engine = None if when == "before" else start(model)
         handle = sp_attention.enable(model if engine is None else engine, backend="sdpa", sp_size=sp_size)
         engine = engine or start(model)
@@ -103,7 +108,7 @@ def runs(groups: int) -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("groups", [1, 2], ids="{}-groups".format)
 @pytest.mark.parametrize(("stage", "accumulation", "way"), CASES)
-def test_steps_are_those_of_one_process(groups: int, stage: int, accumulation: int, way: tuple[str, str]) -> None:
+def test_steps_are_those_of_one_process(groups: int, stage: int, accumulation: int, way: tuple[str, str, str]) -> None:
     losses, norms, after = one_process(groups, accumulation, way[1])
     found = [ranks[stage, accumulation, way] for ranks in runs(groups)]
     of_groups = [torch.tensor(each[0], dtype=torch.float64) for each in found[::2]]

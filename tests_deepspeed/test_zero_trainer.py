@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from models import MODELS
 from safetensors.torch import load_file
-from test_trainer import Stop, Texts, as_launched, logged, trainer
+from test_trainer import Collator, Stop, Texts, as_launched, logged, trainer
 from torch import Tensor
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
+import sp_attention
+from sp_attention.integrations.transformers import sequence_parallel
 from sp_attention.launch import run_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -136,3 +139,31 @@ def test_what_is_saved_is_that_of_a_plain_run(folder: Path, stage: int) -> None:
     for config in configs:
         config.pop("dtype")  # Stage 0 trains in float32.
     assert configs[0] == configs[1]
+
+
+def partitioned(folder: Path) -> tuple[int, dict[str, Tensor]]:
+    """A model that is loaded when Trainer's arguments are there already, and so in parts: its size, and its weights."""
+    import deepspeed
+    from zero import launched
+
+    launched()
+    options = under_deepspeed(3)
+    dtype = options.pop("dtype")
+    options |= {"per_device_train_batch_size": 2, "num_train_epochs": 1, "gradient_accumulation_steps": 3}
+    options |= {"learning_rate": 0.1, "max_grad_norm": 0, "optim": "sgd", "save_strategy": "no"}
+    args = TrainingArguments(str(folder / "out"), report_to=[], disable_tqdm=True, seed=3, **options)
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    with deepspeed.zero.GatheredParameters(model.parameters()):
+        sp_attention.enable(model, backend="sdpa")
+    made = sequence_parallel(Trainer)(model=model, args=args, train_dataset=Texts(), data_collator=Collator(False))
+    made.train()
+    return size, saved(made)
+
+
+def test_a_model_is_enabled_with_its_weights_gathered(folder: Path) -> None:
+    MODELS["llama-6q3kv"].build().save_pretrained(folder / "model")
+    expected = runs(folder, 1, 1)[0][None, "accumulated"][1]
+    for size, weights in run_ranks(2, partitioned, folder, timeout=200):
+        assert size == 0
+        the_same(weights, expected)

@@ -30,6 +30,7 @@ def config(stage: int, accumulation: int = 1, **zero: Any) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 
