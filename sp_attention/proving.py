@@ -65,7 +65,7 @@ def install(
         model.eval()
         problem, pairs = _attempted(partial(specimens, model, narrow, wide), peers)
         if pairs is None:
-            raise UnsupportedError(problem)
+            raise UnsupportedError(_partitioned(model) or problem)
         if model.device.type == "meta":
             pairs = pairs[-1:]  # Whether a mask hides anything cannot be read.
         reasons: dict[str | None, None] = {}
@@ -88,6 +88,18 @@ def install(
         elif rehearse and not draws.after:
             _shard_loss(model, hooks, findings, pairs[0][0], undo)
     return findings, hooks
+
+
+def _partitioned(model: PreTrainedModel) -> str | None:
+    """What to do if the model cannot run since DeepSpeed has cut up its weights, and no engine gathers them."""
+    # Where DeepSpeed keeps the size of a parameter that it left empty.
+    if not any(parameter.numel() < getattr(parameter, "ds_numel", 0) for parameter in model.parameters()):
+        return None
+    return (
+        f"the weights of this {type(model).__name__} are partitioned by DeepSpeed's ZeRO-3 and no engine gathers them "
+        "yet, so nothing can be proven: call enable() within deepspeed.zero.GatheredParameters(model.parameters()), "
+        "which holds them whole on every rank as long, or after deepspeed.initialize()"
+    )
 
 
 @dataclass(frozen=True)

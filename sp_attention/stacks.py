@@ -1,6 +1,6 @@
 """Stacks: lists of modules that hand a sequence from one to the next; what they are given, return, and attend to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,12 +139,11 @@ def _handing_over(draft: Draft, runs: Runs) -> Draft:
         hands: set[Path] = set()
         for narrow, _ in runs if not separate else []:
             call = narrow.calls[layer.module][0]
-            earlier = {id(tensor) for one in draft.layers[:i] for tensor in _sequences(one, narrow).values()}
-            handed |= {path for path, tensor in tensors(call.inputs) if id(tensor) in earlier}
-            taken = {
-                id(tensor) for one in draft.layers[i + 1 :] for _, tensor in tensors(narrow.calls[one.module][0].inputs)
-            }
-            hands |= {path for path, tensor in _sequences(layer, narrow).items() if id(tensor) in taken}
+            earlier = {_identity(tensor) for one in draft.layers[:i] for tensor in _sequences(one, narrow).values()}
+            handed |= {path for path, tensor in tensors(call.inputs) if _identity(tensor) in earlier}
+            later = [narrow.calls[one.module][0].inputs for one in draft.layers[i + 1 :]]
+            taken = {_identity(tensor) for inputs in later for _, tensor in tensors(inputs)}
+            hands |= {path for path, tensor in _sequences(layer, narrow).items() if _identity(tensor) in taken}
         if i + 1 == len(draft.layers):
             # What the stack hands on to what follows it: as the layers before do.
             hands = {path for one in layers for path in one.hands if layer.results.get(path)} or {
@@ -156,6 +155,17 @@ def _handing_over(draft: Draft, runs: Runs) -> Draft:
             separate = True
         layers.append(replace(layer, handed=frozenset(handed), hands=frozenset(hands)))
     return replace(draft, layers=tuple(layers), separate=separate)
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """The same for two tensors that are one, or the same memory seen alike.
+
+    An engine may put an autograd function of its own around every layer, which returns its input as a new tensor, as
+    ZeRO-3 does. All tensors of a run are alive together, so that no memory is used twice.
+    """
+    if type(tensor) is not Tensor or tensor.device.type == "meta":
+        return id(tensor)  # It may have no memory of its own.
+    return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _sequences(layer: Layer, run: Run) -> dict[Path, Tensor]:

@@ -79,6 +79,27 @@ def add_between_the_layers(model: PreTrainedModel) -> None:
     model.model.layers[1].register_forward_pre_hook(add)
 
 
+class Passed(torch.autograd.Function):
+    """A tensor as another one, as engines that shard parameters put around every layer."""
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope
+
+
+def pass_through_an_engine(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: (Passed.apply(args[0]), *args[1:]))
+        layer.register_forward_hook(lambda module, args, output: Passed.apply(output))
+
+
 def fail_on_a_part_on_one_rank(model: PreTrainedModel) -> None:
     def fail(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if dist.get_rank() == 1 and args[0].shape[1] < 7:
@@ -93,6 +114,7 @@ SABOTAGES: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
     "a layer looks back": (layer(LayerLooksBack), "    all of it: gathered: only as a whole does it give the same "),
     "a layer knows the length": (layer(LayerKnowsTheLength), "    all of it: gathered: only as a whole does it give "),
     "added between": (add_between_the_layers, "  model.layers, layers 0, 1; each layer cuts and gathers on its own:"),
+    "passed through an engine": (pass_through_an_engine, "  logits stay sharded in training with labels"),
     "fails on one rank": (fail_on_a_part_on_one_rank, "    all of it: gathered: only as a whole does "),
 }
 

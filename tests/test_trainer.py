@@ -141,12 +141,13 @@ def trainer(folder: Path, way: dict[str, Any], sp_size: int, callbacks: tuple[Tr
         "eval_strategy": "epoch",
         "save_strategy": "no",
         "include_num_input_tokens_seen": "all",
+        "use_cpu": True,
     } | way
     if sp_size == 1:
         options.pop("fsdp", None)  # Against no engine, or DDP.
     dropout, noise = options.pop("dropout", 0.0), options.pop("noise", False)
     data, loss = options.pop("train_dataset", Texts()), options.pop("compute_loss_func", None)
-    model = MODELS["llama-6q3kv"].build()
+    model = MODELS["llama-6q3kv"].build(options.pop("dtype", torch.float64))
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = dropout
     trainer_class = Trainer
@@ -156,9 +157,7 @@ def trainer(folder: Path, way: dict[str, Any], sp_size: int, callbacks: tuple[Tr
     with fsdp_on_cpus() if "fsdp" in options else nullcontext():
         return trainer_class(
             model=model,
-            args=TrainingArguments(
-                str(folder), use_cpu=True, logging_steps=1, report_to=[], disable_tqdm=True, seed=3, **options
-            ),
+            args=TrainingArguments(str(folder), logging_steps=1, report_to=[], disable_tqdm=True, seed=3, **options),
             train_dataset=data,
             eval_dataset=Texts(),
             data_collator=Collator(noise),

@@ -1,0 +1,5 @@
+"""DeepSpeed on CPUs."""
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
