@@ -3,9 +3,11 @@
 20 steps of SGD without clipping, on micro-batches of unequal length and numbers of targets, in float64.
 """
 
+import math
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,8 @@ for 20 steps of SGD at a learning rate of 0.1, without clipping, on micro-batche
 targets. The largest relative difference on any rank from one process that is given the batches of all groups: of any
 step's loss and gradient norm; of any weight after the first step; and of any weight after 20 steps, by shape (groups x
 ranks of a group) and with 1 or 3 accumulated micro-batches. In float64, of which transformers computes the loss in
-float32.
+float32, and DeepSpeed the gradients; ZeRO-0 is in float32, and tells no norm. Shapes of 1 rank a group are the engine
+alone, without sequence parallelism.
 
 """
 
@@ -48,15 +51,16 @@ float32.
 class Loop:
     """What an engine makes of a model, in the words of a training loop.
 
-    model: is called. is_last: is told before each forward whether gradients are averaged in its backward. norm: of all
-    gradients after the last backward; then `step`, which leaves no gradients behind.
+    model: is called. is_last: is told before each forward whether gradients are averaged in its backward. step: after
+    the last backward; leaves no gradients behind, and returns their norm, None where an engine has none to tell.
+    weights: all of them, whole, on every rank.
     """
 
     model: nn.Module
     is_last: Callable[[bool], None]
     backward: Callable[[Tensor], None]
-    norm: Callable[[], float]
-    step: Callable[[], None]
+    step: Callable[[], float | None]
+    weights: Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Run:
     """losses and norms: of each step. first, last: the weights after the first step and after all."""
 
     losses: list[float]
-    norms: list[float]
+    norms: list[float | None]
     first: dict[str, Tensor]
     last: dict[str, Tensor]
 
@@ -82,23 +86,29 @@ class Errors:
 # The engines
 
 
-def _of_torch(model: nn.Module, is_last: Callable[[bool], None], before_step: Callable[[], None]) -> Loop:
+def _of_torch(
+    model: nn.Module, wrapped: nn.Module, is_last: Callable[[bool], None], before_step: Callable[[], None]
+) -> Loop:
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
-    def norm() -> float:
+    def step() -> float:
         before_step()
-        total = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-        return (total.full_tensor() if isinstance(total, DTensor) else total).item()
-
-    def step() -> None:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
         optimizer.step()
         optimizer.zero_grad()
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
-    return Loop(model, is_last, Tensor.backward, norm, step)
+    def weights() -> dict[str, Tensor]:
+        return {
+            name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
+            for name, weight in model.named_parameters()
+        }
+
+    return Loop(wrapped, is_last, Tensor.backward, step, weights)
 
 
 def none(model: nn.Module, accumulation: int, sp_size: int) -> Loop:
-    return _of_torch(model, lambda last: None, partial(sp_attention.average_gradients, model))
+    return _of_torch(model, model, lambda last: None, partial(sp_attention.average_gradients, model))
 
 
 def ddp(model: nn.Module, accumulation: int, sp_size: int, **options: bool) -> Loop:
@@ -108,7 +118,7 @@ def ddp(model: nn.Module, accumulation: int, sp_size: int, **options: bool) -> L
         # What `no_sync` does, which torch itself does not take in the first backward of a static graph.
         wrapped.require_backward_grad_sync = last or wrapped.static_graph
 
-    return _of_torch(wrapped, is_last, lambda: None)
+    return _of_torch(model, wrapped, is_last, lambda: None)
 
 
 def fsdp2(
@@ -120,7 +130,48 @@ def fsdp2(
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for layer in (*model.model.layers, model):
         fully_shard(layer, mesh=mesh, offload_policy=offload or OffloadPolicy())
-    return _of_torch(model, model.set_requires_gradient_sync, lambda: None)
+    return _of_torch(model, model, model.set_requires_gradient_sync, lambda: None)
+
+
+def zero(model: nn.Module, accumulation: int, sp_size: int, *, stage: int) -> Loop:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": f"{dist.get_rank()}", "LOCAL_RANK": f"{dist.get_rank()}"}
+    os.environ |= {"WORLD_SIZE": f"{dist.get_world_size()}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    import deepspeed
+    import deepspeed.ops
+
+    # What it would compile for CPUs as soon as it starts, training does not use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    if not stage:
+        model.float()  # It takes no float64 on CPUs.
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    lasts = [True]
+
+    def backward(loss: Tensor) -> None:
+        # Stage 0 divides the model's own tensor by the accumulated micro-batches, asked or not.
+        engine.backward(loss * 1, scale_wrt_gas=False)
+        if not lasts[0]:
+            engine.step()
+
+    def step() -> float | None:
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def weights() -> dict[str, Tensor]:
+        with deepspeed.zero.GatheredParameters([*model.parameters()]):
+            return {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
+
+    return Loop(engine, partial(lasts.__setitem__, 0), backward, step, weights)
 
 
 ENGINES: dict[str, Callable[[nn.Module, int, int], Loop]] = {
@@ -131,6 +182,7 @@ ENGINES: dict[str, Callable[[nn.Module, int, int], Loop]] = {
     "FSDP2": fsdp2,
     "FSDP2, offloaded": partial(fsdp2, offload=CPUOffloadPolicy(pin_memory=False)),
     "HSDP": partial(fsdp2, hybrid=True),
+    **{f"ZeRO-{stage}": partial(zero, stage=stage) for stage in range(4)},
 }
 EITHER_ORDER = ("DDP", "FSDP2")
 # Training
@@ -166,7 +218,7 @@ def micro_batch(step: int, group: int, number: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def train(loop: Loop, weights: Callable[[], dict[str, Tensor]], groups: list[int], of: int, accumulation: int) -> Run:
+def train(loop: Loop, groups: list[int], of: int, accumulation: int) -> Run:
     """Train on the batches of some of the groups, of `of` in all; one process alone takes those of all."""
     losses, norms, first = [], [], {}
     for step in range(STEPS):
@@ -184,18 +236,10 @@ def train(loop: Loop, weights: Callable[[], dict[str, Tensor]], groups: list[int
             dist.all_reduce(total)
             total /= dist.get_world_size()
         losses.append(total.item())
-        norms.append(loop.norm())
-        loop.step()
+        norms.append(loop.step())
         if step == 0:
-            first = weights()
-    return Run(losses, norms, first, weights())
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
-        for name, weight in model.named_parameters()
-    }
+            first = loop.weights()
+    return Run(losses, norms, first, loop.weights())
 
 
 def errors_of(engine: str, wrapped_first: bool, sp_size: int, accumulation: int) -> Errors:
@@ -209,19 +253,20 @@ def errors_of(engine: str, wrapped_first: bool, sp_size: int, accumulation: int)
     else:
         handle = sp_attention.enable(model, backend="sdpa", sp_size=sp_size)
         loop = ENGINES[engine](model, accumulation, sp_size)
-    run = train(loop, partial(weights_of, model), [handle.data_parallel_rank], groups, accumulation)
+    run = train(loop, [handle.data_parallel_rank], groups, accumulation)
     return _compared(run, _alone(groups, accumulation))
 
 
 def _alone(groups: int, accumulation: int) -> Run:
     model = build()
-    loop = _of_torch(model, lambda last: None, lambda: None)
-    return train(loop, partial(weights_of, model), list(range(groups)), groups, accumulation)
+    loop = _of_torch(model, model, lambda last: None, lambda: None)
+    return train(loop, list(range(groups)), groups, accumulation)
 
 
 def _compared(run: Run, expected: Run) -> Errors:
-    def of_numbers(values: list[float], others: list[float]) -> float:
-        return max(abs(value - other) / abs(other) for value, other in zip(values, others, strict=True))
+    def of_numbers(values: Sequence[float | None], others: Sequence[float | None]) -> float:
+        pairs = zip(values, others, strict=True)
+        return max((abs(value - other) / other for value, other in pairs if value and other), default=math.nan)
 
     def of_weights(values: dict[str, Tensor], others: dict[str, Tensor]) -> float:
         assert values.keys() == others.keys()
@@ -275,7 +320,8 @@ def page(found: dict[Case, Errors]) -> str:
         mine = {case[2:]: errors for case, errors in found.items() if case[:2] == (engine, first)}
         worst = [max(getattr(errors, name) for errors in mine.values()) for name in ("loss", "norm", "first")]
         worst += [mine[shape].last for shape in shapes]
-        rows.append([f"{engine}{', before `enable`' if first else ''}", *(f"{error:.0e}" for error in worst)])
+        told = ["" if math.isnan(error) else f"{error:.0e}" for error in worst]
+        rows.append([f"{engine}{', before `enable`' if first else ''}", *told])
     return HEAD + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -290,7 +336,7 @@ def main(engines: tuple[str, ...], shapes: tuple[str, ...], table: Path | None) 
     click.echo(text)
     if table is not None:
         table.write_text(text)
-    sys.exit(not all(error < BOUND for errors in found.values() for error in astuple(errors)))
+    sys.exit(any(error >= BOUND for errors in found.values() for error in astuple(errors)))
 
 
 if __name__ == "__main__":
