@@ -66,7 +66,7 @@ def describe(
     if isinstance(q_offset, Tensor) or q_offset or kv_offset or (placed and q_length != kv_length):
         raise UnsupportedError(
             f"attention of {q_length} queries over {kv_length} keys: a filled cache, or generation, is not covered "
-            "under sequence parallelism yet. Call handle.disable() before, or pass use_cache=False and no cache."
+            "under sequence parallelism yet. Generate within handle.suspended(), or pass use_cache=False and no cache."
         )
     function = None
     if parts.functions:

@@ -182,7 +182,7 @@ class Hooks:
         ):
             return (
                 "a key/value cache (generate(), use_cache=True, past_key_values) is not covered under sequence "
-                "parallelism yet: call handle.disable() before generate(), or pass use_cache=False"
+                "parallelism yet: generate within handle.suspended(), or pass use_cache=False"
             )
         if {"cu_seq_lens_q", "max_length_q"} <= given.keys() and "position_ids" not in given:
             return (

@@ -192,7 +192,7 @@ def test_what_is_not_covered_is_refused_on_every_rank_and_says_what_to_do() -> N
     assert "call disable() on the handle first" in first["enabled"]
     assert "copy.deepcopy(config)" in first["shared"]
     for name in ("generate", "cache"):
-        assert "call handle.disable() before generate(), or pass use_cache=False" in first[name]
+        assert "generate within handle.suspended(), or pass use_cache=False" in first[name]
     assert first["attentions"] == (
         "model.layers.0.self_attn: kernel 'sdpa' on cpu cannot do this: it has no attention weights to return "
         '(output_attentions=True). Use enable(model, backend="transformers:eager"). Installed kernels that can: '
