@@ -83,6 +83,18 @@ class Handle:
             attend_as(ours)
             self.hooks.install()
 
+    @contextmanager
+    def only_loss(self) -> Iterator[None]:
+        """Within it logits stay sharded in evaluation with labels too, as in training: for a loss, with less memory."""
+        if self.hooks is None:
+            yield
+            return
+        before, self.hooks.only_loss = self.hooks.only_loss, True
+        try:
+            yield
+        finally:
+            self.hooks.only_loss = before
+
     def report(self) -> str:
         """What each part of each kind of layer does, and why, as text for people."""
         if self.peers is None or self.findings is None or self.hooks is None:

@@ -71,13 +71,14 @@ class Forward:
 class Hooks:
     """The hooks of one enabled model, and its forward in progress, if any.
 
-    `current` is shared with the model's attention function.
+    `current` is shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
     """
 
     region: Region
     peers: Peers
     current: Current
     forward: Forward | None = None
+    only_loss: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
@@ -128,7 +129,11 @@ class Hooks:
             self.forward.unseen |= unseen
             self.forward.records |= _is_on("output_hidden_states", model, given)
             return
-        mode = {"(training)": model.training, "(gradients)": torch.is_grad_enabled()}
+        mode = {
+            "(training)": model.training,
+            "(gradients)": torch.is_grad_enabled(),
+            "(only the loss)": self.only_loss,
+        }
         require_same_batch({**given, **mode}, self.peers, model.device)
         reason = self._refusal(model, given)
         if reason is not None:
@@ -154,7 +159,7 @@ class Hooks:
         labels = [given[name] for name in ("labels", "shift_labels") if name in given]
         stays = (
             model is self.region.models[0]
-            and model.training
+            and (model.training or self.only_loss)
             and "labels" in given
             and tokens is not None
             and all(isinstance(one, Tensor) and one.shape == tokens.shape[:2] for one in labels)

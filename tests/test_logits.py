@@ -118,3 +118,26 @@ def head_of_others() -> float:
 
 def test_a_forward_in_place_of_the_model_s_gets_whole_hidden_states() -> None:
     assert max(run_ranks(2, head_of_others)) < 1e-9
+
+
+def evaluated() -> dict[str, Any]:
+    tiny = MODELS["llama-6q3kv"]
+    reference, model = tiny.build().eval(), tiny.build().eval()
+    handle = sp_attention.enable(model, backend="sdpa")
+    batch = batch_of("left-padded", 33)
+    with torch.no_grad():
+        with handle.only_loss():
+            outputs = model(**batch)
+        expected, after = reference(**batch), model(**batch)
+    return {
+        "part": (type(outputs.logits), outputs.logits.shape[1]),
+        "after": relative_error(after.logits, expected.logits),
+        "losses": [relative_error(each.loss, expected.loss) for each in (outputs, after)],
+    }
+
+
+def test_logits_stay_sharded_in_evaluation_where_only_the_loss_is_asked_for() -> None:
+    for rank, found in enumerate(run_ranks(2, evaluated)):
+        assert found["part"] == (ShardedLogits, 17 - rank)
+        assert found["after"] < 1e-9
+        assert max(found["losses"]) < 1e-6

@@ -219,6 +219,12 @@ def run(folder: Path, sp_size: int, ways: dict[str, dict[str, Any]]) -> dict[str
         numbers = torch.cat([weights(each), torch.from_numpy(predicted.predictions).flatten()])
         found[name] = history, numbers, each.data_collator.seen, max(lengths)
     if "plain" in ways:
+        only_loss = trainer(folder / "only loss", {}, sp_size)
+        only_loss.compute_metrics = None
+        lengths = set()
+        only_loss.model.lm_head.register_forward_hook(lambda module, args, output: lengths.add(output.shape[1]))
+        loss = only_loss.evaluate(Texts())["eval_loss"]
+        found["only loss"] = [{"loss": loss}], weights(only_loss), [], max(lengths)
         first = trainer(folder / "resumed", {"save_strategy": "steps", "save_steps": 100}, sp_size, (Stop(),))
         first.train()
         second = trainer(folder / "resumed", {}, sp_size)
@@ -238,7 +244,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("trainer")
 
 
-CASES = [(groups, way) for groups, ways in WAYS_OF.items() for way in (*ways, "resumed")]
+CASES = [(groups, way) for groups, ways in WAYS_OF.items() for way in (*ways, "only loss", "resumed")]
 
 
 @pytest.mark.parametrize(("groups", "way"), CASES)

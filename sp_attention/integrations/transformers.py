@@ -1,9 +1,11 @@
 """transformers' Trainer and what is derived from it, for models that were made sequence-parallel."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
@@ -66,6 +68,10 @@ class InGroups(WholeCheckpoints):
         # Losses are scaled by the processes that gradients are averaged over.
         with self.accelerator.counting_groups():
             return super().compute_loss(*args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
+        with self._handle().only_loss() if prediction_loss_only else nullcontext():
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # Trainer sums it up over all processes.
