@@ -90,6 +90,22 @@ def describe(
     )
 
 
+class Described:
+    """What layers are given in place of a mask.
+
+    Not the mask itself, which is a dataclass: FSDP2 in mixed precision casts the tensors inside of those that a layer
+    is given, and would hand each layer a copy, without what the mask keeps for all of them.
+    """
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
+
+
+def describe_for_layers(*args: Any, **options: Any) -> Described:
+    """`describe`, as it is registered with transformers."""
+    return Described(describe(*args, **options))
+
+
 @dataclass(frozen=True)
 class _Condition:
     """One of the mask functions that must all hold; with `positions` [B, S] it is asked about those of the indices."""

@@ -29,7 +29,7 @@ from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, mean_over_ranks
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
-from sp_attention.masks import describe
+from sp_attention.masks import describe_for_layers
 from sp_attention.plan import Region
 from sp_attention.recording import Attended, Run, same, same_buffers, undisturbed
 from sp_attention.region import TOKENS, Forward, Hooks
@@ -72,7 +72,7 @@ def install(
         own = ALL_MASK_ATTENTION_FUNCTIONS.get(str(model.config._attn_implementation), sdpa_mask)
         # Masks as descriptions; for models that compute with their masks, what they get on their own; and for models
         # that cannot attend through us, their own attention.
-        for masks in (describe, own, None):
+        for masks in (describe_for_layers, own, None):
             with ExitStack() as attempt:
                 step = partial(_place, model, attention, key, masks, pairs, attempt, rehearse)
                 reason, done = _attempted(step, peers)

@@ -28,7 +28,7 @@ from sp_attention.dims import Along, Extent
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
-from sp_attention.masks import DOCUMENTS
+from sp_attention.masks import DOCUMENTS, Described
 from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
 from sp_attention.trees import Path, leaves, map_leaves, tensors
 
@@ -283,7 +283,7 @@ class Hooks:
 
     def _call_of(self, stack: Stack, layer: Layer, given: Any) -> Call:
         """The call that a layer belongs to; it is new for the first, and for each where they are separate."""
-        mask = next((leaf for _, leaf in leaves(given) if isinstance(leaf, Mask)), None)
+        mask = next((leaf.mask for _, leaf in leaves(given) if isinstance(leaf, Described)), None)
         if self.forward is None:
             return self._call_again(layer, stack, mask)
         hidden, along = _leaf(given, layer.hidden), layer.arguments[layer.hidden]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sp_attention.attention import Mask
 from sp_attention.dims import Dims, Extent, dims, merged
+from sp_attention.masks import Described
 from sp_attention.plan import Layer
 from sp_attention.recording import Called, Run, Runs
 from sp_attention.trees import Path, leaves, tensors
@@ -73,7 +73,7 @@ def _draft(name: str, modules: nn.ModuleList, names: Mapping[nn.Module, str], ru
             for run in pair
             for call in run.calls[module]
             for path, leaf in leaves(call.inputs)
-            if isinstance(leaf, Mask)
+            if isinstance(leaf, Described)
         )
         layers.append(Layer(names[module], module, begin[0], frozenset(), arguments, frozenset(), results, (), masks))
     return _handing_over(Draft(name, tuple(layers), extents, _modes(layers, narrow, wide, extents), False), runs)

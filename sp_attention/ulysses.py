@@ -17,7 +17,7 @@ from sp_attention.eager import eager_functions
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, gather, head_to_seq, seq_to_head
 from sp_attention.layout import HeadPlan, head_plan
-from sp_attention.masks import DOCUMENTS
+from sp_attention.masks import DOCUMENTS, Described
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
 # window and the positions in it, and the region knows what is recorded.
@@ -50,7 +50,7 @@ class UlyssesAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Mask | Tensor | None,
+        attention_mask: Described | Mask | Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
         softcap: float | None = None,
@@ -73,11 +73,12 @@ class UlyssesAttention:
         memory = length if call is not None and not over_memory else key.shape[1]
         mine = length if call is None else call.mine.length
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if attention_mask is None:
-            attention_mask = Mask(query.shape[0], length, memory, query.device, causal=causal and length > 1)
+        given = attention_mask.mask if isinstance(attention_mask, Described) else attention_mask
+        if given is None:
+            given = Mask(query.shape[0], length, memory, query.device, causal=causal and length > 1)
         if call is not None:
-            attention_mask, position_bias = call.original(attention_mask), call.original(position_bias)
-        mask = as_mask(attention_mask, self.name_of(module), query.shape[0], length)
+            given, position_bias = call.original(given), call.original(position_bias)
+        mask = as_mask(given, self.name_of(module), query.shape[0], length)
         expected = (length, memory, mine, memory if call is None or over_memory else mine)
         if (mask.query_length, mask.key_length, query.shape[1], key.shape[1]) != expected:
             raise UnsupportedError(
@@ -92,9 +93,9 @@ class UlyssesAttention:
             )
         bias = None if position_bias is None else _for_all(position_bias, length, memory, self.name_of(module))
         if mask.explicit is not None and mask.explicit.dtype != torch.bool:
-            given, additive = mask, mask.explicit
+            whole, additive = mask, mask.explicit
             # One for all layers, since kernels keep with it what they derive from it.
-            mask = given.once("without explicit", lambda: replace(given, explicit=None))
+            mask = whole.once("without explicit", lambda: replace(whole, explicit=None))
             bias = additive if bias is None else additive + bias
         scale = scaling if scaling is not None else query.shape[3] ** -0.5
         sinks = None if s_aux is None else s_aux.reshape(-1)

@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,3 +115,34 @@ def test_low_precision_is_as_close_as_one_process_is(ranks: int) -> None:
         for alone, sharded, exact in losses.values():
             # Twice the error that one process has in the same precision.
             assert abs(sharded - exact) <= 2 * abs(alone - exact) + 1e-6
+
+
+def distance(grads: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Of all gradients as one vector, relative to its length."""
+    squares = [
+        ((ours.double() - theirs).square().sum(), theirs.square().sum())
+        for ours, theirs in zip(grads, exact, strict=True)
+    ]
+    return float((sum(one for one, _ in squares) / sum(one for _, one in squares)) ** 0.5)
+
+
+def mixed_precision() -> tuple[float, float]:
+    """How far the gradients of FSDP2 in bfloat16 are from float64, and those of a bfloat16 model in one process."""
+    tiny, batch = MODELS["llama-6q3kv"], batch_of("left-padded", 33)
+    exact, narrow, model = tiny.build(), tiny.build(torch.bfloat16), tiny.build(torch.float32)
+    sp_attention.enable(model, backend="sdpa")
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
+    for each in (exact, narrow, model):
+        each(**batch).loss.backward()
+    expected = [parameter.grad for parameter in exact.parameters()]
+    return (
+        distance([parameter.grad.full_tensor() for parameter in model.parameters()], expected),
+        distance([parameter.grad for parameter in narrow.parameters()], expected),
+    )
+
+
+def test_mixed_precision_of_fsdp2_is_as_close_as_one_process_is() -> None:
+    for sharded, alone in run_ranks(2, mixed_precision, timeout=120):
+        assert 0 < sharded <= 1.5 * alone

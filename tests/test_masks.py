@@ -251,7 +251,9 @@ def _window_function(window: int) -> object:
 
 
 def test_masks_of_a_filled_cache_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"attention of 1 queries over 9 keys: a filled cache.*handle\.disable"):
+    with pytest.raises(
+        UnsupportedError, match=r"attention of 1 queries over 9 keys: a filled cache.*handle\.suspended"
+    ):
         describe(1, 1, 9, q_offset=8)
 
 
