@@ -265,6 +265,36 @@ def test_a_run_is_that_of_as_many_processes_as_there_are_groups(folder: Path, gr
         assert torch.equal(numbers, sharded[0][way][1])
 
 
+def generated(folder: Path, sp_size: int) -> tuple[Tensor, np.ndarray, float]:
+    """Weights, generated tokens and loss of a Seq2SeqTrainer after two steps."""
+    as_launched()
+    torch.manual_seed(0)
+    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "dropout": 0.0, "init_std": 0.2}
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=97, **sizes, **heads)).double()
+    made = transformers.Seq2SeqTrainer
+    if sp_size > 1:
+        sp_attention.enable(model, backend="sdpa", sp_size=sp_size)
+        made = sequence_parallel(made)
+    args = transformers.Seq2SeqTrainingArguments(
+        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=2, optim="sgd", learning_rate=0.1,
+        save_strategy="no", predict_with_generate=True, generation_max_length=9, per_device_eval_batch_size=3,
+    )  # fmt: skip
+    trainer = made(model=model, args=args, train_dataset=Texts(), data_collator=Collator(False))
+    trainer.train()
+    predicted = trainer.predict(Texts())
+    return weights(trainer), predicted.predictions, predicted.metrics["test_loss"]
+
+
+def test_a_seq2seq_trainer_generates_and_trains_as_one_process(tmp_path: Path) -> None:
+    ((expected, tokens, loss),) = run_ranks(1, generated, tmp_path / "alone", 1)
+    assert len({*tokens.flatten().tolist()}) > 4
+    for found in run_ranks(2, generated, tmp_path / "shared", 2, timeout=120):
+        torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-9)
+        assert (found[1] == tokens).all()
+        assert found[2] == pytest.approx(loss, rel=1e-6)
+
+
 def wrongs(folder: Path) -> dict[str, str]:
     """What is said of trainers that cannot work."""
     texts = {}

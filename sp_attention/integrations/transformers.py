@@ -1,6 +1,6 @@
 """transformers' Trainer and what is derived from it, for models that were made sequence-parallel."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -70,7 +70,13 @@ class InGroups(WholeCheckpoints):
             return super().compute_loss(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
-        with self._handle().only_loss() if prediction_loss_only else nullcontext():
+        handle = self._handle()
+        if prediction_loss_only:
+            how: AbstractContextManager[None] = handle.only_loss()
+        else:
+            # Seq2SeqTrainer: generation is the work of the whole model on every rank.
+            how = handle.suspended() if getattr(self.args, "predict_with_generate", False) else nullcontext()
+        with how:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
