@@ -1,5 +1,7 @@
 """A loop of one's own with DeepSpeed: torchrun --nproc-per-node 2 examples/deepspeed_loop.py"""
 
+import os
+
 import deepspeed
 import torch
 from data import Bytes
@@ -9,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sp_attention
 
 torch.manual_seed(0)
-deepspeed.init_distributed()
+device = deepspeed.get_accelerator().device_name(int(os.environ["LOCAL_RANK"]))
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).to(deepspeed.get_accelerator().current_device_name())
+model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).to(device)
 
 handle = sp_attention.enable(model)
 data = Bytes(64, 257)
