@@ -40,6 +40,9 @@ def resolve(group: Group | None, sp_size: int | None, device: torch.device) -> P
                 raise ValueError(f"sp_size={sp_size} needs {sp_size} processes or more, and this is one: use torchrun")
             return None
         start_process_group(device)
+    # Also of a group that another library started: none of them leaves gloo's threads the moment that they need.
+    atexit.unregister(_end_process_group)
+    atexit.register(_end_process_group)
     found = _cut_world(sp_size) if sp_size is not None else _process_group(group)
     size = dist.get_world_size(found)
     return Peers(found, dist.get_rank(found), size) if size > 1 else None
