@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sp_attention
+from sp_attention.cli.comparison import largest_error
 from sp_attention.launch import run_ranks
 
 STEPS, LEARNING_RATE = 20, 0.1
@@ -75,7 +76,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Errors:
-    """The largest relative errors: of a step's loss and norm, of a weight after the first step and after all."""
+    """The largest relative errors: of a step's loss and norm, of a weight after the first step and after all.
+
+    Infinite where there is no number; NaN for norms that an engine does not tell.
+    """
 
     loss: float
     norm: float
@@ -185,6 +189,8 @@ ENGINES: dict[str, Callable[[nn.Module, int, int], Loop]] = {
     **{f"ZeRO-{stage}": partial(zero, stage=stage) for stage in range(4)},
 }
 EITHER_ORDER = ("DDP", "FSDP2")
+
+
 # Training
 
 
@@ -265,20 +271,16 @@ def _alone(groups: int, accumulation: int) -> Run:
 
 def _compared(run: Run, expected: Run) -> Errors:
     def of_numbers(values: Sequence[float | None], others: Sequence[float | None]) -> float:
-        pairs = zip(values, others, strict=True)
-        return max((abs(value - other) / other for value, other in pairs if value and other), default=math.nan)
-
-    def of_weights(values: dict[str, Tensor], others: dict[str, Tensor]) -> float:
-        assert values.keys() == others.keys()
-        return max(
-            float((value - others[name]).abs().max() / others[name].abs().max()) for name, value in values.items()
-        )
+        pairs = [(value, other) for value, other in zip(values, others, strict=True) if value is not None and other]
+        errors = [abs(value - other) / abs(other) for value, other in pairs]
+        # What is no number is as wrong as can be, and not what `max` passes over.
+        return max((error if math.isfinite(error) else math.inf for error in errors), default=math.nan)
 
     return Errors(
         of_numbers(run.losses, expected.losses),
         of_numbers(run.norms, expected.norms),
-        of_weights(run.first, expected.first),
-        of_weights(run.last, expected.last),
+        largest_error(run.first, expected.first)[0],
+        largest_error(run.last, expected.last)[0],
     )
 
 
