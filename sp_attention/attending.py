@@ -31,8 +31,7 @@ def attend_by(model: PreTrainedModel, key: str, attention: Callable[..., Any], m
         AttentionInterface._global_mapping.pop(key, None)
         AttentionMaskInterface._global_mapping.pop(key, None)
 
-    # A compiled model runs these two as they are.
-    AttentionInterface.register(key, torch.compiler.disable(attention))
+    register(key, attention)
     AttentionMaskInterface.register(key, torch.compiler.disable(masks))
     undo.callback(restore)
     verbosity = logging.get_verbosity()
@@ -44,18 +43,21 @@ def attend_by(model: PreTrainedModel, key: str, attention: Callable[..., Any], m
         logging.set_verbosity(verbosity)
 
 
+def register(key: str, attention: Callable[..., Any]) -> None:
+    """Let transformers know an attention function as `key`, instead of another one. Compiled models run it as it is."""
+    AttentionInterface.register(key, torch.compiler.disable(attention))
+
+
 def release(own: Own, models: tuple[PreTrainedModel, ...]) -> None:
     """Give back their own attention to all but `models`: there is no stack in them, as in a tower of images."""
     ours = {id(model.config) for model in models}
-    for config, implementation in own:
-        if id(config) not in ours:
-            # Not by the property, which sets the configurations inside it too.
-            config._attn_implementation_internal = implementation
+    attend_as([(config, implementation) for config, implementation in own if id(config) not in ours])
 
 
 def attend_as(own: Own) -> None:
     """Let models attend as their configurations did when `own` was read."""
     for config, implementation in own:
+        # Not by the property, which sets the configurations inside it too.
         config._attn_implementation_internal = implementation
 
 

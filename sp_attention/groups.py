@@ -3,6 +3,7 @@
 import atexit
 import os
 import time
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -30,7 +31,8 @@ def resolve(group: Group | None, sp_size: int | None, device: torch.device) -> P
 
     Without `group` and `sp_size` it is all processes. `sp_size` cuts all processes into groups of neighbouring ranks;
     it creates process groups, so every process must call. Under torchrun without a process group yet, one is started
-    for `device`. Raises ValueError, on every rank, for arguments that do not fit.
+    for `device`; whoever started it, it ends when the process does. Raises ValueError, on every rank, for arguments
+    that do not fit.
     """
     if group is not None and sp_size is not None:
         raise ValueError("give enable() either group or sp_size, not both")
@@ -40,9 +42,8 @@ def resolve(group: Group | None, sp_size: int | None, device: torch.device) -> P
                 raise ValueError(f"sp_size={sp_size} needs {sp_size} processes or more, and this is one: use torchrun")
             return None
         start_process_group(device)
-    # Also of a group that another library started: none of them leaves gloo's threads the moment that they need.
-    atexit.unregister(_end_process_group)
-    atexit.register(_end_process_group)
+    # Another library's too: none leaves gloo's threads the moment that they need.
+    _end_in_order()
     found = _cut_world(sp_size) if sp_size is not None else _process_group(group)
     size = dist.get_world_size(found)
     return Peers(found, dist.get_rank(found), size) if size > 1 else None
@@ -68,6 +69,12 @@ def place(peers: Peers | None) -> tuple[int, int]:
 def start_process_group(device: torch.device) -> None:
     """Start the default process group that torchrun's environment describes, and end it when the process ends."""
     dist.init_process_group(dist.get_default_backend_for_device(device))
+    _end_in_order()
+
+
+@cache
+def _end_in_order() -> None:
+    """Let the process end its process group, whoever started it, before it ends itself."""
     atexit.register(_end_process_group)
 
 

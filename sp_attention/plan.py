@@ -14,6 +14,8 @@ from sp_attention.trees import Path, tensors
 
 # What transformers hands down through the layers although only the loss uses it.
 FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
+# Layers are given these as they are.
+NEVER_CUT = FOR_THE_LOSS | DOCUMENTS
 
 
 @dataclass(frozen=True)
@@ -93,4 +95,4 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def tensor_names(named: Mapping[str, Any]) -> frozenset[str]:
     """The names of the arguments that are or hold tensors, but for those that are never cut."""
-    return frozenset(name for name, value in named.items() if any(tensors(value))) - FOR_THE_LOSS - DOCUMENTS
+    return frozenset(name for name, value in named.items() if any(tensors(value))) - NEVER_CUT

@@ -19,11 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
 from sp_attention import randomness
 from sp_attention.agreement import first_reason, share_problem
-from sp_attention.attending import Masks, attend_by, own_attention, release
+from sp_attention.attending import Masks, attend_by, own_attention, register, release
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, mean_over_ranks
@@ -164,7 +163,7 @@ def _place(
         attend_by(model, key, recorded, masks, undo)
     findings, runs = explore(model, pairs, attended, proves=rehearse, attends=masks is not None)
     if masks is not None:
-        AttentionInterface.register(key, torch.compiler.disable(replace(attention, over_memory=findings.over_memory)))
+        register(key, replace(attention, over_memory=findings.over_memory))
         release(own, findings.models)
     if rehearse and masks is not None and not all(_is_right(run.output, run.specimen) for run, _ in runs):
         _require_right_kernel(model, attention, key, narrow)
@@ -333,7 +332,7 @@ def _require_right_kernel(
 ) -> None:
     """Raise BackendError if it is for the kernel alone that the model gives other numbers: with another it does not."""
     for other in usable(model.device.type):
-        AttentionInterface.register(key, replace(attention, backend=other))
+        register(key, replace(attention, backend=other))
         try:
             right = all(_is_right(model(**specimen.inputs), specimen) for specimen in narrow)
         except Exception:  # of a kernel that nobody asked for

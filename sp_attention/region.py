@@ -29,7 +29,7 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
 from sp_attention.masks import DOCUMENTS, Described
-from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
+from sp_attention.plan import FOR_THE_LOSS, NEVER_CUT, Layer, Part, Region, Stack, named_arguments, tensor_names
 from sp_attention.trees import Path, leaves, map_leaves, tensors
 
 # The arguments that are the tokens of the stack before the loss.
@@ -407,9 +407,7 @@ def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
     """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
     if isinstance(leaf, Cache):
         return None  # It would hold one rank's part, and the model does not return it.
-    if not isinstance(leaf, Tensor) or not call.is_shared or path in layer.masks:
-        return leaf
-    if path[1] in FOR_THE_LOSS | DOCUMENTS:
+    if not isinstance(leaf, Tensor) or not call.is_shared or path[1] in NEVER_CUT or path in layer.masks:
         return leaf
     if path not in layer.arguments:
         if layer.gathered or call.extent.length not in leaf.shape:
