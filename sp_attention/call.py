@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 from torch import Tensor
 
@@ -16,13 +17,17 @@ from sp_attention.layout import Span
 class Call:
     """A batch on its way through a stack.
 
-    extent: B and S of the whole batch. is_separate: each layer cuts its arguments and gathers its results.
-    stays_sharded: nothing is gathered after the last layer. seed: of the random numbers that are drawn in it.
+    extent: B and S of the whole batch, of its new tokens where a cache holds `past` others.
+    is_separate: each layer cuts its arguments and gathers its results. is_replicated: every rank does all of it, but
+    for heads that it keeps. stays_sharded: nothing is gathered after the last layer.
+    seed: of the random numbers that are drawn in it.
     """
 
     extent: Extent
     peers: Peers
+    past: int = 0
     is_separate: bool = False
+    is_replicated: bool = False
     stays_sharded: bool = False
     seed: int | None = None
     _parts: dict[tuple[int, Along], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -30,7 +35,7 @@ class Call:
 
     @property
     def span(self) -> Span:
-        return self.peers.span(self.extent.length)
+        return self.peers.span(self.extent.length) if self.is_shared else Span(0, self.extent.length)
 
     @property
     def mine(self) -> Extent:
@@ -40,13 +45,18 @@ class Call:
     @property
     def is_shared(self) -> bool:
         """A sequence shorter than the ranks are many is not cut: every rank does all of it."""
-        return self.extent.length >= self.peers.size
+        return self.extent.length >= self.peers.size and not self.is_replicated
 
     def is_part(self, tensor: Tensor, along: Along) -> bool:
         return tensor.shape[along.dim] == along.size(self.mine)
 
     def is_whole(self, tensor: Tensor, along: Along) -> bool:
         return tensor.shape[along.dim] == along.size(self.extent)
+
+    def is_with_past(self, tensor: Tensor, along: Along) -> bool:
+        """It is of the tokens in the cache too, so whoever gets it makes the new tokens' own of it, or attends."""
+        with_past = Extent(self.extent.batch, self.past + self.extent.length)
+        return self.past > 0 and tensor.shape[along.dim] == along.size(with_past)
 
     def part(self, whole: Tensor, along: Along, remember: bool = False) -> Tensor:
         """My span of a whole tensor. With `remember`, what every layer is given, such as rotary tables, is cut once."""
@@ -63,6 +73,8 @@ class Call:
         """The whole tensor of which I have my span: the one it was cut from, or gathered from all ranks."""
         if id(part) in self._wholes:
             return self._wholes[id(part)][0]
+        if not self.is_shared:
+            return part
         if not along.rows:
             return gather(part, self.extent.length, self.peers, along.dim)
         rows: Tensor = part.unflatten(0, (self.mine.batch, self.mine.length))
@@ -80,12 +92,23 @@ class Current:
     call: None outside of the stacks and in what is given whole tensors. weights: the user wants attention weights.
     given: the ids of the tensors that the models around the stacks were given. is_known: False outside of forwards, and
     of those recomputations in backward that are tied to theirs; then nothing tells what runs.
+    kept: by id, the keys and values that caches gave out, of the heads that this rank keeps of so many.
     """
 
     call: Call | None = None
     weights: bool = False
     given: frozenset[int] = frozenset()
     is_known: bool = False
+    kept: dict[int, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
+
+    def keep(self, tensor: Tensor, heads: int) -> None:
+        """Note that a tensor has the heads that this rank keeps in a cache, of `heads` in all."""
+        self.kept[id(tensor)] = (ref(tensor), heads)
+
+    def heads_kept(self, tensor: Tensor) -> int | None:
+        """Of how many heads a tensor has those that this rank keeps; None for a tensor of all heads."""
+        tensor_noted, heads = self.kept.get(id(tensor), (None, None))
+        return heads if tensor_noted is not None and tensor_noted() is tensor else None
 
     @contextmanager
     def set_to(self, other: "Current") -> Iterator[None]:

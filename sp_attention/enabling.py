@@ -108,6 +108,8 @@ class Handle:
         loss = self.hooks.region.sharded_loss
         logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
         lines.append(f"  logits {logits}")
+        refused = self.hooks.region.no_caches
+        lines.append(f"  key/value caches {self.hooks.region.caches if refused is None else f'are refused: {refused}'}")
         if self.hooks.region.random:
             lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
         return "\n".join(lines)

@@ -82,14 +82,22 @@ def seq_to_head(
     whose gradient is one collective; the gradient of a KV head that several ranks hold is the sum of theirs.
     Raises ValueError, before anything is sent, when shapes, length and plan disagree.
     """
-    held = (plan.query[-1].stop, plan.kv[-1].stop, plan.kv[-1].stop)
-    for tensor, heads in zip((query, key, value), held, strict=True):
-        if tensor.shape[1:3] != (len(peers.span(length)), heads) or tensor.dtype != query.dtype:
+    arrived = to_heads((query, key, value), (plan.query, plan.kv, plan.kv), length, peers)
+    return arrived[0], arrived[1], arrived[2]
+
+
+def to_heads(
+    tensors: tuple[Tensor, ...], heads: tuple[tuple[Span, ...], ...], length: int, peers: Peers
+) -> tuple[Tensor, ...]:
+    """[B, s, H, D] each → [B, S, h, D] each: `seq_to_head` for any tensors, of each of which `heads` has the ranks'."""
+    mine = len(peers.span(length))
+    for tensor, spread in zip(tensors, heads, strict=True):
+        if tensor.shape[1:3] != (mine, spread[-1].stop) or tensor.dtype != tensors[0].dtype:
             raise ValueError(
-                f"a tensor {tensor.dtype} {list(tensor.shape)} does not fit {len(peers.span(length))} of {length} "
-                f"tokens, {heads} heads and {query.dtype}"
+                f"a tensor {tensor.dtype} {list(tensor.shape)} does not fit {mine} of {length} tokens, "
+                f"{spread[-1].stop} heads and {tensors[0].dtype}"
             )
-    result: tuple[Tensor, Tensor, Tensor] = _SeqToHead.apply(query, key, value, length, plan, peers)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = _SeqToHead.apply(length, heads, peers, *tensors)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -122,16 +130,15 @@ def mean_over_ranks(whole: Tensor, peers: Peers) -> Tensor:
 class _SeqToHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, length: int, plan: HeadPlan, peers: Peers
+        ctx: Any, length: int, heads: tuple[tuple[Span, ...], ...], peers: Peers, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.peers = plan, peers
-        return _to_heads((query, key, value), (plan.query, plan.kv, plan.kv), length, peers)
+        ctx.heads, ctx.peers = heads, peers
+        return _to_heads(tensors, heads, length, peers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
-        return (*_to_sequence(grads, (plan.query, plan.kv, plan.kv), ctx.peers), None, None, None)
+        return None, None, None, *_to_sequence(grads, ctx.heads, ctx.peers)
 
 
 class _HeadToSeq(torch.autograd.Function):

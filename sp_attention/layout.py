@@ -26,6 +26,12 @@ class HeadPlan:
     kv: tuple[Span, ...]
     queries_per_kv: int
 
+    @property
+    def stored(self) -> tuple[Span, ...]:
+        """The KV heads that each rank keeps in a cache: its own, or else the last, since a cache tells its length."""
+        last = self.kv[-1].stop
+        return tuple(heads if len(heads) else Span(last - 1, last) for heads in self.kv)
+
     def kv_of_query(self, rank: int) -> tuple[int, ...]:
         """For each of this rank's query heads, the place of its KV head among this rank's KV heads."""
         return tuple(head // self.queries_per_kv - self.kv[rank].start for head in _heads(self.query[rank]))

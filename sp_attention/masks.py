@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -26,7 +27,7 @@ from transformers.masking_utils import (
 )
 
 from sp_attention.attention import Mask, MaskFunction
-from sp_attention.errors import UnsupportedError
+from sp_attention.layout import Span
 
 # Where packed documents begin, as `position_ids` say too: for what runs on whole sequences.
 DOCUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -58,24 +59,20 @@ def describe(
 ) -> Mask:
     """What transformers' builder asks for, as a Mask. The arguments are those of transformers' `sdpa_mask`.
 
-    Raises UnsupportedError for a filled cache: queries that are a later part of the sequence, or fewer than the keys of
-    a causal, windowed or packed mask.
+    With a filled cache the queries begin at `q_offset` of the sequence, and the keys, the first of which a sliding
+    window may have dropped, at `kv_offset`. A static cache has the first as a tensor, which is read back to the host.
     """
-    parts = _parts(mask_function, batch_size, kv_length)
-    placed = parts.causal or parts.window is not None or parts.documents is not None
-    if isinstance(q_offset, Tensor) or q_offset or kv_offset or (placed and q_length != kv_length):
-        raise UnsupportedError(
-            f"attention of {q_length} queries over {kv_length} keys: a filled cache, or generation, is not covered "
-            "under sequence parallelism yet. Generate within handle.suspended(), or pass use_cache=False and no cache."
-        )
+    first = int(kv_offset)
+    parts = _parts(mask_function, batch_size, Span(first, first + kv_length))
     function = None
     if parts.functions:
         function = parts.functions[0] if len(parts.functions) == 1 else and_masks(*parts.functions)
         function = element_by_element(function) if use_vmap else function
+        function = _shifted(function, first) if first else function
     padding = None
     if attention_mask is not None:
         # As transformers does: keys that the mask does not reach are not real, and what it has beyond them is not read.
-        reached = attention_mask[:, :kv_length].bool()
+        reached = attention_mask[:, first : first + kv_length].bool()
         padding = F.pad(reached, (0, kv_length - reached.shape[1]))
     return Mask(
         batch=batch_size,
@@ -87,18 +84,36 @@ def describe(
         documents=parts.documents,
         padding=None if padding is None or bool(padding.all()) else padding,
         function=function,
+        offset=int(q_offset) - first,
     )
 
 
-class Described:
+def _shifted(function: MaskFunction, first: int) -> MaskFunction:
+    """The function, asked about positions that are counted from `first`."""
+    return lambda batch, head, query, key: function(batch, head, query + first, key + first)
+
+
+class Described(BlockMask):
     """What layers are given in place of a mask.
 
     Not the mask itself, which is a dataclass: FSDP2 in mixed precision casts the tensors inside of those that a layer
-    is given, and would hand each layer a copy, without what the mask keeps for all of them.
+    is given, and would hand each layer a copy, without what the mask keeps for all of them. A `BlockMask`, since that
+    is what transformers hands on unread where generate() makes the masks before it calls the model.
     """
 
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.mask.batch, 1, self.mask.query_length, self.mask.key_length
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def contiguous(self) -> "Described":
+        return self
 
 
 def describe_for_layers(*args: Any, **options: Any) -> Described:
@@ -140,12 +155,13 @@ class _Parts:
     functions: tuple[MaskFunction, ...]
 
 
-def _parts(function: MaskFunction, batch: int, length: int) -> _Parts:
+def _parts(function: MaskFunction, batch: int, keys: Span) -> _Parts:
+    """What a mask function says of these keys of the sequence."""
     # Numbers of tokens that change where a document or a chunk ends, and never come back to what they were.
     numbers: list[Tensor] = []
     others: list[_Condition] = []
     for condition in _conjuncts(function):
-        found = _numbers(condition, batch, length) if condition.positions is None else None
+        found = _numbers(condition, batch, keys) if condition.positions is None else None
         if found is None:
             others.append(condition)
         else:
@@ -162,7 +178,7 @@ def _parts(function: MaskFunction, batch: int, length: int) -> _Parts:
     windows = []
     for condition in placed:
         window = _window(condition, causal)
-        chunks = _numbers(condition, batch, length)
+        chunks = _numbers(condition, batch, keys)
         if window is not None:
             windows.append(window)
         elif chunks is not None and documents is not None:
@@ -185,17 +201,17 @@ def _conjuncts(function: MaskFunction, positions: Tensor | None = None) -> Itera
         yield condition
 
 
-def _numbers(condition: _Condition, batch: int, length: int) -> Tensor | None:
-    """[B, S] numbers of documents or chunks, when the condition is that query and key have the same one."""
+def _numbers(condition: _Condition, batch: int, keys: Span) -> Tensor | None:
+    """[B, Sk] numbers of documents or chunks, when the condition is that query and key have the same one."""
     if condition.code is _CHUNKS:
         padding: Tensor = condition["left_padding"]
         positions = condition.positions
         if positions is None:
-            positions = torch.arange(length, device=padding.device).expand(batch, length)
+            positions = torch.arange(keys.start, keys.stop, device=padding.device).expand(batch, len(keys))
         return (positions - padding[:, None]) // int(condition["chunk_size"])
     if condition.code is _DOCUMENTS and condition.positions is None:
         documents: Tensor = condition["packed_sequence_mask"]
-        if documents.shape == (batch, length) and bool((documents.diff() >= 0).all()):
+        if documents.shape == (batch, len(keys)) and bool((documents.diff() >= 0).all()):
             return documents
     return None
 

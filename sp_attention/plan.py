@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sp_attention.cache import Heads
 from sp_attention.dims import Dims
 from sp_attention.masks import DOCUMENTS
 from sp_attention.trees import Path, tensors
@@ -20,12 +21,16 @@ NEVER_CUT = FOR_THE_LOSS | DOCUMENTS
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a layer that is given whole tensors, and whose results are cut to my span."""
+    """A part of a layer that is given whole tensors, and whose results are cut to my span.
+
+    attends: with a cache each rank does its heads of it.
+    """
 
     name: str
     module: nn.Module
     arguments: Dims
     results: Dims
+    attends: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Layer:
     hidden: the path of the hidden states, which tell B and S.
     handed: the arguments that an earlier layer returned, which arrive cut. hands: the results that a later one takes.
     masks: where a description of the mask is given, or in its place a mask tensor of the user's own.
+    heads: how many heads attend in it, by whether to another sequence, and the number of key heads.
     gathered: the whole layer is a mixer: it runs on whole tensors, and only what is between the layers is cut.
     """
 
@@ -48,6 +54,7 @@ class Layer:
     results: Dims
     parts: tuple[Part, ...]
     masks: frozenset[Path]
+    heads: Heads = field(default_factory=dict)
     gathered: bool = False
 
 
@@ -72,6 +79,7 @@ class Region:
     before_loss: the stack whose hidden states stay sharded for that loss.
     arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
     random: in training the model draws random numbers (dropout).
+    no_caches: why key/value caches are refused, None where they are not. caches: what they hold, as text for people.
     """
 
     stacks: tuple[Stack, ...]
@@ -81,6 +89,8 @@ class Region:
     sharded_loss: Callable[..., Tensor] | str
     before_loss: str | None = None
     random: bool = False
+    no_caches: str | None = None
+    caches: str = "are taken to work: nothing was rehearsed"
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

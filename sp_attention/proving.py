@@ -10,31 +10,33 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from sp_attention import randomness
 from sp_attention.agreement import first_reason, share_problem
-from sp_attention.attending import Masks, attend_by, own_attention, register, release
+from sp_attention.attending import Masks, Own, attend_as, attend_by, own_attention, register, release
+from sp_attention.cache import told_of
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers, mean_over_ranks
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe_for_layers
-from sp_attention.plan import Region
+from sp_attention.plan import Region, Stack
 from sp_attention.recording import Attended, Run, same, same_buffers, undisturbed
 from sp_attention.region import TOKENS, Forward, Hooks
 from sp_attention.registry import usable
 from sp_attention.rehearsal import EVERYTHING, Findings, Found, explore
-from sp_attention.specimens import Specimen, specimens
+from sp_attention.specimens import Inputs, Specimen, specimens
 from sp_attention.trees import Path, tensors
 from sp_attention.ulysses import UlyssesAttention
 
@@ -156,7 +158,8 @@ def _place(
     attended: list[Attended] = []
 
     def recorded(module: nn.Module, queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> Any:
-        attended.append(Attended(module, (queries.shape[0], queries.shape[2]), (keys.shape[0], keys.shape[2])))
+        heads = (queries.shape[1], keys.shape[1])
+        attended.append(Attended(module, (queries.shape[0], queries.shape[2]), (keys.shape[0], keys.shape[2]), heads))
         return attention(module, queries, keys, *args, **kwargs)
 
     if masks is not None:
@@ -181,7 +184,12 @@ def _place(
     hooks = Hooks(region, peers, attention.current)
     undo.callback(hooks.remove)
     if rehearse:
+        hooks.region = replace(hooks.region, no_caches="not proven yet")
         findings = _prove(model, hooks, findings, [pair[0] for pair in runs], last)
+        trains = model.training
+        model.eval()
+        _prove_caches(model, hooks, own, narrow[0])
+        model.train(trains)
     else:
         hooks.install()
     return findings, hooks, draws
@@ -235,6 +243,76 @@ def _prove(
         if not plan.shares_nothing and tried(plan) is None:
             return plan
     raise UnsupportedError(f"{reason}; nothing of it can be shared out exactly")
+
+
+def _prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, specimen: Specimen) -> None:
+    """Allow caches if the sharded model goes on from one as the model does that attends on its `own`, or note why not.
+
+    The specimen is taken in steps: so many tokens that the ranks share them, one token, and again so many; or where the
+    model itself does not go on with several tokens, all but one, and that.
+    """
+    name = next((name for name in TOKENS if name in specimen.inputs), None)
+    takes = signature(model.forward).parameters
+    if name is None or takes.keys().isdisjoint({"use_cache", "past_key_values"}):
+        hooks.region = replace(hooks.region, no_caches=None, caches=f"are none: {type(model).__name__} takes none")
+        return
+    size, length = hooks.peers.size, specimen.inputs[name].shape[1]
+    ours = own_attention(model)
+    for stops in ((size, size + 1, length), (length - 1, length)):
+        step = partial(_in_steps, model, specimen, name, stops)
+        hooks.remove()
+        attend_as(own)
+        reason, expected = _attempted(step, hooks.peers)
+        attend_as(ours)
+        hooks.install()
+        if expected is None:
+            refused = f"{type(model).__name__} does not go on from a cache: {reason}"
+            continue
+
+        def compare(step: Callable[[], Any] = step, expected: Any = expected) -> str:
+            output, cache = step()
+            if not same(output, expected[0]):
+                raise UnsupportedError(f"{type(model).__name__} sharded gives other numbers with a filled cache")
+            return told_of(cache)
+
+        for kept in (hooks.region.stacks, tuple(map(_keeping_all_heads, hooks.region.stacks))):
+            hooks.region = replace(hooks.region, no_caches=None)
+            hooks.hook_instead(kept)
+            try:
+                reason, told = _attempted(compare, hooks.peers, model.device)
+            except BackendError as error:
+                reason, told = str(error), None
+            hooks.region = replace(hooks.region, no_caches=reason, caches=told or "")
+            if reason is None:
+                return
+        return
+    hooks.region = replace(hooks.region, no_caches=refused)
+
+
+def _keeping_all_heads(stack: Stack) -> Stack:
+    """The stack with caches that are whole on every rank, for models that work on keys and values that are cached."""
+    layers = (replace(layer, heads=dict.fromkeys(layer.heads, 0)) for layer in stack.layers)
+    return replace(stack, layers=tuple(layers))
+
+
+def _in_steps(model: PreTrainedModel, specimen: Specimen, name: str, stops: tuple[int, ...]) -> tuple[Tensor, Cache]:
+    """What a model gives for the real tokens of a specimen, some at a time, and the cache that it goes on from."""
+    along = [name, name.replace("input_ids", "attention_mask")]
+    outputs: list[Tensor] = []
+    caches: Inputs = {}
+    for start, stop in pairwise((0, *stops)):
+        inputs: Inputs = {**specimen.inputs, "use_cache": True} | caches
+        inputs |= {one: inputs[one][:, (start if one == name else 0) : stop] for one in along if one in inputs}
+        output = model(**inputs)
+        caches = {one: value for one, value in output.items() if isinstance(value, Cache)}
+        if not caches:
+            raise UnsupportedError("it returns no cache of transformers' kind")
+        outputs.append(next(tensor for path, tensor in tensors(output) if path[0] in ("logits", "last_hidden_state")))
+    whole = torch.cat(outputs, 1)
+    padding = specimen.inputs.get(along[1])
+    if padding is not None and padding.shape == whole.shape[:2]:
+        whole = whole * padding[..., None].to(whole.dtype)
+    return whole, next(iter(caches.values()))
 
 
 def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:

@@ -18,7 +18,12 @@ from sp_attention.exchange import Peers
 
 def states(device: torch.device) -> list[Tensor]:
     """The states of Python's and torch's generators, and of the device's; unequal when numbers were drawn between."""
-    found = [torch.tensor(random.getstate()[1]), torch.get_rng_state()]
+    return [torch.tensor(random.getstate()[1]), *torch_states(device)]
+
+
+def torch_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators alone, which tokens are sampled with."""
+    found = [torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
         found.append(torch.get_device_module(device).get_rng_state(device))
     return found
@@ -26,6 +31,11 @@ def states(device: torch.device) -> list[Tensor]:
 
 def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(map(torch.equal, some, others))
+
+
+def fingerprint(states: list[Tensor]) -> int:
+    """A number that differs between states that differ, the same in every process."""
+    return derived(*(zlib.crc32(state.cpu().numpy().tobytes()) for state in states))
 
 
 def shared_seed(device: torch.device, peers: Peers) -> int:

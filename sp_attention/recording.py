@@ -21,11 +21,12 @@ _LOW_PRECISION_TOLERANCE = 5e-2
 
 @dataclass(frozen=True)
 class Attended:
-    """One call of our attention function: by which module, [B, S] of its queries and of its keys, and when."""
+    """One call of our attention function: by which module, [B, S] of its queries and of its keys, and their heads."""
 
     module: nn.Module
     queries: tuple[int, int]
     keys: tuple[int, int]
+    heads: tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.utils.generic import TransformersKwargs
 from sp_attention import randomness
 from sp_attention.agreement import require_same_batch
 from sp_attention.attention import Mask
+from sp_attention.cache import LayersCache, cached_length
 from sp_attention.call import Call, Current
 from sp_attention.dims import Along, Extent
 from sp_attention.errors import UnsupportedError
@@ -46,6 +48,7 @@ class Forward:
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
+    caches: key/value caches are filled. past: with so many tokens in them before.
     records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
     calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
     """
@@ -58,6 +61,8 @@ class Forward:
     passes: int = 0
     calls: dict[str, Call] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
+    caches: bool = False
+    past: int = 0
     records: bool = False
     parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
 
@@ -81,6 +86,7 @@ class Hooks:
     only_loss: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    _states: list[Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
@@ -129,28 +135,47 @@ class Hooks:
             self.forward.unseen |= unseen
             self.forward.records |= _is_on("output_hidden_states", model, given)
             return
+        caches = [value for value in given.values() if isinstance(value, Cache)]
+        past = max(map(cached_length, caches), default=0)
         mode = {
             "(training)": model.training,
             "(gradients)": torch.is_grad_enabled(),
             "(only the loss)": self.only_loss,
+            "(tokens in the cache)": past,
+            "(random numbers since the last token)": self._drawn(model) if past else 0,
         }
         require_same_batch({**given, **mode}, self.peers, model.device)
         reason = self._refusal(model, given)
         if reason is not None:
             raise UnsupportedError(reason)
         self.current.call, self.current.weights = None, _is_on("output_attentions", model, given)
-        self.current.given, self.current.is_known = tensors_given, True
+        self.current.given, self.current.is_known, self.current.kept = tensors_given, True, {}
         self._unbind()
         self.forward = Forward(
             model,
             self._stays_sharded(model, given),
             unseen,
+            caches=self._caches(model, given, bool(caches)),
+            past=past,
             records=_is_on("output_hidden_states", model, given),
         )
         if model.training and self.region.random:
             self.forward.seed = randomness.shared_seed(model.device, self.peers)
         elif model.training:
             self.forward.states = randomness.states(model.device)
+
+    def _caches(self, model: PreTrainedModel, given: Mapping[str, Any], is_given: bool) -> bool:
+        """Whether a cache is filled: one that is given, or that the model makes. In training, only if it is asked to.
+
+        Most models make one whenever they are not told otherwise, and nobody looks at it where it is for a loss.
+        """
+        made = not (model.training or self.only_loss or self.region.no_caches) if "use_cache" not in given else False
+        return is_given or bool(given.get("use_cache", made))
+
+    def _drawn(self, model: PreTrainedModel) -> int:
+        """A fingerprint of the random generators if somebody drew from them since the last forward, else 0."""
+        before, now = self._states, randomness.torch_states(model.device)
+        return 0 if before is None or randomness.are_equal(before, now) else randomness.fingerprint(now)
 
     def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
         """S if our loss, and nothing but it, will see the logits."""
@@ -179,16 +204,14 @@ class Hooks:
         key = self.region.implementation
         if key is not None and any(inner.config._attn_implementation != key for inner in self.region.models):
             return "the attention implementation was changed after enable(): call handle.disable() before you change it"
-        # However the model calls its cache.
-        if (
-            given.get("use_cache")
-            or "past_key_values" in given
-            or any(isinstance(one, Cache) for one in given.values())
-        ):
+        is_cached = bool(given.get("use_cache")) or any(isinstance(one, Cache) for one in given.values())
+        if self.region.no_caches and (is_cached or "past_key_values" in given):
             return (
-                "a key/value cache (generate(), use_cache=True, past_key_values) is not covered under sequence "
-                "parallelism yet: generate within handle.suspended(), or pass use_cache=False"
+                f"a key/value cache (generate(), use_cache=True, past_key_values): {self.region.no_caches}. Generate "
+                "within handle.suspended(), by the whole model on every rank, or pass use_cache=False"
             )
+        if not isinstance(given.get("past_key_values"), (Cache, NoneType)):
+            return f"past_key_values is a {type(given['past_key_values']).__name__}, and no Cache of transformers"
         if {"cu_seq_lens_q", "max_length_q"} <= given.keys() and "position_ids" not in given:
             return (
                 "cu_seq_lens_q and max_length_q without position_ids: under sequence parallelism it is positions that "
@@ -204,6 +227,7 @@ class Hooks:
             return None
         if forward.model is model:
             self.forward, self.current.is_known = None, False
+            self._states = randomness.torch_states(model.device) if forward.caches else None
         if output is None:
             return None
         if forward.model is model:
@@ -226,7 +250,9 @@ class Hooks:
                 output[name] = map_leaves(lambda _, leaf: self._recorded(leaf, forward), output[name])
         if forward.model is not model:
             return output
-        return _without_cache(output if call is None else _with_sharded_logits(output, call))
+        if call is not None:
+            output = _with_sharded_logits(output, call)
+        return output if forward.caches else _without_cache(output)
 
     def _recorded(self, value: Any, forward: Forward) -> Any:
         """What transformers recorded inside of the layers, as the user may see it: whole."""
@@ -253,10 +279,17 @@ class Hooks:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call_of(stack, layer, (args, kwargs))
-            given = map_leaves(lambda path, leaf: _entering(path, leaf, layer, call), (args, kwargs))
+            with_cache = self.forward is not None and self.forward.caches
+
+            def entering(path: Path, leaf: Any) -> Any:
+                if isinstance(leaf, Cache):
+                    return LayersCache(leaf, layer.heads, self.current, self.peers) if with_cache else None
+                return _entering(path, leaf, layer, call)
+
+            given = map_leaves(entering, (args, kwargs))
             mine = call.is_shared and not layer.gathered
             entered.append((call, self.current.call, self._drawing(call, layer.name, mine)))
-            self.current.call = call if mine else None
+            self.current.call = call if mine or (with_cache and not layer.gathered) else None
             if self.forward is not None and self.forward.records and call.is_shared:
                 self.forward.note(_leaf(given, layer.hidden), layer.arguments[layer.hidden], call)
             self._bind(checkpointed)
@@ -271,8 +304,10 @@ class Hooks:
             is_last = layer is stack.layers[-1]
             if is_last and self.forward is not None:
                 self.forward.inside.discard(stack.name)
-            if output is None or not call.is_shared:
+            if output is None:
                 return None
+            if not call.is_shared:
+                return map_leaves(lambda _, leaf: _users(leaf), output)
             if self.forward is not None and self.forward.records:
                 for path, tensor in tensors(output):
                     self.forward.note(tensor, layer.results.get(path), call)
@@ -297,6 +332,7 @@ class Hooks:
             call = Call(
                 extent,
                 self.peers,
+                past=self.forward.past if any(isinstance(leaf, Cache) for _, leaf in leaves(given)) else 0,
                 is_separate=is_separate,
                 stays_sharded=not is_separate
                 and stack.name == self.region.before_loss
@@ -363,8 +399,9 @@ class Hooks:
             call = self.current.call
             if call is None and not self.current.is_known:
                 raise UnsupportedError(_outside(part.name))
-            if call is None:
-                entered.append((None, lambda: None))
+            if call is None or not call.is_shared:
+                entered.append((call, lambda: None))
+                self.current.call = call if part.attends else None
                 return None
 
             def whole(path: Path, leaf: Any) -> Any:
@@ -380,7 +417,8 @@ class Hooks:
 
             given = map_leaves(whole, (args, kwargs))
             entered.append((call, self._drawing(call, part.name, mine=False)))
-            self.current.call = None
+            keeps = part.attends and self.forward is not None and self.forward.caches
+            self.current.call = replace(call, is_replicated=True) if keeps else None
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -389,7 +427,7 @@ class Hooks:
             call, restore = entered.pop()
             self.current.call = call
             restore()
-            if output is None or call is None:
+            if output is None or call is None or not call.is_shared:
                 return None
 
             def mine(path: Path, leaf: Any) -> Any:
@@ -405,8 +443,6 @@ class Hooks:
 
 def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
     """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
-    if isinstance(leaf, Cache):
-        return None  # It would hold one rank's part, and the model does not return it.
     if not isinstance(leaf, Tensor) or not call.is_shared or path[1] in NEVER_CUT or path in layer.masks:
         return leaf
     if path not in layer.arguments:
@@ -420,6 +456,8 @@ def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
             return call.whole(leaf, along) if layer.gathered else leaf
         if call.is_whole(leaf, along):
             return leaf if layer.gathered else call.part(leaf, along, remember=path not in layer.handed)
+        if call.is_with_past(leaf, along):
+            return leaf
     raise UnsupportedError(
         f"{layer.name}: the argument {_text(path)} {list(leaf.shape)} is not what enable() saw in its rehearsal; it is "
         f"not of {call.extent.length} tokens and cannot be cut"
@@ -430,11 +468,16 @@ def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, ends: bool) -> Any
     """What goes on in place of a layer's result: my span to the next layer, all of it to what is outside."""
     along = layer.results.get(path)
     if along is None or not isinstance(leaf, Tensor):
-        return leaf
+        return _users(leaf)
     stays = path in layer.hands and not ends
     if layer.gathered:
         return call.part(leaf, along) if stays and call.is_whole(leaf, along) else leaf
     return leaf if stays or not call.is_part(leaf, along) else call.whole(leaf, along)
+
+
+def _users(leaf: Any) -> Any:
+    """The user's cache in place of what stood for it in a layer; anything else as it is."""
+    return leaf.cache if type(leaf) is LayersCache else leaf
 
 
 def _is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
@@ -476,7 +519,7 @@ def _with_sharded_logits(output: Any, call: Call) -> Any:
 
 
 def _without_cache(output: Any) -> Any:
-    """A model's output without the key/value cache that it made on its own; it stayed empty."""
+    """A model's output without the key/value cache that it made on its own and that nobody asked for; it is empty."""
     if isinstance(output, dict) and any(isinstance(value, Cache) for value in output.values()):
         return type(output)(**{name: value for name, value in output.items() if not isinstance(value, Cache)})
     if isinstance(output, tuple):

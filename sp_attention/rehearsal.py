@@ -245,7 +245,7 @@ def _found(
                 everything |= part is None
                 mixers += [part] if part is not None else []
                 continue
-            attending.append(part)
+            attending.append(replace(part, attends=True))
         for module in _parts_of(child, set(draft.modes)):
             if not runs[0][0].calls[module]:
                 # If it is called after all, it is refused for what it is given.
@@ -259,6 +259,7 @@ def _found(
             everything |= part is None
             mixers += [part] if part is not None else []
     everything |= layer.module in others
+    layer = replace(layer, heads=draft.heads_in(layer.module))
     return Found(layer, kinds, tuple(mixers), tuple(attending), EVERYTHING if everything else MIXERS)
 
 

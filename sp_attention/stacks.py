@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sp_attention.cache import Heads
 from sp_attention.dims import Dims, Extent, dims, merged
 from sp_attention.masks import Described
 from sp_attention.plan import Layer
@@ -33,14 +34,25 @@ class Draft:
     """A stack before anything is proven.
 
     extents: those of the narrow and the wide runs. modes: for what attends in it through our function, whether keys
-    and queries are both the sequence ("shared"), the keys another ("over memory"), or neither ("other").
+    and queries are both the sequence ("shared"), the keys another ("over memory"), or neither ("other"). heads: of
+    these, how many attend to how many.
     """
 
     name: str
     layers: tuple[Layer, ...]
     extents: tuple[Extent, Extent]
     modes: Mapping[nn.Module, str]
+    heads: Mapping[nn.Module, tuple[int, int]]
     separate: bool
+
+    def heads_in(self, layer: nn.Module) -> Heads:
+        """How many heads attend to how many in a layer, by the kind of attention; 0 where that does not tell."""
+        found: dict[tuple[bool, int], set[int]] = {}
+        for module in layer.modules():
+            if module in self.heads:
+                queries, keys = self.heads[module]
+                found.setdefault((self.modes[module] == "over memory", keys), set()).add(queries)
+        return {kind: queries.pop() if len(queries) == 1 else 0 for kind, queries in found.items()}
 
     @property
     def attends(self) -> bool:
@@ -76,7 +88,9 @@ def _draft(name: str, modules: nn.ModuleList, names: Mapping[nn.Module, str], ru
             if isinstance(leaf, Described)
         )
         layers.append(Layer(names[module], module, begin[0], frozenset(), arguments, frozenset(), results, (), masks))
-    return _handing_over(Draft(name, tuple(layers), extents, _modes(layers, narrow, wide, extents), False), runs)
+    modes = _modes(layers, narrow, wide, extents)
+    heads = {one.module: one.heads for one in narrow.attended if one.module in modes}
+    return _handing_over(Draft(name, tuple(layers), extents, modes, heads, False), runs)
 
 
 def _hidden(module: nn.Module, narrow: Run, wide: Run) -> tuple[Path, tuple[Extent, Extent]] | None:

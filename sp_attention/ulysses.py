@@ -11,11 +11,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sp_attention import registry
 from sp_attention.attention import Backend, Mask, Request, reason_against
+from sp_attention.cache import one_dtype
 from sp_attention.call import Call, Current
 from sp_attention.dims import Along
 from sp_attention.eager import eager_functions
 from sp_attention.errors import BackendError, UnsupportedError
-from sp_attention.exchange import Peers, gather, head_to_seq, seq_to_head
+from sp_attention.exchange import Peers, gather, head_to_seq, seq_to_head, to_heads
 from sp_attention.layout import HeadPlan, head_plan
 from sp_attention.masks import DOCUMENTS, Described
 
@@ -66,25 +67,30 @@ class UlyssesAttention:
         UnsupportedError for arguments that nothing is known of.
         """
         self._refuse_unknown(module, options)
-        query, key, value = _one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        call = self.current.call
-        over_memory = call is not None and module in self.over_memory
+        call, kept = self.current.call, self.current.heads_kept(key)
+        query, key, value = one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         length = query.shape[1] if call is None else call.extent.length
-        memory = length if call is not None and not over_memory else key.shape[1]
         mine = length if call is None else call.mine.length
+        # Keys that every rank holds whole: of another sequence, or out of latents that a cache keeps.
+        over_memory = call is not None and kept is None and (module in self.over_memory or key.shape[1] != mine)
+        memory = length if call is not None and kept is None and not over_memory else key.shape[1]
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         given = attention_mask.mask if isinstance(attention_mask, Described) else attention_mask
         if given is None:
+            if causal and length > 1 and memory != length:
+                raise UnsupportedError(
+                    f"{self.name_of(module)} says that it is causal, and gives no mask to {length} queries and "
+                    f"{memory} keys: nothing tells where in the sequence these queries are"
+                )
             given = Mask(query.shape[0], length, memory, query.device, causal=causal and length > 1)
         if call is not None:
             given, position_bias = call.original(given), call.original(position_bias)
         mask = as_mask(given, self.name_of(module), query.shape[0], length)
-        expected = (length, memory, mine, memory if call is None or over_memory else mine)
-        if (mask.query_length, mask.key_length, query.shape[1], key.shape[1]) != expected:
+        if (mask.query_length, mask.key_length, query.shape[1]) != (length, memory, mine):
             raise UnsupportedError(
                 f"{self.name_of(module)}: {query.shape[1]} queries attend to {key.shape[1]} keys, with a mask for "
                 f"{mask.query_length} and {mask.key_length}, in a sequence of {length} tokens of which this rank has "
-                f"{mine}; filled caches, and what enable() did not see in its rehearsal, are not covered yet"
+                f"{mine}; that is not what enable() saw in its rehearsal"
             )
         if mask.is_plainly_causal and not causal:
             raise UnsupportedError(
@@ -100,12 +106,37 @@ class UlyssesAttention:
         scale = scaling if scaling is not None else query.shape[3] ** -0.5
         sinks = None if s_aux is None else s_aux.reshape(-1)
         request = Request(query, key, value, mask, scale, softcap, sinks, bias, dropout, module)
-        if call is None:
+        if call is not None and kept is not None:
+            return self._attend_kept(request, call, kept)
+        if call is None or not call.is_shared:
             self._require_done([request])
             return self._attend(request)
         if over_memory:
             return self._attend_over_memory(request, call)
         return self._attend_shared(request, call)
+
+    def _attend_kept(self, request: Request, call: Call, kv_heads: int) -> Attended:
+        """All new queries of my heads over keys of my heads: a cache has exchanged those already, or cut them."""
+        query, all_heads = request.query, request.query.shape[2]
+        plan = head_plan(all_heads, kv_heads, self.peers.size)
+        if request.key.shape[2] != len(plan.stored[self.peers.rank]):
+            raise UnsupportedError(
+                f"{self.name_of(request.module)}: {request.key.shape[2]} of {kv_heads} key heads come out of a cache, "
+                f"where this rank keeps {len(plan.stored[self.peers.rank])} for its share of {all_heads} query heads"
+            )
+        self._require_done(_shares(request, plan))
+        request = _of_rank(request, plan, self.peers.rank)
+        if call.is_shared:
+            (query,) = to_heads((query,), (plan.query,), call.extent.length, self.peers)
+        else:
+            heads = plan.query[self.peers.rank]
+            query = query[:, :, heads.start : heads.stop]
+        out, weights = self._attend_mine(replace(request, query=query), plan)
+        if weights is not None:
+            weights = gather(weights, all_heads, self.peers, 1)
+        if call.is_shared:
+            return head_to_seq(out, plan, self.peers), weights
+        return gather(out, all_heads, self.peers, 2), weights
 
     def _attend_over_memory(self, request: Request, call: Call) -> Attended:
         """My span's queries see keys that every rank holds, of all heads: nothing is exchanged."""
@@ -124,21 +155,23 @@ class UlyssesAttention:
         self._require_done(_shares(request, plan))
         request = _of_rank(request, plan, self.peers.rank)
         query, key, value = seq_to_head(request.query, request.key, request.value, call.extent.length, plan, self.peers)
-        weights: Tensor | None = None
-        if not query.shape[2]:
-            # More ranks than heads and none of them here: `value` is empty too, and leads backward to the exchange.
-            out = value
-            if self.current.weights:
-                # Empty too, and it takes part in backward like those of the others.
-                weights = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
-        else:
-            if not plan.is_grouped(self.peers.rank):
-                order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)
-                key, value = key.index_select(2, order), value.index_select(2, order)
-            out, weights = self._attend(replace(request, query=query, key=key, value=value))
+        out, weights = self._attend_mine(replace(request, query=query, key=key, value=value), plan)
         if weights is not None:
             weights = gather(weights, all_heads, self.peers, 1)
         return head_to_seq(out, plan, self.peers), weights
+
+    def _attend_mine(self, request: Request, plan: HeadPlan) -> Attended:
+        """The attention of my heads, which may be none: more ranks than heads."""
+        query, key, value = request.query, request.key, request.value
+        if not query.shape[2]:
+            # Empty too, and it takes part in backward like that of the others.
+            weights = query.transpose(1, 2) @ key[:, :, :0].permute(0, 2, 3, 1)
+            out = (weights @ value[:, :, :0].transpose(1, 2)).transpose(1, 2)
+            return out, weights if self.current.weights else None
+        if not plan.is_grouped(self.peers.rank):
+            order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)
+            request = replace(request, key=key.index_select(2, order), value=value.index_select(2, order))
+        return self._attend(request)
 
     def _attend(self, request: Request) -> Attended:
         if not self.current.weights:
@@ -215,9 +248,9 @@ def _shares(request: Request, plan: HeadPlan) -> list[Request]:
     All ranks look at the requests of all, so that a kernel that refuses one of them is refused by every rank, before
     some wait for the others in the exchange.
     """
-    length = request.mask.query_length
+    queries, keys = request.mask.query_length, request.mask.key_length
 
-    def shaped(like: Tensor, heads: int) -> Tensor:
+    def shaped(like: Tensor, length: int, heads: int) -> Tensor:
         return like.new_empty(like.shape[3]).expand(like.shape[0], length, heads, -1)
 
     shares: dict[tuple[int, int], int] = {}
@@ -227,9 +260,9 @@ def _shares(request: Request, plan: HeadPlan) -> list[Request]:
     return [
         replace(
             _of_rank(request, plan, rank),
-            query=shaped(request.query, h),
-            key=shaped(request.key, n),
-            value=shaped(request.value, n),
+            query=shaped(request.query, queries, h),
+            key=shaped(request.key, keys, n),
+            value=shaped(request.value, keys, n),
         )
         for (h, n), rank in shares.items()
     ]
@@ -254,13 +287,3 @@ def as_mask(mask: Mask | Tensor, name: str, batch: int, length: int) -> Mask:
         f"{name}: the attention mask is {kind}; masks that transformers' mask functions build are covered, and your "
         "own, bool or float, of shape [B, 1, S, S]"
     )
-
-
-def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast the rotary embedding leaves q and k wider than v; kernels would cast them, so we do it first."""
-    if query.dtype == key.dtype == value.dtype:
-        return query, key, value
-    if not torch.is_autocast_enabled(query.device.type):
-        raise UnsupportedError(f"query, key and value have different dtypes: {query.dtype}, {key.dtype}, {value.dtype}")
-    narrow = torch.get_autocast_dtype(query.device.type)
-    return query.to(narrow), key.to(narrow), value.to(narrow)

@@ -25,7 +25,6 @@ from transformers.masking_utils import (
 )
 
 from sp_attention.attention import Mask, Segment
-from sp_attention.errors import UnsupportedError
 from sp_attention.layout import Span
 from sp_attention.masks import describe
 
@@ -250,17 +249,36 @@ def _window_function(window: int) -> object:
     return sliding_window_causal_mask_function(window)
 
 
-def test_masks_of_a_filled_cache_are_refused() -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"attention of 1 queries over 9 keys: a filled cache.*handle\.suspended"
-    ):
-        describe(1, 1, 9, q_offset=8)
+# New tokens and cached ones: queries, keys, and where the first of each stands.
+FILLED = {
+    "one more": (1, 9, 8, 0),
+    "several more": (3, 9, 6, 0),
+    "behind a window": (2, 5, 10, 7),
+    "static": (2, 12, torch.tensor(4), 0),
+    "static, the first": (4, 12, 0, 0),
+    "static, behind a window": (3, 6, torch.tensor(9), 6),
+}
 
 
-@pytest.mark.parametrize("kind", ["causal", "window", "chunks"])
-def test_masks_of_other_queries_than_the_keys_are_refused_where_position_matters(kind: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"attention of 12 queries over 15 keys: a filled cache"):
-        built(kind, "described", torch.ones(2, 15))
+@pytest.mark.parametrize("filled", FILLED)
+@pytest.mark.parametrize("padding", [None, "left", "holes"])
+@pytest.mark.parametrize("kind", ["causal", "window", "chunks", "with a function", "bidirectional"])
+def test_masks_with_a_filled_cache_are_those_of_transformers(kind: str, padding: str | None, filled: str) -> None:
+    function = {
+        "causal": causal_mask_function,
+        "window": _window_function(4),
+        "chunks": chunked_causal_mask_function(5, torch.tensor([2, 0])),
+        "with a function": and_masks(causal_mask_function, every_third),
+        "bidirectional": bidirectional_mask_function,
+    }[kind]
+    queries, keys, q_offset, kv_offset = FILLED[filled]
+    asked = {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": function}
+    if padding is not None:
+        asked["attention_mask"] = torch.tensor(PADDINGS[padding], dtype=torch.bool)
+    mask = describe(2, queries, keys, **asked)
+    expected = sdpa_mask(2, queries, keys, **asked, allow_is_causal_skip=False)
+    assert (mask.function is None) == (kind != "with a function")
+    assert torch.equal(mask.dense().expand_as(expected), expected)
 
 
 def described_by(padding: list[list[int]] | None = None, documents: list[list[int]] | None = None) -> Mask:
