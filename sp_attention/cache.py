@@ -117,7 +117,7 @@ class LayersCache:
         quantised = isinstance(cache, QuantizedCache)
         queries = 0 if quantised else self._heads.get((self._over_memory, keys.shape[1]))
         if not queries:
-            if exchanged:
+            if exchanged and call.is_part(keys, Along(2)):
                 keys, values = call.whole(keys, Along(2)), call.whole(values, Along(2))
             return keep(cache, keys, values, layer_idx, *args, **kwargs)
         held = _Held(head_plan(queries, keys.shape[1], peers.size).stored, peers.rank)

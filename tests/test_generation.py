@@ -122,14 +122,14 @@ def compare_all() -> dict[tuple[str, str], float]:
 
 
 @cache
-def comparisons(ranks: int) -> list[dict[tuple[str, str], float]]:
-    return run_ranks(ranks, compare_all, timeout=300)
+def comparisons() -> list[dict[tuple[str, str], float]]:
+    # On two ranks, and for every type of transformers, it is a sweep: sweep/generation.py.
+    return run_ranks(3, compare_all, timeout=300)
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
 @pytest.mark.parametrize("name", MODELS)
-def test_tokens_and_scores_are_those_of_one_process(name: str, ranks: int) -> None:
-    for comparison in comparisons(ranks):
+def test_tokens_and_scores_are_those_of_one_process(name: str) -> None:
+    for comparison in comparisons():
         errors = {mode: error for (model, mode), error in comparison.items() if model == name}
         assert len(errors) >= len(MODES) - 1
         assert not {mode: error for mode, error in errors.items() if not error < MODELS[name].tolerance}
@@ -220,9 +220,8 @@ def continued() -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
-def test_calls_of_the_model_go_on_from_caches(ranks: int) -> None:
-    for found in run_ranks(ranks, continued, timeout=120):
+def test_calls_of_the_model_go_on_from_caches() -> None:
+    for found in run_ranks(3, continued, timeout=120):
         assert len(found) == 4 * len(CUTS) + 4 * 3 + 3 + 3 * 4
         assert not {name: error for name, error in found.items() if not error < 1e-5}
 
@@ -301,9 +300,8 @@ def _compiling() -> CompileConfig:
     return config
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
-def test_ways_to_generate(ranks: int) -> None:
-    for found in run_ranks(ranks, ways, timeout=200):
+def test_ways_to_generate() -> None:
+    for found in run_ranks(2, ways, timeout=200):
         assert len(found) == 15
         assert not {name: error for name, error in found.items() if not error < 1e-5}
 
@@ -350,7 +348,7 @@ def gradients_through_a_cache() -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 7], ids="P{}".format)
+@pytest.mark.parametrize("ranks", [2, 7], ids="P{}".format)
 def test_gradients_go_through_a_cache(ranks: int) -> None:
     assert max(run_ranks(ranks, gradients_through_a_cache, timeout=120)) < 1e-5
 
