@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 import sp_attention
+from sp_attention.enabling import handle_of
 from sp_attention.errors import BatchError, UnsupportedError
 from sp_attention.launch import RanksError, run_ranks
 
@@ -109,6 +110,8 @@ def compare_all() -> dict[tuple[str, str], float]:
     found = {}
     for name in MODELS:
         reference, model = pair(name)
+        # What is wrong with that would not show in the numbers: enable() finds it, and falls back to whole caches.
+        assert ("caches hold this rank's heads" in handle_of(model).report()) == (name not in ("bloom", "deepseek-v3"))
         for mode, options in MODES.items():
             if mode == "chunks" and model.config.is_encoder_decoder:
                 continue  # transformers would take chunks of the decoder's one token.
@@ -335,9 +338,9 @@ def test_prompts_of_images_and_sound(what: Callable[[], float]) -> None:
     assert max(run_ranks(3, what, timeout=120)) < 1e-5
 
 
-def gradients_through_a_cache() -> float:
+def gradients_through_a_cache(name: str) -> float:
     """The largest relative error of a gradient of the loss of what follows a cache, with respect to all parameters."""
-    reference, model = pair("llama-5q1kv")
+    reference, model = pair(name)
     ids, errors = prompt(model), []
     for each in (model, reference):
         _, filled = logits(each, ids[:, :9])
@@ -348,9 +351,10 @@ def gradients_through_a_cache() -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize("ranks", [2, 7], ids="P{}".format)
-def test_gradients_go_through_a_cache(ranks: int) -> None:
-    assert max(run_ranks(ranks, gradients_through_a_cache, timeout=120)) < 1e-5
+# Of the second, a rank has no heads.
+@pytest.mark.parametrize(("name", "ranks"), [("llama-5q1kv", 2), ("llama-2q1kv", 3)])
+def test_gradients_go_through_a_cache(name: str, ranks: int) -> None:
+    assert max(run_ranks(ranks, gradients_through_a_cache, name, timeout=120)) < 1e-5
 
 
 def collectives() -> dict[str, dict[str, int]]:
