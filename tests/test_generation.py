@@ -424,9 +424,13 @@ def test_caches_of_other_heads_are_refused_and_say_what_to_do() -> None:
 
 
 def unlike_each_other() -> dict[str, str]:
-    model = MODELS["llama-6q3kv"].build().eval()
-    sp_attention.enable(model, "sdpa")
-    ids, texts, rank = prompt(model), {}, dist.get_rank()
+    model, rank = MODELS["llama-6q3kv"].build().eval(), dist.get_rank()
+    torch.manual_seed(rank)
+    handle = sp_attention.enable(model, "sdpa")
+    # What is sampled comes later.
+    assert handle.refuses_caches is None
+    torch.manual_seed(0)
+    ids, texts = prompt(model), {}
 
     def sampled() -> None:
         torch.manual_seed(rank)
