@@ -160,7 +160,7 @@ def _generate(request: Request) -> Generated | str:
         return f"{request.folder} has no tokenizer that can be loaded: {_one_line(error)}"
     batch = tokenizer(request.prompt, return_tensors="pt")
     if not batch["input_ids"].shape[1]:
-        return "the prompt has no tokens"
+        return f"the tokenizer of {request.folder} makes no tokens of the prompt: are all of its files there?"
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(request.folder, dtype=request.dtype)
     except (OSError, ValueError, ImportError) as error:
@@ -169,8 +169,8 @@ def _generate(request: Request) -> Generated | str:
     clock = Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if writes else None)
     options = {} if request.temperature is None else {"temperature": request.temperature}
     try:
-        handle = sp_attention.enable(model, backend=request.backend)
         torch.manual_seed(request.seed)
+        handle = sp_attention.enable(model, backend=request.backend)
         start = resident_memory("VmRSS")
         forget_peak()
         generated = model.generate(
