@@ -17,6 +17,7 @@ from sp_attention.dims import Along
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers, to_heads
 from sp_attention.layout import Span, head_plan
+from sp_attention.trees import tensors
 
 # The attribute of a layer of a cache that says which heads are in it. It goes along with copies of the cache.
 _MARK = "_sp_attention_heads"
@@ -168,8 +169,7 @@ def cached_length(cache: Cache) -> int:
 
 def told_of(cache: Any) -> str:
     """What this rank holds in a filled cache, as text for people."""
-    parts = [getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")]
-    layers = [layer for one in parts if one is not None for layer in one.layers] or cache.layers
+    layers = _layers_of(cache)
     marks: list[_Held] = [vars(layer)[_MARK] for layer in layers if _MARK in vars(layer)]
     whole = len(layers) - len(marks)
     if not marks:
@@ -178,6 +178,27 @@ def told_of(cache: Any) -> str:
     more = [f"{copies} for {heads}" for copies, heads in sorted(stored) if copies > heads]
     text = "hold this rank's heads" + (f", all but {whole} of {len(layers)} layers, which are whole" if whole else "")
     return text + (f"; ranks hold some key heads alike: {', '.join(more)}" if more else "")
+
+
+def sizes(cache: Any) -> tuple[int, int]:
+    """Bytes of the tensors in a filled cache: of those that this rank holds, and of those that one process would hold.
+
+    That one would hold the keys and values of all heads, where this rank holds those of its own.
+    """
+    mine = whole = 0
+    for layer in _layers_of(cache):
+        held: _Held | None = vars(layer).get(_MARK)
+        heads, of_mine = (1, 1) if held is None else (held.all_heads, len(held.mine))
+        for (name, *_), tensor in tensors(vars(layer)):
+            mine += tensor.nbytes
+            whole += tensor.nbytes * heads // of_mine if name in ("keys", "values") else tensor.nbytes
+    return mine, whole
+
+
+def _layers_of(cache: Any) -> list[Any]:
+    parts = [getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")]
+    layers: list[Any] = [layer for one in parts if one is not None for layer in one.layers] or cache.layers
+    return layers
 
 
 def one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

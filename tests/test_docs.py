@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,9 @@ def test_the_readme_names_every_module() -> None:
     readme = (ROOT / "README.md").read_text()
     modules = [path.name for path in (ROOT / "sp_attention").glob("*.py") if not path.name.startswith("__")]
     assert [name for name in modules if f"  {name} " not in readme] == []
+
+
+def test_the_table_of_a_long_prompt_is_of_the_raw_numbers() -> None:
+    table = runpy.run_path(str(ROOT / "bench" / "generation.py"))["table"]
+    record = json.loads((ROOT / "docs" / "data" / "generation.json").read_text())
+    assert table(record) in (ROOT / "docs" / "generation.md").read_text()

@@ -63,5 +63,9 @@ def test_commands_and_options() -> None:
         "backends": ["--json"],
         "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],
         "doctor": ["--run", "--json"],
+        "generate": [
+            "--prompt", "--ranks", "--max-new-tokens", "--backend", "--dtype", "--sample", "--temperature", "--seed",
+            "--json",
+        ],
         "verify": ["--ranks", "--backend", "--task", "--length", "--kinds", "--with", "--full", "--json"],
-    }
+    }  # fmt: skip

@@ -11,7 +11,7 @@ from transformers.masking_utils import blockwise_overlay
 import sp_attention
 from sp_attention import testing
 from sp_attention.attention import Mask, Request
-from sp_attention.cli.training import resident_memory
+from sp_attention.cli.memory import resident_memory
 from sp_attention.kernels import sdpa
 from sp_attention.launch import run_ranks
 from sp_attention.layout import Span

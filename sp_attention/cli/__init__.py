@@ -7,6 +7,7 @@ import click
 from sp_attention.cli.backends import backends
 from sp_attention.cli.demo import demo
 from sp_attention.cli.doctor import doctor
+from sp_attention.cli.generate import generate
 from sp_attention.cli.verify import verify
 
 
@@ -22,6 +23,7 @@ def cli(context: click.Context) -> None:
 cli.add_command(backends)
 cli.add_command(demo)
 cli.add_command(doctor)
+cli.add_command(generate)
 cli.add_command(verify)
 
 

@@ -1,7 +1,5 @@
 """What one process of the demo does: train a small Llama on text, alone or as one of the ranks of a sequence."""
 
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sp_attention
+from sp_attention.cli.memory import resident_memory
 
 VOCABULARY = 2048
 # SGD makes steps as large as the gradients, so that a gradient of the wrong size shows in the losses.
@@ -101,13 +100,3 @@ def build(training: Training) -> PreTrainedModel:
     made = LlamaForCausalLM(config)
     made.train()
     return made
-
-
-def resident_memory(field: str) -> int:
-    """Bytes of physical memory of this process, "VmRSS" now or "VmHWM" at most; where Linux does not tell, at most."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith(f"{field}:"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
