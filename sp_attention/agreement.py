@@ -18,6 +18,14 @@ from sp_attention.exchange import Peers
 _MIX = (0x2545F4914F6CDD1D, -0x61C8864680B583EB)
 
 
+# The name under which the state of the generator is compared that tokens are sampled with.
+SAMPLING = "(random state)"
+_SEED = (
+    "Tokens are sampled on every rank, so torch's generators must be alike too: seed them alike before generate(), by "
+    "transformers.set_seed(0)."
+)
+
+
 def share_problem(problem: Exception | None, peers: Peers | None) -> None:
     """Raise the first problem any rank has, with its class and text, on every rank; return when none has one."""
     problems: list[Exception | None] = [problem]
@@ -70,6 +78,7 @@ def _difference(everyone: list[dict[str, str]]) -> str:
             "Every rank of a group must pass the same whole batch to the model, which cuts it itself. Give the sampler "
             "the number of groups and the number of this group instead of world size and rank, seed whatever the "
             "collator draws by group, and do not cut the sequence yourself.",
+            *([_SEED] if any(line.startswith(SAMPLING) for line in lines) else []),
         ]
     )
 

@@ -53,7 +53,7 @@ class LayersCache:
     heads: how many heads attend to how many in this layer. over_memory: it is for keys of another sequence.
     """
 
-    __slots__ = ("_cache", "_current", "_heads", "_over_memory", "_peers")
+    __slots__ = ("__weakref__", "_cache", "_current", "_heads", "_over_memory", "_peers")
     _cache: Any  # a Cache, or one of encoders and decoders, whose own attributes are asked for
     _current: Current
     _heads: Heads
@@ -105,6 +105,7 @@ class LayersCache:
     def _of(self, cache: Cache, over_memory: bool) -> "LayersCache":
         return LayersCache(cache, self._heads, self._current, self._peers, over_memory)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """keys [B, Hkv, s | S, D], values [B, Hkv, s | S, Dv] → those of my heads, of all that is cached."""
         cache, call, peers = self._cache, self._current.call, self._peers

@@ -17,7 +17,7 @@ from sp_attention.layout import Span
 class Call:
     """A batch on its way through a stack.
 
-    extent: B and S of the whole batch, of its new tokens where a cache holds `past` others.
+    extent: B and S of the whole batch, of its new tokens where a cache holds others. fills: its layers fill a cache.
     is_separate: each layer cuts its arguments and gathers its results. is_replicated: every rank does all of it, but
     for heads that it keeps. stays_sharded: nothing is gathered after the last layer.
     seed: of the random numbers that are drawn in it.
@@ -25,7 +25,7 @@ class Call:
 
     extent: Extent
     peers: Peers
-    past: int = 0
+    fills: bool = False
     is_separate: bool = False
     is_replicated: bool = False
     stays_sharded: bool = False
@@ -52,11 +52,6 @@ class Call:
 
     def is_whole(self, tensor: Tensor, along: Along) -> bool:
         return tensor.shape[along.dim] == along.size(self.extent)
-
-    def is_with_past(self, tensor: Tensor, along: Along) -> bool:
-        """It is of the tokens in the cache too, so whoever gets it makes the new tokens' own of it, or attends."""
-        with_past = Extent(self.extent.batch, self.past + self.extent.length)
-        return self.past > 0 and tensor.shape[along.dim] == along.size(with_past)
 
     def part(self, whole: Tensor, along: Along, remember: bool = False) -> Tensor:
         """My span of a whole tensor. With `remember`, what every layer is given, such as rotary tables, is cut once."""

@@ -115,6 +115,12 @@ class Described(BlockMask):
     def contiguous(self) -> "Described":
         return self
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the mask is made of but for functions, by name: numbers and tensors."""
+        names = ("causal", "window", "offset", "documents", "padding")
+        return {"shape": str(self.shape)} | {name: getattr(self.mask, name) for name in names}
+
 
 def describe_for_layers(*args: Any, **options: Any) -> Described:
     """`describe`, as it is registered with transformers."""

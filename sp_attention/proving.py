@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import Any, TypeVar
 
 import torch
@@ -249,7 +249,7 @@ def _prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, specimen: Spec
     """Allow caches if the sharded model goes on from one as the model does that attends on its `own`, or note why not.
 
     The specimen is taken in steps: so many tokens that the ranks share them, one token, and again so many; or where the
-    model itself does not go on with several tokens, all but one, and that.
+    model itself does not go on with several tokens, all but one, and that. Some models do so without a mask only.
     """
     name = next((name for name in TOKENS if name in specimen.inputs), None)
     takes = signature(model.forward).parameters
@@ -258,8 +258,9 @@ def _prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, specimen: Spec
         return
     size, length = hooks.peers.size, specimen.inputs[name].shape[1]
     ours = own_attention(model)
-    for stops in ((size, size + 1, length), (length - 1, length)):
-        step = partial(_in_steps, model, specimen, name, stops)
+    unmasked = {one: value for one, value in specimen.inputs.items() if not one.endswith("attention_mask")}
+    for stops, inputs in product(((size, size + 1, length), (length - 1, length)), (specimen.inputs, unmasked)):
+        step = partial(_in_steps, model, inputs, name, stops)
         hooks.remove()
         attend_as(own)
         reason, expected = _attempted(step, hooks.peers)
@@ -295,24 +296,26 @@ def _keeping_all_heads(stack: Stack) -> Stack:
     return replace(stack, layers=tuple(layers))
 
 
-def _in_steps(model: PreTrainedModel, specimen: Specimen, name: str, stops: tuple[int, ...]) -> tuple[Tensor, Cache]:
-    """What a model gives for the real tokens of a specimen, some at a time, and the cache that it goes on from."""
+def _in_steps(
+    model: PreTrainedModel, whole: Mapping[str, Any], name: str, stops: tuple[int, ...]
+) -> tuple[Tensor, Cache]:
+    """What a model gives for the real tokens of a batch, some at a time, and the cache that it goes on from."""
     along = [name, name.replace("input_ids", "attention_mask")]
     outputs: list[Tensor] = []
     caches: Inputs = {}
     for start, stop in pairwise((0, *stops)):
-        inputs: Inputs = {**specimen.inputs, "use_cache": True} | caches
+        inputs: Inputs = {**whole, "use_cache": True} | caches
         inputs |= {one: inputs[one][:, (start if one == name else 0) : stop] for one in along if one in inputs}
         output = model(**inputs)
         caches = {one: value for one, value in output.items() if isinstance(value, Cache)}
         if not caches:
             raise UnsupportedError("it returns no cache of transformers' kind")
         outputs.append(next(tensor for path, tensor in tensors(output) if path[0] in ("logits", "last_hidden_state")))
-    whole = torch.cat(outputs, 1)
-    padding = specimen.inputs.get(along[1])
-    if padding is not None and padding.shape == whole.shape[:2]:
-        whole = whole * padding[..., None].to(whole.dtype)
-    return whole, next(iter(caches.values()))
+    output = torch.cat(outputs, 1)
+    padding = whole.get(along[1])
+    if padding is not None and padding.shape == output.shape[:2]:
+        output = output * padding[..., None].to(output.dtype)
+    return output, next(iter(caches.values()))
 
 
 def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:

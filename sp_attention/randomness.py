@@ -18,24 +18,21 @@ from sp_attention.exchange import Peers
 
 def states(device: torch.device) -> list[Tensor]:
     """The states of Python's and torch's generators, and of the device's; unequal when numbers were drawn between."""
-    return [torch.tensor(random.getstate()[1]), *torch_states(device)]
-
-
-def torch_states(device: torch.device) -> list[Tensor]:
-    """The states of torch's generators alone, which tokens are sampled with."""
-    found = [torch.get_rng_state()]
+    found = [torch.tensor(random.getstate()[1]), torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
         found.append(torch.get_device_module(device).get_rng_state(device))
     return found
 
 
+def sampling_state(device: torch.device) -> int:
+    """A number that tells apart the states of the generator that tokens are sampled with, alike in every process."""
+    on_host = device.type in ("cpu", "meta")
+    state = torch.get_rng_state() if on_host else torch.get_device_module(device).get_rng_state(device)
+    return zlib.crc32(state.cpu().numpy().tobytes())
+
+
 def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(map(torch.equal, some, others))
-
-
-def fingerprint(states: list[Tensor]) -> int:
-    """A number that differs between states that differ, the same in every process."""
-    return derived(*(zlib.crc32(state.cpu().numpy().tobytes()) for state in states))
 
 
 def shared_seed(device: torch.device, peers: Peers) -> int:

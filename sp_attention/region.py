@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import TransformersKwargs
 
 from sp_attention import randomness
-from sp_attention.agreement import require_same_batch
+from sp_attention.agreement import SAMPLING, require_same_batch
 from sp_attention.attention import Mask
 from sp_attention.cache import LayersCache, cached_length
 from sp_attention.call import Call, Current
@@ -48,7 +48,7 @@ class Forward:
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
-    caches: key/value caches are filled. past: with so many tokens in them before.
+    caches: key/value caches are filled.
     records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
     calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
     """
@@ -62,7 +62,6 @@ class Forward:
     calls: dict[str, Call] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
     caches: bool = False
-    past: int = 0
     records: bool = False
     parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
 
@@ -86,7 +85,6 @@ class Hooks:
     only_loss: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    _states: list[Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
@@ -136,15 +134,19 @@ class Hooks:
             self.forward.records |= _is_on("output_hidden_states", model, given)
             return
         caches = [value for value in given.values() if isinstance(value, Cache)]
-        past = max(map(cached_length, caches), default=0)
-        mode = {
+        mode: dict[str, Any] = {
             "(training)": model.training,
             "(gradients)": torch.is_grad_enabled(),
             "(only the loss)": self.only_loss,
-            "(tokens in the cache)": past,
-            "(random numbers since the last token)": self._drawn(model) if past else 0,
+            "(tokens in the cache)": max(map(cached_length, caches), default=0),
         }
-        require_same_batch({**given, **mode}, self.peers, model.device)
+        if (caches or given.get("use_cache")) and not torch.is_grad_enabled():
+            # A token may be sampled from what comes out. Ranks that differ in it, or in where the text ends, part here.
+            mode[SAMPLING] = randomness.sampling_state(model.device)
+        # Masks too, where generate() made them beforehand.
+        described = [(".".join(map(str, path)), leaf) for path, leaf in leaves(given) if isinstance(leaf, Described)]
+        masks = {f"{name}, {part}": value for name, leaf in described for part, value in leaf.told.items()}
+        require_same_batch({**given, **masks, **mode}, self.peers, model.device)
         reason = self._refusal(model, given)
         if reason is not None:
             raise UnsupportedError(reason)
@@ -156,7 +158,6 @@ class Hooks:
             self._stays_sharded(model, given),
             unseen,
             caches=self._caches(model, given, bool(caches)),
-            past=past,
             records=_is_on("output_hidden_states", model, given),
         )
         if model.training and self.region.random:
@@ -171,11 +172,6 @@ class Hooks:
         """
         made = not (model.training or self.only_loss or self.region.no_caches) if "use_cache" not in given else False
         return is_given or bool(given.get("use_cache", made))
-
-    def _drawn(self, model: PreTrainedModel) -> int:
-        """A fingerprint of the random generators if somebody drew from them since the last forward, else 0."""
-        before, now = self._states, randomness.torch_states(model.device)
-        return 0 if before is None or randomness.are_equal(before, now) else randomness.fingerprint(now)
 
     def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
         """S if our loss, and nothing but it, will see the logits."""
@@ -227,7 +223,6 @@ class Hooks:
             return None
         if forward.model is model:
             self.forward, self.current.is_known = None, False
-            self._states = randomness.torch_states(model.device) if forward.caches else None
         if output is None:
             return None
         if forward.model is model:
@@ -279,17 +274,16 @@ class Hooks:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call_of(stack, layer, (args, kwargs))
-            with_cache = self.forward is not None and self.forward.caches
 
             def entering(path: Path, leaf: Any) -> Any:
                 if isinstance(leaf, Cache):
-                    return LayersCache(leaf, layer.heads, self.current, self.peers) if with_cache else None
+                    return LayersCache(leaf, layer.heads, self.current, self.peers) if call.fills else None
                 return _entering(path, leaf, layer, call)
 
             given = map_leaves(entering, (args, kwargs))
             mine = call.is_shared and not layer.gathered
             entered.append((call, self.current.call, self._drawing(call, layer.name, mine)))
-            self.current.call = call if mine or (with_cache and not layer.gathered) else None
+            self.current.call = call if mine or (call.fills and not layer.gathered) else None
             if self.forward is not None and self.forward.records and call.is_shared:
                 self.forward.note(_leaf(given, layer.hidden), layer.arguments[layer.hidden], call)
             self._bind(checkpointed)
@@ -332,7 +326,7 @@ class Hooks:
             call = Call(
                 extent,
                 self.peers,
-                past=self.forward.past if any(isinstance(leaf, Cache) for _, leaf in leaves(given)) else 0,
+                fills=self.forward.caches and any(isinstance(leaf, Cache) for _, leaf in leaves(given)),
                 is_separate=is_separate,
                 stays_sharded=not is_separate
                 and stack.name == self.region.before_loss
@@ -417,8 +411,7 @@ class Hooks:
 
             given = map_leaves(whole, (args, kwargs))
             entered.append((call, self._drawing(call, part.name, mine=False)))
-            keeps = part.attends and self.forward is not None and self.forward.caches
-            self.current.call = replace(call, is_replicated=True) if keeps else None
+            self.current.call = replace(call, is_replicated=True) if part.attends and call.fills else None
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -456,8 +449,8 @@ def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
             return call.whole(leaf, along) if layer.gathered else leaf
         if call.is_whole(leaf, along):
             return leaf if layer.gathered else call.part(leaf, along, remember=path not in layer.handed)
-        if call.is_with_past(leaf, along):
-            return leaf
+        if call.fills:
+            return leaf  # Of the tokens in the cache too: whoever attends to those is given what is about them.
     raise UnsupportedError(
         f"{layer.name}: the argument {_text(path)} {list(leaf.shape)} is not what enable() saw in its rehearsal; it is "
         f"not of {call.extent.length} tokens and cannot be cut"
