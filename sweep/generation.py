@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ HEAD = f"""# Generation, model by model
 
 Written by `python -m sweep.generation`: `generate()` of small models with random weights in float64, in one process and
 on several ranks, {NEW} new tokens after prompts of {LENGTH}, two rows. Exact means that every token is that of one
-process, and every score of every candidate within a relative difference of 1e-5, or the model's own rounding where it
-computes in lower precision. A rank's cache is the largest of any rank, relative to that of one process; where it holds
-heads it may be a share of one in so many ranks, and one head more.
+process, and every score of every candidate, which `generate()` hands out in float32, within a relative difference of
+1e-5, or the model's own rounding where it computes in lower precision. A rank's cache is the largest of any rank,
+relative to that of one process; of layers that hold heads it may be a share of one in so many ranks, and one head more.
 """
 
 
@@ -92,6 +93,10 @@ def compare(model: PreTrainedModel, batches: dict[str, Batch], modes: tuple[str,
         if name not in ("labels", "use_cache")
     }
     model.eval()
+    # Nothing ends early; of all models inside, since some generate by one of those.
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.can_generate():
+            module.generation_config.eos_token_id, module.generation_config.pad_token_id = None, 0
     alone, draft = copy.deepcopy(model), _shaken(model, 0.1)
     # Few candidates, however unsure the draft is of them, so that some are taken and some taken back.
     draft.generation_config.num_assistant_tokens = 3
@@ -150,9 +155,9 @@ def _compared(
     try:
         expected = _generated(alone, inputs, options)
     except Exception as error:  # the model itself does not generate so
-        return Verdict("", NOT_COMPARABLE, reason=f"in one process: {_told(error)}"), None
+        return Verdict("", NOT_COMPARABLE, reason=f"not possible in one process: {_told(error)}"), None
     if any(score.isnan().any() for score in expected.scores):
-        return Verdict("", NOT_COMPARABLE, reason="in one process some scores are no number"), None
+        return Verdict("", NOT_COMPARABLE, reason="not possible in one process: some scores are no number"), None
     try:
         ours = _generated(model, inputs, options)
     except sp_attention.UnsupportedError as error:
@@ -171,7 +176,7 @@ def _generated(model: PreTrainedModel, inputs: Batch, options: dict[str, Any]) -
     torch.manual_seed(5)
     return model.generate(
         **{name: value.clone() for name, value in inputs.items()},
-        **{"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0} | options,
+        **{"do_sample": False, "max_new_tokens": NEW} | options,
         output_scores=True,
         return_dict_in_generate=True,
     )
@@ -268,28 +273,26 @@ def page(results: Path) -> str:
 def _modes(records: dict[tuple[str, str, int], Record]) -> Iterator[str]:
     """The table of the named models, and why cells have no number."""
     yield (
-        "The largest relative difference of a score; tokens are equal wherever there is one. A dash: a mode that the "
-        "model does not have in one process either."
+        "The largest relative difference of a score; tokens are equal wherever there is one. A dash: the model does "
+        "not generate so in one process either."
     )
-    rows = [["model", "ranks", *MODES, "a rank's cache"]]
+    rows = [["model", "ranks", *MODES, "a rank's cache", "at most"]]
     rows.append(["---"] * len(rows[0]))
     remarks: dict[str, list[str]] = defaultdict(list)
-    named = [(mapping, kind) for mapping, kinds in NAMED.items() for kind in kinds]
-    for mapping, kind in named:
-        for record in (record for (*of, _), record in sorted(records.items()) if of == [mapping, kind]):
+    for mapping, kinds in NAMED.items():
+        for (of, kind, ranks), record in sorted(records.items(), key=lambda item: item[0][2]):
+            if of != mapping or kind not in kinds:
+                continue
             verdicts = {verdict["kind"]: verdict for verdict in record.get("verdicts", [])}
             cells = [_cell(verdicts[mode]) if mode in verdicts else "" for mode in MODES]
-            rows.append([kind, str(record["ranks"]), *cells, _share(record)])
-            for mode, verdict in verdicts.items():
-                if verdict["outcome"] != EXACT and mode in MODES:
-                    remarks[f"{mode} {verdict['outcome']}: {verdict['reason'] or verdict['where']}"].append(kind)
-            if not verdicts:
-                remarks[f"{outcome(record)}: {reason(record)}"].append(kind)
-    yield _table(rows)
-    yield "\n".join(f"- {', '.join(dict.fromkeys(kinds))}: {_escaped(text)}" for text, kinds in remarks.items())
+            rows.append([kind, str(ranks), *cells, _number(record, "share"), _number(record, "allowed")])
+            for remark in _remarks(record):
+                remarks[remark].append(f"{kind} on {ranks}")
+    yield _table(rows[:2] + sorted(rows[2:], key=lambda row: [*chain(*NAMED.values())].index(row[0])))
+    yield "\n".join(f"- {', '.join(kinds)}: {text}" for text, kinds in remarks.items())
 
 
-def _cell(verdict: dict[str, Any]) -> str:
+def _cell(verdict: Record) -> str:
     if verdict["outcome"] == EXACT:
         return f"{verdict['error']:.0e}" if verdict["error"] else "0"
     return "-" if verdict["outcome"] == NOT_COMPARABLE else f"**{verdict['outcome']}**"
@@ -302,18 +305,37 @@ def _types(found: dict[str, Record]) -> Iterator[str]:
     for kind, record in found.items():
         if outcome(record) == "exact":
             groups[record["caches"]].append(kind)
-        remark = reason(record)
-        if outcome(record) != "exact" or "not comparable" in remark:
-            others.append([kind, outcome(record), _escaped(remark)[:300]])
-    rows = [["exact: key/value caches", "types", "largest error", "a rank's cache", ""], ["---"] * 5]
+        if outcome(record) != "not buildable":
+            others += [[kind, text] for text in _remarks(record)]
+    rows = [["exact, with key/value caches that", "largest error", "a rank's cache", "", "types"], ["---"] * 5]
     for caches, kinds in sorted(groups.items(), key=lambda group: -len(group[1])):
         errors = [error for kind in kinds if (error := largest(found[kind])) is not None]
-        shares = sorted({_share(found[kind]) for kind in kinds} - {""})
+        shares = sorted({_number(found[kind], "share") for kind in kinds} - {""})
         span = " to ".join(dict.fromkeys((shares[0], shares[-1]))) if shares else ""
-        rows.append([caches, str(len(kinds)), f"{max(errors, default=0.0):.0e}", span, ", ".join(kinds)])
+        error = max(errors, default=0.0)
+        rows.append([caches, f"{error:.0e}" if error else "0", span, str(len(kinds)), ", ".join(kinds)])
     yield _table(rows)
     if others:
-        yield _table([["others", "result", "remarks"], ["---"] * 3, *others])
+        yield _table([["the others", ""], ["---"] * 2, *others])
+    if missing := [kind for kind, record in found.items() if outcome(record) == "not buildable"]:
+        yield f"Not built, as [models](models.md) says why: {', '.join(missing)}."
+
+
+def _remarks(record: Record) -> list[str]:
+    """What is not exact, and why; modes of which there is the same to say together."""
+    if not record.get("verdicts"):
+        return [_short(f"{outcome(record)}: {reason(record)}")]
+    modes: dict[str, list[str]] = defaultdict(list)
+    for verdict in record["verdicts"]:
+        if verdict["outcome"] == DIFFERS:
+            modes[f"differs: {verdict['where']} by {verdict['error']:.1e}"].append(verdict["kind"])
+        elif verdict["outcome"] != EXACT:
+            told = "" if verdict["outcome"] == NOT_COMPARABLE else f"{verdict['outcome']}: "
+            modes[told + verdict["reason"]].append(verdict["kind"])
+    remarks = [_short(f"{', '.join(kinds)} {text}") for text, kinds in modes.items()]
+    if _is_too_large(record):
+        remarks.append(f"a rank's cache is {record['share']:.2f}, and should be at most {record['allowed']:.2f}")
+    return remarks
 
 
 def _is_too_large(record: Record) -> bool:
@@ -321,18 +343,16 @@ def _is_too_large(record: Record) -> bool:
     return record.get("share") is not None and record["share"] > record["allowed"] + 1e-9
 
 
-def _share(record: Record) -> str:
-    if record.get("share") is None:
-        return ""
-    return f"{record['share']:.2f}" + (f", more than {record['allowed']:.2f}" if _is_too_large(record) else "")
+def _number(record: Record, name: str) -> str:
+    return "" if record.get(name) is None else f"{record[name]:.2f}"
 
 
 def _table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _escaped(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+def _short(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())[:240]
 
 
 @click.command()
@@ -366,10 +386,9 @@ def main(
             run(mapping, set(), ranks[0], OF_EVERY_TYPE)
     click.echo(summary(results))
     records = latest(results)
-    large = [
-        f"{kind} on {size}: {_share(record)}" for (_, kind, size), record in records.items() if _is_too_large(record)
-    ]
-    click.echo("\n".join(f"  cache too large: {text}" for text in large))
+    large = [kind for kind, record in records.items() if _is_too_large(record)]
+    for mapping, kind, size in large:
+        click.echo(f"  cache too large: {mapping} {kind} on {size}: {_remarks(records[mapping, kind, size])[-1]}")
     if table is not None:
         table.write_text(page(results))
     sys.exit(bool(large) or any(outcome(record) in ("silently wrong", "other errors") for record in records.values()))
