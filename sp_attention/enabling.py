@@ -64,13 +64,18 @@ class Handle:
         """
         return place(self.peers)[1]
 
+    @property
+    def refuses_caches(self) -> str | None:
+        """Why key/value caches are refused, so that only a suspended model generates; None where they are not."""
+        return None if self.hooks is None else self.hooks.region.no_caches
+
     def disable(self) -> None:
         """Make the model what it was before `enable`: hooks, attributes, configuration and registries."""
         self._undo.close()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within it the model computes as before `enable`, for `generate()`: each rank does all of the work, alone."""
+        """Within it the model computes as before `enable`: each rank does all of the work, alone."""
         if self.hooks is None or not self.hooks.handles:
             yield
             return

@@ -401,6 +401,8 @@ class Hooks:
             def whole(path: Path, leaf: Any) -> Any:
                 if not isinstance(leaf, Tensor) or path[1] in DOCUMENTS:
                     return leaf
+                if call.original(leaf) is not leaf:
+                    return call.original(leaf)
                 if path not in part.arguments and not {call.mine.length, call.extent.length}.isdisjoint(leaf.shape):
                     raise UnsupportedError(
                         f"{part.name}: the argument {_text(path)} {list(leaf.shape)} is not what enable() saw in its "
@@ -441,6 +443,9 @@ def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
     if path not in layer.arguments:
         if layer.gathered or call.extent.length not in leaf.shape:
             return leaf
+        if path[-1] == "position_ids" and leaf.shape[-1] == call.extent.length:
+            # Some models hand these on only if they are given them in a shape of their own, as by generate().
+            return call.part(leaf, Along(leaf.dim() - 1), remember=True)
     else:
         along = layer.arguments[path]
         if along is None or leaf.shape[along.dim] == 1:

@@ -61,6 +61,11 @@ class InGroups(WholeCheckpoints):
         peers = self._handle().peers
         return 1 if peers is None else peers.size
 
+    def _generating(self) -> AbstractContextManager[None]:
+        """Within it the model generates: with the others of its group, or alone where caches are refused."""
+        handle = self._handle()
+        return nullcontext() if handle.refuses_caches is None else handle.suspended()
+
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return super().get_total_train_batch_size(args) // self._group_size()
 
@@ -74,8 +79,7 @@ class InGroups(WholeCheckpoints):
         if prediction_loss_only:
             how: AbstractContextManager[None] = handle.only_loss()
         else:
-            # Seq2SeqTrainer: generation is the work of the whole model on every rank.
-            how = handle.suspended() if getattr(self.args, "predict_with_generate", False) else nullcontext()
+            how = self._generating() if getattr(self.args, "predict_with_generate", False) else nullcontext()
         with how:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 

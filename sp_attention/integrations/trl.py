@@ -13,7 +13,7 @@ _REFUSED = ("use_vllm", "use_transformers_continuous_batching", "log_completions
 
 
 class GeneratesInGroups(InGroups):
-    """Generates with the whole model on every rank, and shares out the forwards and backwards of the training."""
+    """The ranks of a group generate the same completions together, and train on them together."""
 
     args: Any
 
@@ -53,7 +53,7 @@ class GeneratesInGroups(InGroups):
         return sampler
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with self._handle().suspended():
+        with self._generating():
             return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
