@@ -1,13 +1,16 @@
 """`python -m sweep --mapping causal-lm --types llama,bart --ranks 2`."""
 
+from functools import partial
 from pathlib import Path
 
 import click
 
 from sp_attention.cli.outcomes import VARIANTS
 from sp_attention.cli.reduced import TASKS
-from sweep.running import sweep
+from sweep.running import sweep, trained
 from sweep.table import summary, write
+
+SECONDS_EACH = 6
 
 
 @click.command()
@@ -31,9 +34,11 @@ def main(
 ) -> None:
     """Compare every type of model of transformers' mappings, reduced, with itself in one process."""
     only = set(types.split(",")) - {""}
+    also = tuple(filter(None, variants.split(",")))
+    compared, seconds = partial(trained, variants=also), SECONDS_EACH * (1 + len(also))
     for mapping in mappings or TASKS:
         for size in ranks:
-            sweep(mapping, only, size, length, results, again, tuple(filter(None, variants.split(","))))
+            sweep(mapping, only, size, length, results, compared, seconds, again)
     click.echo(summary(results))
     if table is not None:
         write(results, table)

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,14 +12,17 @@ from time import monotonic
 from typing import Any
 
 import click
+from transformers import PreTrainedModel
 
-from sp_attention.cli.comparison import compare
+from sp_attention.cli.comparison import Batch, compare
 from sp_attention.cli.reduced import NotBuildableError, prepare, types_of
 from sp_attention.launch import RanksError, run_ranks
 
 # A rank that hangs costs most of a chunk's time: small chunks, though every one starts its ranks anew.
-CHUNK, SECONDS_TO_START, SECONDS_EACH, SECONDS_TO_BUILD = 8, 30, 6, 20
+CHUNK, SECONDS_TO_START, SECONDS_TO_BUILD = 8, 30, 20
 Record = dict[str, Any]
+# On every rank: what comes of a model and batches for it, by kind.
+Compared = Callable[[PreTrainedModel, dict[str, Batch]], Record]
 
 
 def sweep(
@@ -28,10 +31,14 @@ def sweep(
     ranks: int,
     length: int,
     results: Path,
+    compared: Compared,
+    seconds: float,
     again: bool = False,
-    variants: tuple[str, ...] = (),
 ) -> None:
-    """Run the types of a mapping that have no result yet, and append a line of JSON for each to `results`."""
+    """Run the types of a mapping that have no result yet, and append a line of JSON for each to `results`.
+
+    only: some of the types, all where it is empty. seconds: what a type may take, on average.
+    """
     types = [kind for kind in types_of(mapping) if not only or kind in only]
     if not again:
         done = {(record["type"], record["mapping"], record["ranks"]) for record in read(results)}
@@ -42,8 +49,8 @@ def sweep(
         before = results.stat().st_size if results.exists() else 0
         problem = ""
         try:
-            timeout = SECONDS_TO_START + SECONDS_EACH * len(chunk) * (1 + len(variants))
-            run_ranks(ranks, _run_chunk, mapping, chunk, length, results, variants, timeout=timeout)
+            timeout = SECONDS_TO_START + seconds * len(chunk)
+            run_ranks(ranks, _run_chunk, mapping, chunk, length, results, compared, timeout=timeout)
         except RanksError as error:
             problem = str(error)
         finished = [record["type"] for record in read(results, before)]
@@ -70,7 +77,12 @@ def _append(results: Path, record: Record) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _run_chunk(mapping: str, types: list[str], length: int, results: Path, variants: tuple[str, ...]) -> None:
+def trained(model: PreTrainedModel, batches: dict[str, Batch], variants: tuple[str, ...]) -> Record:
+    """Training steps of the model on all ranks, beside those of one process."""
+    return asdict(compare(model, batches, "auto", variants))
+
+
+def _run_chunk(mapping: str, types: list[str], length: int, results: Path, compared: Compared) -> None:
     """On every rank: one type after the other; rank 0 writes."""
     import torch.distributed as dist
     import transformers
@@ -81,24 +93,24 @@ def _run_chunk(mapping: str, types: list[str], length: int, results: Path, varia
     for kind in types:
         began = monotonic()
         record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()}
-        record |= _run(mapping, kind, length, variants)
+        record |= _run(mapping, kind, length, compared)
         if dist.get_rank() == 0:
             _append(results, record | {"seconds": round(monotonic() - began, 1)})
         dist.barrier()
 
 
-def _run(mapping: str, kind: str, length: int, variants: tuple[str, ...]) -> Record:
+def _run(mapping: str, kind: str, length: int, compared: Compared) -> Record:
     try:
         with _no_longer_than(SECONDS_TO_BUILD):
             model, batches = prepare(kind, mapping, length)
     except (NotBuildableError, TimeoutError) as error:
         return {"not_buildable": str(error)}
     try:
-        comparison = compare(model, batches, "auto", variants)
+        found = compared(model, batches)
     except Exception as error:  # of `enable`, which should have refused
         return {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
     of_model = {"parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
-    return of_model | asdict(comparison)
+    return of_model | found
 
 
 @contextmanager

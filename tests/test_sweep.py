@@ -6,6 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+import sp_attention
+from sp_attention.cli.reduced import prepare
+from sp_attention.launch import run_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,3 +63,43 @@ def test_results_are_kept_and_tabled(tmp_path: Path) -> None:
     assert "| llama | exact, head-parallel | sdpa | " in (tmp_path / "models.md").read_text()
     run("llama")  # has a result
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+def generation() -> list[dict[str, Any]]:
+    """What the sweep of generation says of a model that is right, wrong on a rank, and with too large a cache."""
+    # Where the sweeps are, as they are no part of the package.
+    sys.path.insert(0, str(ROOT))
+    from sweep import generation as sweep
+
+    enable = sp_attention.enable
+
+    def wrong_on_a_rank(model: PreTrainedModel) -> sp_attention.Handle:
+        handle = enable(model)
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                model.lm_head.weight[40] *= 1.001
+        return handle
+
+    def keeping_all(model: PreTrainedModel) -> sp_attention.Handle:
+        handle = enable(model)
+        handle.disable()
+        return handle
+
+    found = []
+    for one in (enable, wrong_on_a_rank, keeping_all):
+        model, batches = prepare("llama", "causal-lm", 19)
+        with patch.object(sp_attention, "enable", one):
+            found.append(sweep.compare(model, batches, ("greedy", "left padding")))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_wrong_in_generation_is_called_so() -> None:
+    for right, wrong, large in run_ranks(2, generation):
+        assert {verdict["outcome"] for verdict in right["verdicts"]} == {"exact"}
+        assert right["caches"] == "hold this rank's heads; ranks hold some key heads alike: 4 for 3"
+        assert right["share"] == pytest.approx(2 / 3)
+        assert right["allowed"] == pytest.approx(1 / 2 + 1 / 3)
+        assert [verdict["kind"] for verdict in wrong["verdicts"]] == ["greedy", "left padding"]
+        assert {verdict["outcome"] for verdict in wrong["verdicts"]} == {"differs"}
+        assert large["share"] == 1 > large["allowed"]

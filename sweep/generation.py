@@ -1,0 +1,398 @@
+"""generate() under sequence parallelism, against one process: `python -m sweep.generation`.
+
+Some models in every way of generating, and every type of model in two. Tokens, scores, and what a rank caches.
+"""
+
+import copy
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+import sp_attention
+from sp_attention.cli.comparison import ROUNDING, Batch, relative_error, tolerance
+from sp_attention.cli.outcomes import (
+    DIFFERS,
+    EXACT,
+    FAILED,
+    NOT_COMPARABLE,
+    REFUSED,
+    WORST_FIRST,
+    Comparison,
+    Verdict,
+)
+from sp_attention.trees import tensors
+from sweep.running import Record, sweep
+from sweep.table import largest, latest, outcome, reason, summary
+
+# No number of ranks divides the prompt, with padding or an image or neither.
+LENGTH, NEW, PADDING = 19, 7, 6
+NAMED: dict[str, tuple[str, ...]] = {
+    "causal-lm": (
+        "llama",
+        "mistral",
+        "gemma3_text",
+        "qwen3_moe",
+        "gpt_oss",
+        "deepseek_v3",
+        "gpt2",
+        "lfm2",
+        "qwen3_next",
+    ),
+    "seq2seq-lm": ("t5", "bart"),
+    "speech-seq2seq": ("whisper",),
+    "image-text-to-text": ("qwen2_vl",),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "left padding": {},
+    "chunked prefill": {"prefill_chunk_size": 7},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assisted": {},
+}
+# In which every type is compared, and those that take one row at a time.
+OF_EVERY_TYPE = ("greedy", "left padding")
+OF_ONE_ROW = ("prompt lookup", "assisted")
+SECONDS_TO_ENABLE, SECONDS_A_MODE = 8, 3
+
+HEAD = f"""# Generation, model by model
+
+Written by `python -m sweep.generation`: `generate()` of small models with random weights in float64, in one process and
+on several ranks, {NEW} new tokens after prompts of {LENGTH}, two rows. Exact means that every token is that of one
+process, and every score of every candidate, which `generate()` hands out in float32, within a relative difference of
+1e-5, or the model's own rounding where it computes in lower precision. A rank's cache is the largest of any rank,
+relative to that of one process; of layers that hold heads it may be a share of one in so many ranks, and one head more.
+"""
+
+
+def compare(model: PreTrainedModel, batches: dict[str, Batch], modes: tuple[str, ...]) -> Record:
+    """Generate in every mode by a copy of the model alone and by the model on all ranks; the same on every rank.
+
+    model: whole on every rank, with equal weights. batches: by kind; one with images is taken if there is one. The
+    record is that of a `Comparison` and says too what caches hold, `caches`, how much of one process' bytes this rank's
+    are after greedy generation, `share`, and may be, `allowed`; None where nothing is cached.
+    """
+    prompt = {
+        name: value
+        for name, value in batches.get("pixels", batches.get("plain", {})).items()
+        if name not in ("labels", "use_cache")
+    }
+    model.eval()
+    # Nothing ends early; of all models inside, since some generate by one of those.
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.can_generate():
+            module.generation_config.eos_token_id, module.generation_config.pad_token_id = None, 0
+    alone, draft = copy.deepcopy(model), _shaken(model, 0.1)
+    # Few candidates, however unsure the draft is of them, so that some are taken and some taken back.
+    draft.generation_config.num_assistant_tokens = 3
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    try:
+        handle = sp_attention.enable(model)
+    except sp_attention.UnsupportedError as error:
+        return asdict(Comparison((), refused=str(error)))
+    verdicts, shares = [], None
+    with handle:
+        found = re.search(r"^ *key/value caches (.*)$", handle.report(), re.MULTILINE)
+        caches = found[1] if found else ""
+        for mode in modes:
+            inputs = _inputs(prompt, mode)
+            if inputs is None:
+                continue
+            options = MODES[mode] | ({"assistant_model": draft} if mode == "assisted" else {})
+            verdict, both = _compared(alone, model, inputs, options)
+            verdicts.append(_merged(verdict, mode))
+            if mode == "greedy" and both is not None:
+                shares = _shares(*both, caches)
+        everyone: list[tuple[float, float] | None] = [shares] * dist.get_world_size()
+        dist.all_gather_object(everyone, shares)
+        share, allowed = max((shares for shares in everyone if shares), default=(None, None), key=lambda pair: pair[0])
+        comparison = Comparison(tuple(verdicts), handle.backend.kernel, handle.report())
+        return asdict(comparison) | {"caches": caches, "share": share, "allowed": allowed}
+
+
+def _inputs(prompt: Batch, mode: str) -> Batch | None:
+    """The prompt as a mode wants it; None where there is nothing to pad."""
+    ids = prompt.get("input_ids")
+    rows = len(next(iter(prompt.values()))) if ids is None else len(ids)
+    if mode == "left padding":
+        if ids is None:
+            return None
+        longer = {
+            name: torch.cat([value[:, :1].expand(-1, PADDING, *value.shape[2:]), value], 1)
+            for name, value in prompt.items()
+            if value.shape[:2] == ids.shape
+        }
+        mask = torch.ones_like(longer["input_ids"])
+        mask[0, :PADDING] = 0
+        return prompt | longer | {"attention_mask": mask}
+    if mode in OF_ONE_ROW:
+        prompt = {name: value[: len(value) // rows] for name, value in prompt.items()}
+    if mode == "prompt lookup" and ids is not None:
+        # Its last words once more, so that there is something to look up.
+        prompt["input_ids"] = torch.cat([prompt["input_ids"][:, :-2], prompt["input_ids"][:, -6:-4]], 1)
+    return prompt
+
+
+def _compared(
+    alone: PreTrainedModel, model: PreTrainedModel, inputs: Batch, options: dict[str, Any]
+) -> tuple[Verdict, tuple[Any, Any] | None]:
+    """This rank's verdict, and what the model on all ranks and the one alone generated."""
+    try:
+        expected = _generated(alone, inputs, options)
+    except Exception as error:  # the model itself does not generate so
+        return Verdict("", NOT_COMPARABLE, reason=f"not possible in one process: {_told(error)}"), None
+    if any(score.isnan().any() for score in expected.scores):
+        return Verdict("", NOT_COMPARABLE, reason="not possible in one process: some scores are no number"), None
+    try:
+        ours = _generated(model, inputs, options)
+    except sp_attention.UnsupportedError as error:
+        return Verdict("", REFUSED, reason=str(error)), None
+    except Exception as error:
+        return Verdict("", FAILED, reason=_told(error)), None
+    error, where = _distance(ours, expected)
+    exact = error <= tolerance(model)
+    if not exact and error <= ROUNDING:
+        # By more than the tolerance, and yet the same, where the model itself is no more precise.
+        exact = error <= 10 * _distance(_generated(_shaken(alone, 1e-8), inputs, options), expected)[0]
+    return Verdict("", EXACT if exact else DIFFERS, error, where), (ours, expected)
+
+
+def _generated(model: PreTrainedModel, inputs: Batch, options: dict[str, Any]) -> Any:
+    torch.manual_seed(5)
+    return model.generate(
+        **{name: value.clone() for name, value in inputs.items()},
+        **{"do_sample": False, "max_new_tokens": NEW} | options,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+
+
+def _shaken(model: PreTrainedModel, by: float) -> PreTrainedModel:
+    """A copy with other weights, by so much of each."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + by * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def _distance(ours: Any, expected: Any) -> tuple[float, str]:
+    """The largest relative error of a score, and where; infinite if a token differs, or what is impossible."""
+    if not torch.equal(ours.sequences, expected.sequences):
+        return float("inf"), "tokens differ"
+    if len(ours.scores) != len(expected.scores):
+        return float("inf"), f"{len(ours.scores)} scores in place of {len(expected.scores)}"
+    worst, where = 0.0, "scores"
+    for step, (score, other) in enumerate(zip(ours.scores, expected.scores, strict=True)):
+        if not torch.equal(score.isfinite(), other.isfinite()):
+            return float("inf"), f"what is impossible at new token {step}"
+        error = relative_error(score, other)
+        if error is not None and error > worst:
+            worst, where = error, f"scores of new token {step}"
+    return worst, where
+
+
+def _shares(ours: Any, expected: Any, caches: str) -> tuple[float, float] | None:
+    """What this rank's cache is of one process' cache in bytes, and what it may be; None where nothing is cached."""
+    pairs = [*zip(_layers(ours), _layers(expected), strict=True)]
+    mine, whole = (sum(map(_bytes, layers)) for layers in zip(*pairs, strict=True)) if pairs else (0, 0)
+    if not whole:
+        return None
+    # Layers that are whole on every rank, by what the handle says.
+    said = re.search(r"all but (\d+)", caches)
+    uncut = int(said[1]) if said else 0 if caches.startswith("hold") else len(pairs)
+    allowed = 0.0
+    for layer, other in pairs:
+        heads = getattr(other, "keys", None)
+        share = 1.0 if heads is None else min(1.0, 1 / dist.get_world_size() + 1 / heads.shape[1])
+        if share < 1 and uncut and layer.keys.shape[1] == heads.shape[1]:
+            uncut, share = uncut - 1, 1.0
+        allowed += share * _bytes(other)
+    return mine / whole, allowed / whole
+
+
+def _layers(output: Any) -> list[Any]:
+    cache = output.get("past_key_values")
+    parts = [getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")]
+    return [layer for part in parts if part is not None for layer in part.layers] or getattr(cache, "layers", [])
+
+
+def _bytes(layer: Any) -> int:
+    """Memory for keys, values and states, where tensors share it too."""
+    stored = [tensor.untyped_storage() for _, tensor in tensors(vars(layer)) if tensor.is_floating_point()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
+
+
+def _merged(mine: Verdict, mode: str) -> Verdict:
+    """One verdict of all ranks, the worst of them."""
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    worst = min(everyone, key=lambda verdict: (WORST_FIRST.index(verdict.outcome), -(verdict.error or 0.0)))
+    return Verdict(mode, worst.outcome, worst.error, worst.where, worst.reason)
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+# The page
+
+
+def page(results: Path) -> str:
+    """docs/generation-models.md."""
+    records = latest(results)
+    text = [HEAD.rstrip(), "```text\n" + summary(results) + "\n```", "## Modes", *_modes(records), "## Every type"]
+    for mapping in NAMED:
+        # Of the types that were compared in more ways only those that all were compared in.
+        found = {
+            kind: record | {"verdicts": [one for one in record.get("verdicts", []) if one["kind"] in OF_EVERY_TYPE]}
+            for (of, kind, ranks), record in sorted(records.items())
+            if of == mapping and ranks == 2
+        }
+        if found:
+            text += [f"### {mapping}", *_types(found)]
+    return "\n\n".join(text) + "\n"
+
+
+def _modes(records: dict[tuple[str, str, int], Record]) -> Iterator[str]:
+    """The table of the named models, and why cells have no number."""
+    yield (
+        "The largest relative difference of a score; tokens are equal wherever there is one. A dash: the model does "
+        "not generate so in one process either."
+    )
+    rows = [["model", "ranks", *MODES, "a rank's cache", "at most"]]
+    rows.append(["---"] * len(rows[0]))
+    remarks: dict[str, list[str]] = defaultdict(list)
+    for mapping, kinds in NAMED.items():
+        for (of, kind, ranks), record in sorted(records.items(), key=lambda item: item[0][2]):
+            if of != mapping or kind not in kinds:
+                continue
+            verdicts = {verdict["kind"]: verdict for verdict in record.get("verdicts", [])}
+            cells = [_cell(verdicts[mode]) if mode in verdicts else "" for mode in MODES]
+            rows.append([kind, str(ranks), *cells, _number(record, "share"), _number(record, "allowed")])
+            for remark in _remarks(record):
+                remarks[remark].append(f"{kind} on {ranks}")
+    yield _table(rows[:2] + sorted(rows[2:], key=lambda row: [*chain(*NAMED.values())].index(row[0])))
+    yield "\n".join(f"- {', '.join(kinds)}: {text}" for text, kinds in remarks.items())
+
+
+def _cell(verdict: Record) -> str:
+    if verdict["outcome"] == EXACT:
+        return f"{verdict['error']:.0e}" if verdict["error"] else "0"
+    return "-" if verdict["outcome"] == NOT_COMPARABLE else f"**{verdict['outcome']}**"
+
+
+def _types(found: dict[str, Record]) -> Iterator[str]:
+    """A row for all types that are exact and cache alike; then what became of the others, each."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    others = []
+    for kind, record in found.items():
+        if outcome(record) == "exact":
+            groups[record["caches"]].append(kind)
+        if outcome(record) != "not buildable":
+            others += [[kind, text] for text in _remarks(record)]
+    rows = [["exact, with key/value caches that", "largest error", "a rank's cache", "", "types"], ["---"] * 5]
+    for caches, kinds in sorted(groups.items(), key=lambda group: -len(group[1])):
+        errors = [error for kind in kinds if (error := largest(found[kind])) is not None]
+        shares = sorted({_number(found[kind], "share") for kind in kinds} - {""})
+        span = " to ".join(dict.fromkeys((shares[0], shares[-1]))) if shares else ""
+        error = max(errors, default=0.0)
+        rows.append([caches, f"{error:.0e}" if error else "0", span, str(len(kinds)), ", ".join(kinds)])
+    yield _table(rows)
+    if others:
+        yield _table([["the others", ""], ["---"] * 2, *others])
+    if missing := [kind for kind, record in found.items() if outcome(record) == "not buildable"]:
+        yield f"Not built, as [models](models.md) says why: {', '.join(missing)}."
+
+
+def _remarks(record: Record) -> list[str]:
+    """What is not exact, and why; modes of which there is the same to say together."""
+    if not record.get("verdicts"):
+        return [_short(f"{outcome(record)}: {reason(record)}")]
+    modes: dict[str, list[str]] = defaultdict(list)
+    for verdict in record["verdicts"]:
+        if verdict["outcome"] == DIFFERS:
+            modes[f"differs: {verdict['where']} by {verdict['error']:.1e}"].append(verdict["kind"])
+        elif verdict["outcome"] != EXACT:
+            told = "" if verdict["outcome"] == NOT_COMPARABLE else f"{verdict['outcome']}: "
+            modes[told + verdict["reason"]].append(verdict["kind"])
+    remarks = [_short(f"{', '.join(kinds)} {text}") for text, kinds in modes.items()]
+    if _is_too_large(record):
+        remarks.append(f"a rank's cache is {record['share']:.2f}, and should be at most {record['allowed']:.2f}")
+    return remarks
+
+
+def _is_too_large(record: Record) -> bool:
+    """Whether a rank's cache is larger than its share, and a head."""
+    return record.get("share") is not None and record["share"] > record["allowed"] + 1e-9
+
+
+def _number(record: Record, name: str) -> str:
+    return "" if record.get(name) is None else f"{record[name]:.2f}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _short(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())[:240]
+
+
+@click.command()
+@click.option("--mapping", "mappings", multiple=True, type=click.Choice([*NAMED]), help="All by default; repeatable.")
+@click.option("--types", default="", help="Types of models, with commas; by default some in all modes, and all in two.")
+@click.option("--ranks", type=click.IntRange(2), multiple=True, default=(2, 3), show_default=True, help="Repeatable.")
+@click.option("--modes", default=",".join(MODES), show_default=True, help="With commas between them.")
+@click.option("--again", is_flag=True, help="Run the types that the results have already.")
+@click.option("--results", type=click.Path(path_type=Path), default=Path("sweep-generation.jsonl"), show_default=True)
+@click.option("--table", type=click.Path(path_type=Path), help="Write the page here: docs/generation-models.md.")
+def main(
+    mappings: tuple[str, ...],
+    types: str,
+    ranks: tuple[int, ...],
+    modes: str,
+    again: bool,
+    results: Path,
+    table: Path | None,
+) -> None:
+    """Generate with models of transformers, reduced, on several ranks and in one process."""
+
+    def run(mapping: str, only: set[str], size: int, modes: tuple[str, ...]) -> None:
+        seconds = SECONDS_TO_ENABLE + SECONDS_A_MODE * len(modes)
+        sweep(mapping, only, size, LENGTH, results, partial(compare, modes=modes), seconds, again)
+
+    only = set(types.split(",")) - {""}
+    for mapping in mappings or NAMED:
+        for size in ranks:
+            run(mapping, only or {*NAMED[mapping]}, size, tuple(modes.split(",")))
+        if not only:
+            run(mapping, set(), ranks[0], OF_EVERY_TYPE)
+    click.echo(summary(results))
+    records = latest(results)
+    large = [kind for kind, record in records.items() if _is_too_large(record)]
+    for mapping, kind, size in large:
+        click.echo(f"  cache too large: {mapping} {kind} on {size}: {_remarks(records[mapping, kind, size])[-1]}")
+    if table is not None:
+        table.write_text(page(results))
+    sys.exit(bool(large) or any(outcome(record) in ("silently wrong", "other errors") for record in records.values()))
+
+
+if __name__ == "__main__":
+    main()
