@@ -322,7 +322,7 @@ def _types(found: dict[str, Record]) -> Iterator[str]:
     if others:
         yield _table([["the others", ""], ["---"] * 2, *others])
     if missing := [kind for kind, record in found.items() if outcome(record) == "not buildable"]:
-        yield f"Not built, as [models](models.md) says why: {', '.join(missing)}."
+        yield f"Not built, or not for prompts of {LENGTH}: {', '.join(missing)}."
 
 
 def _remarks(record: Record) -> list[str]:
