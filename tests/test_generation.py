@@ -482,7 +482,7 @@ def test_ranks_that_sample_or_are_given_something_else_all_end_with_an_error() -
     for name in ("prompts", "lengths"):
         assert "input_ids differs" in first[name]
     assert "(tokens in the cache) differs on rank 1 from rank 0" in first["caches"]
-    assert "attention_mask: padding differs" in first["masks"]
+    assert "attention_mask, padding differs" in first["masks"]
 
 
 def generate_until_dead() -> None:

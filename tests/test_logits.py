@@ -77,7 +77,7 @@ def uses() -> dict[str, Any]:
     output = always(**batch)
     texts["whole"] = relative_error(output.logits, pairs[0][1])
     output.loss.backward()
-    texts["report"] = handle.report().splitlines()[-1]
+    texts["report"] = handle.report().splitlines()[-2]
     return texts
 
 
