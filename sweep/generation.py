@@ -93,10 +93,12 @@ def compare(model: PreTrainedModel, batches: dict[str, Batch], modes: tuple[str,
         if name not in ("labels", "use_cache")
     }
     model.eval()
-    # Nothing ends early; of all models inside, since some generate by one of those.
+    # Nothing ends early, and caches are used where a configuration says otherwise; of all models inside too, since some
+    # generate by one of those.
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.can_generate():
-            module.generation_config.eos_token_id, module.generation_config.pad_token_id = None, 0
+            settings = module.generation_config
+            settings.eos_token_id, settings.pad_token_id, settings.use_cache = None, 0, True
     alone, draft = copy.deepcopy(model), _shaken(model, 0.1)
     # Few candidates, however unsure the draft is of them, so that some are taken and some taken back.
     draft.generation_config.num_assistant_tokens = 3
@@ -248,7 +250,9 @@ def _merged(mine: Verdict, mode: str) -> Verdict:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # Some errors begin with all of a model, and end with what is wrong.
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-130:]}"
 
 
 # The page
@@ -318,7 +322,7 @@ def _types(found: dict[str, Record]) -> Iterator[str]:
     if others:
         yield _table([["the others", ""], ["---"] * 2, *others])
     if missing := [kind for kind, record in found.items() if outcome(record) == "not buildable"]:
-        yield f"Not built, as [models](models.md) says why: {', '.join(missing)}."
+        yield f"Not built, or not for prompts of {LENGTH}: {', '.join(missing)}."
 
 
 def _remarks(record: Record) -> list[str]:
@@ -352,7 +356,7 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _short(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())[:240]
+    return " ".join(text.replace("|", "\\|").split())[:300]
 
 
 @click.command()
