@@ -8,7 +8,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,16 +18,17 @@ import click
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 import sp_attention
-from sp_attention.cli.comparison import ROUNDING, Batch, relative_error, tolerance
+from sp_attention.cache import layers_of
+from sp_attention.cli.comparison import ROUNDING, Batch, merged, relative_error, shake, tolerance
 from sp_attention.cli.outcomes import (
     DIFFERS,
     EXACT,
     FAILED,
     NOT_COMPARABLE,
     REFUSED,
-    WORST_FIRST,
     Comparison,
     Verdict,
 )
@@ -99,7 +100,8 @@ def compare(model: PreTrainedModel, batches: dict[str, Batch], modes: tuple[str,
         if isinstance(module, PreTrainedModel) and module.can_generate():
             settings = module.generation_config
             settings.eos_token_id, settings.pad_token_id, settings.use_cache = None, 0, True
-    alone, draft = copy.deepcopy(model), _shaken(model, 0.1)
+    alone, draft = copy.deepcopy(model), copy.deepcopy(model)
+    shake(draft, 0.1)
     # Few candidates, however unsure the draft is of them, so that some are taken and some taken back.
     draft.generation_config.num_assistant_tokens = 3
     draft.generation_config.assistant_confidence_threshold = 0.0
@@ -117,7 +119,7 @@ def compare(model: PreTrainedModel, batches: dict[str, Batch], modes: tuple[str,
                 continue
             options = MODES[mode] | ({"assistant_model": draft} if mode == "assisted" else {})
             verdict, both = _compared(alone, model, inputs, options)
-            verdicts.append(_merged(verdict, mode))
+            verdicts.append(replace(merged(verdict), kind=mode))
             if mode == "greedy" and both is not None:
                 shares = _shares(*both, caches)
         everyone: list[tuple[float, float] | None] = [shares] * dist.get_world_size()
@@ -170,7 +172,9 @@ def _compared(
     exact = error <= tolerance(model)
     if not exact and error <= ROUNDING:
         # By more than the tolerance, and yet the same, where the model itself is no more precise.
-        exact = error <= 10 * _distance(_generated(_shaken(alone, 1e-8), inputs, options), expected)[0]
+        shaken = copy.deepcopy(alone)
+        shake(shaken, 1e-8)
+        exact = error <= 10 * _distance(_generated(shaken, inputs, options), expected)[0]
     return Verdict("", EXACT if exact else DIFFERS, error, where), (ours, expected)
 
 
@@ -182,16 +186,6 @@ def _generated(model: PreTrainedModel, inputs: Batch, options: dict[str, Any]) -
         output_scores=True,
         return_dict_in_generate=True,
     )
-
-
-def _shaken(model: PreTrainedModel, by: float) -> PreTrainedModel:
-    """A copy with other weights, by so much of each."""
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + by * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-    return model
 
 
 def _distance(ours: Any, expected: Any) -> tuple[float, str]:
@@ -231,22 +225,13 @@ def _shares(ours: Any, expected: Any, caches: str) -> tuple[float, float] | None
 
 def _layers(output: Any) -> list[Any]:
     cache = output.get("past_key_values")
-    parts = [getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")]
-    return [layer for part in parts if part is not None for layer in part.layers] or getattr(cache, "layers", [])
+    return layers_of(cache) if isinstance(cache, Cache) else []
 
 
 def _bytes(layer: Any) -> int:
     """Memory for keys, values and states, where tensors share it too."""
     stored = [tensor.untyped_storage() for _, tensor in tensors(vars(layer)) if tensor.is_floating_point()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
-
-
-def _merged(mine: Verdict, mode: str) -> Verdict:
-    """One verdict of all ranks, the worst of them."""
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    worst = min(everyone, key=lambda verdict: (WORST_FIRST.index(verdict.outcome), -(verdict.error or 0.0)))
-    return Verdict(mode, worst.outcome, worst.error, worst.where, worst.reason)
 
 
 def _told(error: Exception) -> str:

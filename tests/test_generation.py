@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 import sp_attention
+from sp_attention.cache import layers_of
 from sp_attention.enabling import handle_of
 from sp_attention.errors import BatchError, UnsupportedError
 from sp_attention.launch import RanksError, run_ranks
@@ -139,9 +140,7 @@ def test_tokens_and_scores_are_those_of_one_process(name: str) -> None:
 
 
 def bytes_of(cache: Any) -> int:
-    parts = [getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")]
-    layers = [layer for part in parts if part is not None for layer in part.layers] or cache.layers
-    return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None)
+    return sum(tensor.nbytes for layer in layers_of(cache) for tensor in (layer.keys, layer.values) if tensor is not None)
 
 
 def cache_sizes() -> dict[str, tuple[float, float]]:

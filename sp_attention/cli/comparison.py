@@ -69,7 +69,7 @@ def compare(
             for kind, batch in batches.items():
                 name = f"{kind}, {variant}" if variant else kind
                 told(name)
-                verdict = _merged(_compared(reference, model, batch, variant))
+                verdict = merged(_compared(reference, model, batch, variant))
                 if verdict.outcome == DIFFERS and (verdict.error or 0.0) <= ROUNDING:
                     # By more than the tolerance, and yet the same, where the model itself is no more precise.
                     rounding = _rounding(reference, batch, variant)
@@ -77,7 +77,7 @@ def compare(
                 if verdict.outcome == DIFFERS:
                     # Only now, since all ranks must run the forwards that it takes.
                     first = _parting(reference, model, batch, variant)
-                    verdict = _merged(replace(verdict, first=first))
+                    verdict = merged(replace(verdict, first=first))
                 verdicts.append(replace(verdict, kind=name))
         return Comparison(tuple(verdicts), handle.backend.kernel, handle.report())
 
@@ -106,16 +106,21 @@ def _rounding(reference: PreTrainedModel, batch: Batch, variant: str) -> float:
     """How far the model in one process is from itself when its weights change in what float32 barely holds."""
     expected = _values(reference, batch, variant)
     weights = [parameter.detach().clone() for parameter in reference.parameters()]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.mul_(1 + 1e-8 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    shake(reference, 1e-8)
     try:
         return largest_error(_values(reference, batch, variant), expected)[0]
     finally:
         with torch.no_grad():
             for parameter, weight in zip(reference.parameters(), weights, strict=True):
                 parameter.copy_(weight)
+
+
+def shake(model: PreTrainedModel, by: float) -> None:
+    """Change every weight by about so much of it, the same way every time."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + by * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
 
 def _told(error: Exception) -> str:
@@ -291,7 +296,7 @@ def _outputs(model: PreTrainedModel, batch: Batch, variant: str) -> dict[tuple[s
     return outputs
 
 
-def _merged(mine: Verdict) -> Verdict:
+def merged(mine: Verdict) -> Verdict:
     """One verdict of all ranks: the worst of them, with the largest error and the earliest parting of any."""
     everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
