@@ -134,7 +134,6 @@ class LayersCache:
         setattr(cache.layers[layer_idx], _MARK, held)
         cache.update = _refuse  # for whoever comes to it without us
         self._current.keep(keys, held.all_heads)
-        self._current.keep(values, held.all_heads)
         return keys, values
 
 
@@ -146,10 +145,9 @@ class _Layers:
 
     def __getitem__(self, index: int) -> Any:
         layer = self._layers[index]
-        held: _Held | None = getattr(layer, _MARK, None)
+        held = _held_in(layer)
         if held is not None and layer.is_initialized:
             self._current.keep(layer.keys, held.all_heads)
-            self._current.keep(layer.values, held.all_heads)
         return layer
 
     def __len__(self) -> int:
@@ -157,6 +155,11 @@ class _Layers:
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
+
+
+def _held_in(layer: Any) -> _Held | None:
+    held: _Held | None = getattr(layer, _MARK, None)
+    return held
 
 
 def cached_length(cache: Cache) -> int:
@@ -169,8 +172,8 @@ def cached_length(cache: Cache) -> int:
 
 def told_of(cache: Any) -> str:
     """What this rank holds in a filled cache, as text for people."""
-    layers = _layers_of(cache)
-    marks: list[_Held] = [vars(layer)[_MARK] for layer in layers if _MARK in vars(layer)]
+    layers = layers_of(cache)
+    marks = [held for layer in layers if (held := _held_in(layer)) is not None]
     whole = len(layers) - len(marks)
     if not marks:
         return "are whole on every rank"
@@ -186,8 +189,8 @@ def sizes(cache: Any) -> tuple[int, int]:
     That one would hold the keys and values of all heads, where this rank holds those of its own.
     """
     mine = whole = 0
-    for layer in _layers_of(cache):
-        held: _Held | None = vars(layer).get(_MARK)
+    for layer in layers_of(cache):
+        held = _held_in(layer)
         heads, of_mine = (1, 1) if held is None else (held.all_heads, len(held.mine))
         for (name, *_), tensor in tensors(vars(layer)):
             mine += tensor.nbytes
@@ -195,7 +198,8 @@ def sizes(cache: Any) -> tuple[int, int]:
     return mine, whole
 
 
-def _layers_of(cache: Any) -> list[Any]:
+def layers_of(cache: Any) -> list[Any]:
+    """The layers of a cache, or of both that one of an encoder–decoder is made of."""
     parts = [getattr(cache, f"{name}_attention_cache", None) for name in ("self", "cross")]
     layers: list[Any] = [layer for one in parts if one is not None for layer in one.layers] or cache.layers
     return layers
@@ -218,7 +222,7 @@ def _claim(cache: Cache, index: int, wanted: _Held) -> None:
     Raises UnsupportedError for a layer that holds others, or holds them in a way that is not known here.
     """
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
-    held: _Held | None = getattr(layer, _MARK, None)
+    held = _held_in(layer)
     if layer is None or held == wanted or not layer.is_initialized:
         return
     if held is not None:

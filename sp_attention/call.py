@@ -87,7 +87,7 @@ class Current:
     call: None outside of the stacks and in what is given whole tensors. weights: the user wants attention weights.
     given: the ids of the tensors that the models around the stacks were given. is_known: False outside of forwards, and
     of those recomputations in backward that are tied to theirs; then nothing tells what runs.
-    kept: by id, the keys and values that caches gave out, of the heads that this rank keeps of so many.
+    kept: by id, the keys that caches gave out, of the heads that this rank keeps of so many.
     """
 
     call: Call | None = None
@@ -96,14 +96,14 @@ class Current:
     is_known: bool = False
     kept: dict[int, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
 
-    def keep(self, tensor: Tensor, heads: int) -> None:
-        """Note that a tensor has the heads that this rank keeps in a cache, of `heads` in all."""
-        self.kept[id(tensor)] = (ref(tensor), heads)
+    def keep(self, keys: Tensor, heads: int) -> None:
+        """Note that keys are of the heads that this rank keeps in a cache, of `heads` in all."""
+        self.kept[id(keys)] = (ref(keys), heads)
 
-    def heads_kept(self, tensor: Tensor) -> int | None:
-        """Of how many heads a tensor has those that this rank keeps; None for a tensor of all heads."""
-        tensor_noted, heads = self.kept.get(id(tensor), (None, None))
-        return heads if tensor_noted is not None and tensor_noted() is tensor else None
+    def heads_kept(self, keys: Tensor) -> int | None:
+        """Of how many heads these are the keys of those that this rank keeps; None for keys of all heads."""
+        noted, heads = self.kept.get(id(keys), (None, None))
+        return heads if noted is not None and noted() is keys else None
 
     @contextmanager
     def set_to(self, other: "Current") -> Iterator[None]:

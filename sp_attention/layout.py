@@ -1,6 +1,7 @@
 """Who holds which tokens and who computes which heads: integers only."""
 
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def spans(length: int, ranks: int) -> tuple[Span, ...]:
     return tuple(span_of(rank, length, ranks) for rank in range(ranks))
 
 
+@cache
 def head_plan(query_heads: int, kv_heads: int, ranks: int) -> HeadPlan:
     """Share out `query_heads` over `ranks` so that sizes differ by at most one, each with the KV heads it needs.
 

@@ -267,7 +267,6 @@ def _prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, specimen: Spec
         attend_as(own)
         reason, expected = _attempted(step, hooks.peers)
         attend_as(ours)
-        hooks.install()
         if expected is None:
             refused = f"{type(model).__name__} does not go on from a cache: {reason}"
             continue
@@ -289,6 +288,7 @@ def _prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, specimen: Spec
             if reason is None:
                 return
         return
+    hooks.install()
     hooks.region = replace(hooks.region, no_caches=refused)
 
 

@@ -18,16 +18,22 @@ from sp_attention.exchange import Peers
 
 def states(device: torch.device) -> list[Tensor]:
     """The states of Python's and torch's generators, and of the device's; unequal when numbers were drawn between."""
-    found = [torch.tensor(random.getstate()[1]), torch.get_rng_state()]
+    return [torch.tensor(random.getstate()[1]), *_of_torch(device)]
+
+
+def sampling_state(device: torch.device) -> int:
+    """A number that tells apart the states of the generator that tokens are sampled with, alike in every process."""
+    return _fingerprint(_of_torch(device)[-1])
+
+
+def _of_torch(device: torch.device) -> list[Tensor]:
+    found = [torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
         found.append(torch.get_device_module(device).get_rng_state(device))
     return found
 
 
-def sampling_state(device: torch.device) -> int:
-    """A number that tells apart the states of the generator that tokens are sampled with, alike in every process."""
-    on_host = device.type in ("cpu", "meta")
-    state = torch.get_rng_state() if on_host else torch.get_device_module(device).get_rng_state(device)
+def _fingerprint(state: Tensor) -> int:
     return zlib.crc32(state.cpu().numpy().tobytes())
 
 
@@ -41,7 +47,7 @@ def shared_seed(device: torch.device, peers: Peers) -> int:
     Generators that differ between ranks are seeded with it, so that from here on they draw the same.
     """
     seed = int(torch.randint(2**62, ()))
-    python, *others = (zlib.crc32(state.cpu().numpy().tobytes()) for state in states(device))
+    python, *others = map(_fingerprint, states(device))
     mine = torch.tensor([seed, python, derived(*others)], device=device)
     everyone = torch.empty(peers.size, len(mine), dtype=torch.int64, device=device)
     peers.meet(7)

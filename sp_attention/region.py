@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import torch
@@ -170,8 +169,7 @@ class Hooks:
 
         Most models make one whenever they are not told otherwise, and nobody looks at it where it is for a loss.
         """
-        made = not (model.training or self.only_loss or self.region.no_caches) if "use_cache" not in given else False
-        return is_given or bool(given.get("use_cache", made))
+        return is_given or bool(given.get("use_cache", not (model.training or self.only_loss or self.region.no_caches)))
 
     def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
         """S if our loss, and nothing but it, will see the logits."""
@@ -206,7 +204,7 @@ class Hooks:
                 f"a key/value cache (generate(), use_cache=True, past_key_values): {self.region.no_caches}. Generate "
                 "within handle.suspended(), by the whole model on every rank, or pass use_cache=False"
             )
-        if not isinstance(given.get("past_key_values"), (Cache, NoneType)):
+        if "past_key_values" in given and not isinstance(given["past_key_values"], Cache):
             return f"past_key_values is a {type(given['past_key_values']).__name__}, and no Cache of transformers"
         if {"cu_seq_lens_q", "max_length_q"} <= given.keys() and "position_ids" not in given:
             return (

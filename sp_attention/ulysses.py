@@ -132,8 +132,6 @@ class UlyssesAttention:
             heads = plan.query[self.peers.rank]
             query = query[:, :, heads.start : heads.stop]
         out, weights = self._attend_mine(replace(request, query=query), plan)
-        if weights is not None:
-            weights = gather(weights, all_heads, self.peers, 1)
         if call.is_shared:
             return head_to_seq(out, plan, self.peers), weights
         return gather(out, all_heads, self.peers, 2), weights
@@ -150,28 +148,29 @@ class UlyssesAttention:
 
     def _attend_shared(self, request: Request, call: Call) -> Attended:
         """All queries and keys of my heads: the exchange, the kernel, the exchange back."""
-        all_heads = request.query.shape[2]
-        plan = head_plan(all_heads, request.key.shape[2], self.peers.size)
+        plan = head_plan(request.query.shape[2], request.key.shape[2], self.peers.size)
         self._require_done(_shares(request, plan))
         request = _of_rank(request, plan, self.peers.rank)
         query, key, value = seq_to_head(request.query, request.key, request.value, call.extent.length, plan, self.peers)
         out, weights = self._attend_mine(replace(request, query=query, key=key, value=value), plan)
-        if weights is not None:
-            weights = gather(weights, all_heads, self.peers, 1)
         return head_to_seq(out, plan, self.peers), weights
 
     def _attend_mine(self, request: Request, plan: HeadPlan) -> Attended:
-        """The attention of my heads, which may be none: more ranks than heads."""
+        """The attention of my heads, which may be none: more ranks than heads. The weights are of all heads."""
         query, key, value = request.query, request.key, request.value
+        weights: Tensor | None
         if not query.shape[2]:
             # Empty too, and it takes part in backward like that of the others.
             weights = query.transpose(1, 2) @ key[:, :, :0].permute(0, 2, 3, 1)
             out = (weights @ value[:, :, :0].transpose(1, 2)).transpose(1, 2)
-            return out, weights if self.current.weights else None
-        if not plan.is_grouped(self.peers.rank):
-            order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)
-            request = replace(request, key=key.index_select(2, order), value=value.index_select(2, order))
-        return self._attend(request)
+        else:
+            if not plan.is_grouped(self.peers.rank):
+                order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)
+                request = replace(request, key=key.index_select(2, order), value=value.index_select(2, order))
+            out, weights = self._attend(request)
+        if not self.current.weights or weights is None:
+            return out, None
+        return out, gather(weights, plan.query[-1].stop, self.peers, 1)
 
     def _attend(self, request: Request) -> Attended:
         if not self.current.weights:
