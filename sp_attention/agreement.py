@@ -4,19 +4,18 @@ A rank that raises alone leaves the others waiting in a collective, so a problem
 """
 
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sp_attention.errors import BatchError
+from sp_attention.errors import BackendError, BatchError, UnsupportedError
 from sp_attention.exchange import Peers
 
 # Odd multipliers of a multiply-and-shift hash on 64-bit integers (L'Ecuyer 1999, Steele et al. 2014).
 _MIX = (0x2545F4914F6CDD1D, -0x61C8864680B583EB)
-
 
 # The name under which the state of the generator is compared that tokens are sampled with.
 SAMPLING = "(random state)"
@@ -24,6 +23,8 @@ _SEED = (
     "Tokens are sampled on every rank, so torch's generators must be alike too: seed them alike before generate(), by "
     "transformers.set_seed(0)."
 )
+
+Result = TypeVar("Result")
 
 
 def share_problem(problem: Exception | None, peers: Peers | None) -> None:
@@ -44,6 +45,26 @@ def first_reason(reason: str | None, peers: Peers) -> str | None:
     reasons: list[str | None] = [None] * peers.size
     dist.all_gather_object(reasons, reason, group=peers.group)
     return next((found for found in reasons if found is not None), None)
+
+
+def attempted(
+    step: Callable[[], Result], peers: Peers, device: torch.device | None = None
+) -> tuple[str | None, Result | None]:
+    """Why a step of the rehearsal failed on any rank, None if it did on none, and what it returned.
+
+    Whatever the model raises is a reason; what a kernel refuses is raised, since another one can do it. `device` is
+    the model's in a step with collectives.
+    """
+    reason, refusal, result = None, None, None
+    try:
+        result = step() if device is None else peers.watched(step, device)
+    except BackendError as error:
+        refusal = error
+    except Exception as error:
+        reason = str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
+    share_problem(refusal, peers)
+    reason = first_reason(reason, peers)
+    return reason, None if reason is not None else result
 
 
 def require_same_batch(arguments: Mapping[str, Any], peers: Peers, device: torch.device) -> None:

@@ -5,38 +5,37 @@ attends, whole layers on whole tensors; a region around every layer instead of o
 refusal.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from itertools import accumulate, pairwise, product
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from sp_attention import randomness
-from sp_attention.agreement import first_reason, share_problem
-from sp_attention.attending import Masks, Own, attend_as, attend_by, own_attention, register, release
-from sp_attention.cache import told_of
+from sp_attention.agreement import attempted
+from sp_attention.attending import Masks, attend_by, own_attention, register, release
+from sp_attention.continuing import prove_caches
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
-from sp_attention.exchange import Peers, mean_over_ranks
+from sp_attention.exchange import mean_over_ranks
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe_for_layers
-from sp_attention.plan import Region, Stack
+from sp_attention.plan import Region
 from sp_attention.recording import Attended, Run, same, same_buffers, undisturbed
 from sp_attention.region import TOKENS, Forward, Hooks
 from sp_attention.registry import usable
 from sp_attention.rehearsal import EVERYTHING, Findings, Found, explore
-from sp_attention.specimens import Inputs, Specimen, specimens
+from sp_attention.specimens import Specimen, specimens
 from sp_attention.trees import Path, tensors
 from sp_attention.ulysses import UlyssesAttention
 
@@ -64,7 +63,7 @@ def install(
     narrow, wide = Extent(2, size), Extent(3, size + peers.size + 1)
     with undisturbed(model):
         model.eval()
-        problem, pairs = _attempted(partial(specimens, model, narrow, wide), peers)
+        problem, pairs = attempted(partial(specimens, model, narrow, wide), peers)
         if pairs is None:
             raise UnsupportedError(_partitioned(model) or problem)
         if model.device.type == "meta":
@@ -76,7 +75,7 @@ def install(
         for masks in (describe_for_layers, own, None):
             with ExitStack() as attempt:
                 step = partial(_place, model, attention, key, masks, pairs, attempt, rehearse)
-                reason, done = _attempted(step, peers)
+                reason, done = attempted(step, peers)
                 if done is not None:
                     undo.push(attempt.pop_all())
                     findings, hooks, draws = done
@@ -188,7 +187,7 @@ def _place(
         findings = _prove(model, hooks, findings, [pair[0] for pair in runs], last)
         trains = model.training
         model.eval()
-        _prove_caches(model, hooks, own, narrow[0])
+        prove_caches(model, hooks, own, narrow[0])
         model.train(trains)
     else:
         hooks.install()
@@ -218,7 +217,7 @@ def _prove(
             slopes = mean_over_ranks(slopes, hooks.peers)
             _require_same(slopes, last[1], f"the backward of {type(model).__name__} sharded")
 
-        return _attempted(compare, hooks.peers, model.device)[0]
+        return attempted(compare, hooks.peers, model.device)[0]
 
     reason = tried(findings)
     if reason is None:
@@ -243,81 +242,6 @@ def _prove(
         if not plan.shares_nothing and tried(plan) is None:
             return plan
     raise UnsupportedError(f"{reason}; nothing of it can be shared out exactly")
-
-
-def _prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, specimen: Specimen) -> None:
-    """Allow caches if the sharded model goes on from one as the model does that attends on its `own`, or note why not.
-
-    The specimen is taken in steps: so many tokens that the ranks share them, one token, and again so many; or where the
-    model itself does not go on with several tokens, all but one, and that. Some models do so without a mask only.
-    """
-    name = next((name for name in TOKENS if name in specimen.inputs), None)
-    takes = signature(model.forward).parameters
-    if name is None or takes.keys().isdisjoint({"use_cache", "past_key_values"}):
-        hooks.region = replace(hooks.region, no_caches=None, caches=f"are none: {type(model).__name__} takes none")
-        return
-    size, length = hooks.peers.size, specimen.inputs[name].shape[1]
-    ours = own_attention(model)
-    # Put back after the rehearsal. Forwards with a cache compare the ranks' generators, which need not be alike yet.
-    torch.manual_seed(0)
-    unmasked = {one: value for one, value in specimen.inputs.items() if not one.endswith("attention_mask")}
-    for stops, inputs in product(((size, size + 1, length), (length - 1, length)), (specimen.inputs, unmasked)):
-        step = partial(_in_steps, model, inputs, name, stops)
-        hooks.remove()
-        attend_as(own)
-        reason, expected = _attempted(step, hooks.peers)
-        attend_as(ours)
-        if expected is None:
-            refused = f"{type(model).__name__} does not go on from a cache: {reason}"
-            continue
-
-        def compare(step: Callable[[], Any] = step, expected: Any = expected) -> str:
-            output, cache = step()
-            if not same(output, expected[0]):
-                raise UnsupportedError(f"{type(model).__name__} sharded gives other numbers with a filled cache")
-            return told_of(cache)
-
-        for kept in (hooks.region.stacks, tuple(map(_keeping_all_heads, hooks.region.stacks))):
-            hooks.region = replace(hooks.region, no_caches=None)
-            hooks.hook_instead(kept)
-            try:
-                reason, told = _attempted(compare, hooks.peers, model.device)
-            except BackendError as error:
-                reason, told = str(error), None
-            hooks.region = replace(hooks.region, no_caches=reason, caches=told or "")
-            if reason is None:
-                return
-        return
-    hooks.install()
-    hooks.region = replace(hooks.region, no_caches=refused)
-
-
-def _keeping_all_heads(stack: Stack) -> Stack:
-    """The stack with caches that are whole on every rank, for models that work on keys and values that are cached."""
-    layers = (replace(layer, heads=dict.fromkeys(layer.heads, 0)) for layer in stack.layers)
-    return replace(stack, layers=tuple(layers))
-
-
-def _in_steps(
-    model: PreTrainedModel, whole: Mapping[str, Any], name: str, stops: tuple[int, ...]
-) -> tuple[Tensor, Cache]:
-    """What a model gives for the real tokens of a batch, some at a time, and the cache that it goes on from."""
-    along = [name, name.replace("input_ids", "attention_mask")]
-    outputs: list[Tensor] = []
-    caches: Inputs = {}
-    for start, stop in pairwise((0, *stops)):
-        inputs: Inputs = {**whole, "use_cache": True} | caches
-        inputs |= {one: inputs[one][:, (start if one == name else 0) : stop] for one in along if one in inputs}
-        output = model(**inputs)
-        caches = {one: value for one, value in output.items() if isinstance(value, Cache)}
-        if not caches:
-            raise UnsupportedError("it returns no cache of transformers' kind")
-        outputs.append(next(tensor for path, tensor in tensors(output) if path[0] in ("logits", "last_hidden_state")))
-    output = torch.cat(outputs, 1)
-    padding = whole.get(along[1])
-    if padding is not None and padding.shape == output.shape[:2]:
-        output = output * padding[..., None].to(output.dtype)
-    return output, next(iter(caches.values()))
 
 
 def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
@@ -364,7 +288,7 @@ def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
                     args, kwargs = called.inputs
                     _require_same(layer.module(*args, **kwargs), called.output, layer.name)
 
-        reason, _ = _attempted(compare, hooks.peers, hooks.region.models[0].device)
+        reason, _ = attempted(compare, hooks.peers, hooks.region.models[0].device)
         hooks.forward, hooks.current.call, hooks.current.is_known = None, None, False
         if reason is None:
             break
@@ -383,7 +307,7 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
     padding = specimen.inputs.get(name.replace("input_ids", "attention_mask"))
     labels = ids if padding is None or padding.shape != ids.shape else ids.masked_fill(padding == 0, -100)
     batch = {**specimen.inputs, "labels": labels}
-    _, whole = _attempted(lambda: model(**batch), hooks.peers)
+    _, whole = attempted(lambda: model(**batch), hooks.peers)
     if whole is None:
         return  # Such a model wants other labels.
     loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers)
@@ -401,7 +325,7 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
         if not same({"loss": output["loss"], "logits": output["logits"].part}, mine):
             raise UnsupportedError("the model computes another loss from a part of the sequence")
 
-    reason, _ = _attempted(compare, hooks.peers, model.device)
+    reason, _ = attempted(compare, hooks.peers, model.device)
     whole_because = reason and f"computed from a part of the sequence: {reason}"
     hooks.region = replace(hooks.region, sharded_loss=whole_because or loss)
 
@@ -441,26 +365,3 @@ def _of_real_tokens(output: Any, specimen: Specimen) -> dict[Path, Tensor]:
 def _require_same(output: Any, expected: Any, what: str) -> None:
     if not same(output, expected):
         raise UnsupportedError(f"{what} gives other numbers than the model on its own")
-
-
-Result = TypeVar("Result")
-
-
-def _attempted(
-    step: Callable[[], Result], peers: Peers, device: torch.device | None = None
-) -> tuple[str | None, Result | None]:
-    """Why a step of the rehearsal failed on any rank, None if it did on none, and what it returned.
-
-    Whatever the model raises is a reason; what a kernel refuses is raised, since another one can do it. `device` is
-    the model's in a step with collectives.
-    """
-    reason, refusal, result = None, None, None
-    try:
-        result = step() if device is None else peers.watched(step, device)
-    except BackendError as error:
-        refusal = error
-    except Exception as error:
-        reason = str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
-    share_problem(refusal, peers)
-    reason = first_reason(reason, peers)
-    return reason, None if reason is not None else result

@@ -140,7 +140,8 @@ def test_tokens_and_scores_are_those_of_one_process(name: str) -> None:
 
 
 def bytes_of(cache: Any) -> int:
-    return sum(tensor.nbytes for layer in layers_of(cache) for tensor in (layer.keys, layer.values) if tensor is not None)
+    pairs = ((layer.keys, layer.values) for layer in layers_of(cache))
+    return sum(tensor.nbytes for pair in pairs for tensor in pair if tensor is not None)
 
 
 def cache_sizes() -> dict[str, tuple[float, float]]:
