@@ -25,12 +25,13 @@ from sp_attention.agreement import SAMPLING, require_same_batch
 from sp_attention.attention import Mask
 from sp_attention.cache import LayersCache, cached_length
 from sp_attention.call import Call, Current
+from sp_attention.crossing import entering, leaf_at, leaving, text_of, users_own
 from sp_attention.dims import Along, Extent
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
 from sp_attention.masks import DOCUMENTS, Described
-from sp_attention.plan import FOR_THE_LOSS, NEVER_CUT, Layer, Part, Region, Stack, named_arguments, tensor_names
+from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
 from sp_attention.trees import Path, leaves, map_leaves, tensors
 
 # The arguments that are the tokens of the stack before the loss.
@@ -273,17 +274,17 @@ class Hooks:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call_of(stack, layer, (args, kwargs))
 
-            def entering(path: Path, leaf: Any) -> Any:
+            def given_instead(path: Path, leaf: Any) -> Any:
                 if isinstance(leaf, Cache):
                     return LayersCache(leaf, layer.heads, self.current, self.peers) if call.fills else None
-                return _entering(path, leaf, layer, call)
+                return entering(path, leaf, layer, call)
 
-            given = map_leaves(entering, (args, kwargs))
+            given = map_leaves(given_instead, (args, kwargs))
             mine = call.is_shared and not layer.gathered
             entered.append((call, self.current.call, self._drawing(call, layer.name, mine)))
             self.current.call = call if mine or (call.fills and not layer.gathered) else None
             if self.forward is not None and self.forward.records and call.is_shared:
-                self.forward.note(_leaf(given, layer.hidden), layer.arguments[layer.hidden], call)
+                self.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], call)
             self._bind(checkpointed)
             return given
 
@@ -299,12 +300,12 @@ class Hooks:
             if output is None:
                 return None
             if not call.is_shared:
-                return map_leaves(lambda _, leaf: _users(leaf), output)
+                return map_leaves(lambda _, leaf: users_own(leaf), output)
             if self.forward is not None and self.forward.records:
                 for path, tensor in tensors(output):
                     self.forward.note(tensor, layer.results.get(path), call)
             ends = call.is_separate or (is_last and not call.stays_sharded)
-            return map_leaves(lambda path, leaf: _leaving(path, leaf, layer, call, ends), output)
+            return map_leaves(lambda path, leaf: leaving(path, leaf, layer, call, ends), output)
 
         self._hook(layer.module, before, after)
 
@@ -313,7 +314,7 @@ class Hooks:
         mask = next((leaf.mask for _, leaf in leaves(given) if isinstance(leaf, Described)), None)
         if self.forward is None:
             return self._call_again(layer, stack, mask)
-        hidden, along = _leaf(given, layer.hidden), layer.arguments[layer.hidden]
+        hidden, along = leaf_at(given, layer.hidden), layer.arguments[layer.hidden]
         assert along is not None
         # Whatever the model does with hidden states that it collects, it does with whole ones.
         is_separate = stack.separate or self.forward.unseen or self.forward.records
@@ -403,7 +404,7 @@ class Hooks:
                     return call.original(leaf)
                 if path not in part.arguments and not {call.mine.length, call.extent.length}.isdisjoint(leaf.shape):
                     raise UnsupportedError(
-                        f"{part.name}: the argument {_text(path)} {list(leaf.shape)} is not what enable() saw in its "
+                        f"{part.name}: the argument {text_of(path)} {list(leaf.shape)} is not what enable() saw in its "
                         "rehearsal"
                     )
                 along = part.arguments.get(path)
@@ -434,48 +435,6 @@ class Hooks:
         self._hook(part.module, before, after)
 
 
-def _entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
-    """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
-    if not isinstance(leaf, Tensor) or not call.is_shared or path[1] in NEVER_CUT or path in layer.masks:
-        return leaf
-    if path not in layer.arguments:
-        if layer.gathered or call.extent.length not in leaf.shape:
-            return leaf
-        if path[-1] == "position_ids" and leaf.shape[-1] == call.extent.length:
-            # Some models hand these on only if they are given them in a shape of their own, as by generate().
-            return call.part(leaf, Along(leaf.dim() - 1), remember=True)
-    else:
-        along = layer.arguments[path]
-        if along is None or leaf.shape[along.dim] == 1:
-            return leaf
-        if path in layer.handed and not call.is_separate and call.is_part(leaf, along):
-            return call.whole(leaf, along) if layer.gathered else leaf
-        if call.is_whole(leaf, along):
-            return leaf if layer.gathered else call.part(leaf, along, remember=path not in layer.handed)
-        if call.fills:
-            return leaf  # Of the tokens in the cache too: whoever attends to those is given what is about them.
-    raise UnsupportedError(
-        f"{layer.name}: the argument {_text(path)} {list(leaf.shape)} is not what enable() saw in its rehearsal; it is "
-        f"not of {call.extent.length} tokens and cannot be cut"
-    )
-
-
-def _leaving(path: Path, leaf: Any, layer: Layer, call: Call, ends: bool) -> Any:
-    """What goes on in place of a layer's result: my span to the next layer, all of it to what is outside."""
-    along = layer.results.get(path)
-    if along is None or not isinstance(leaf, Tensor):
-        return _users(leaf)
-    stays = path in layer.hands and not ends
-    if layer.gathered:
-        return call.part(leaf, along) if stays and call.is_whole(leaf, along) else leaf
-    return leaf if stays or not call.is_part(leaf, along) else call.whole(leaf, along)
-
-
-def _users(leaf: Any) -> Any:
-    """The user's cache in place of what stood for it in a layer; anything else as it is."""
-    return leaf.cache if type(leaf) is LayersCache else leaf
-
-
 def _is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
     """Whether a switch of transformers is on: in the arguments of a forward, or else in the configuration."""
     return bool(given.get(switch, getattr(model.config, switch, default)))
@@ -491,19 +450,6 @@ def _outside(name: str) -> str:
         f"{name} runs outside of a forward of its model, and nothing tells what sequence it is of: to checkpoint it "
         "use model.gradient_checkpointing_enable()"
     )
-
-
-def _text(path: Path) -> str:
-    return ".".join(map(str, path[1:]))
-
-
-def _leaf(tree: Any, path: Path) -> Any:
-    """What stands at `path`, None where the path ends early."""
-    for key in path:
-        if not (key in tree if isinstance(tree, dict) else isinstance(key, int) and key < len(tree)):
-            return None
-        tree = tree[key]
-    return tree
 
 
 def _with_sharded_logits(output: Any, call: Call) -> Any:
