@@ -9,6 +9,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor
 
 from sp_attention.dims import Along, Extent
+from sp_attention.embeddings import Looked
 from sp_attention.exchange import Peers, gather
 from sp_attention.layout import Span
 
@@ -20,7 +21,8 @@ class Call:
     extent: B and S of the whole batch, of its new tokens where a cache holds others. fills: its layers fill a cache.
     is_separate: each layer cuts its arguments and gathers its results. is_replicated: every rank does all of it, but
     for heads that it keeps. stays_sharded: nothing is gathered after the last layer.
-    seed: of the random numbers that are drawn in it.
+    seed: of the random numbers that are drawn in it. embedded: my span of what its first layer is given, if that is all
+    that was looked up.
     """
 
     extent: Extent
@@ -30,6 +32,7 @@ class Call:
     is_replicated: bool = False
     stays_sharded: bool = False
     seed: int | None = None
+    embedded: Looked | None = None
     _parts: dict[tuple[int, Along], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _wholes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

@@ -14,6 +14,8 @@ from sp_attention.trees import Path
 
 def entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
     """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
+    if isinstance(leaf, Tensor) and call.embedded is not None and call.embedded.is_whole(leaf):
+        return call.embedded.part
     if not isinstance(leaf, Tensor) or not call.is_shared or path[1] in NEVER_CUT or path in layer.masks:
         return leaf
     if path not in layer.arguments:
@@ -56,12 +58,3 @@ def users_own(leaf: Any) -> Any:
 
 def text_of(path: Path) -> str:
     return ".".join(map(str, path[1:]))
-
-
-def leaf_at(tree: Any, path: Path) -> Any:
-    """What stands at `path`, None where the path ends early."""
-    for key in path:
-        if not (key in tree if isinstance(tree, dict) else isinstance(key, int) and key < len(tree)):
-            return None
-        tree = tree[key]
-    return tree

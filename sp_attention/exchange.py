@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sp_attention.layout import HeadPlan, Span, span_of, spans
+from sp_attention.memory import Memory
 
 Result = TypeVar("Result")
 
@@ -35,12 +36,16 @@ class Watch:
 
 @dataclass(frozen=True)
 class Peers:
-    """The ranks that share a sequence, seen from one of them; `rank` counts inside the group."""
+    """The ranks that share a sequence, seen from one of them; `rank` counts inside the group.
+
+    memory: for what is exchanged.
+    """
 
     group: dist.ProcessGroup
     rank: int
     size: int
     watch: Watch = field(default_factory=Watch, compare=False)
+    memory: Memory = field(default_factory=Memory, compare=False)
 
     def meet(self, *what: int) -> None:
         """Called before a collective, with numbers that tell it from others: its kind, and what all ranks know alike.
@@ -208,42 +213,74 @@ def _to_heads(
     """
     batch, mine = tensors[0].shape[:2]
     widths = _widths(tensors, plans, peers)
+    whole = peers.memory.empty((length, batch, widths[peers.rank]), tensors[0])
+    sent = _sent(length, peers)
     in_sizes = [mine * batch * width for width in widths]
     out_sizes = [len(span) * batch * widths[peers.rank] for span in spans(length, peers.size)]
-    send = tensors[0].new_empty(sum(in_sizes))
+    if keeps := len(sent) < length:
+        in_sizes[peers.rank] = out_sizes[peers.rank] = 0
+    send = peers.memory.empty((sum(in_sizes),), tensors[0])
     for rank, chunk in enumerate(send.split(in_sizes)):
-        columns = _columns(chunk.view(mine, batch, widths[rank]), tensors, plans, rank)
-        for tensor, plan, column in zip(tensors, plans, columns, strict=True):
+        kept = keeps and rank == peers.rank
+        rows = _rows(whole, peers.span(length)) if kept else chunk.view(mine, batch, widths[rank])
+        for tensor, plan, column in zip(tensors, plans, _columns(rows, tensors, plans, rank), strict=True):
             column.copy_(tensor[:, :, plan[rank].start : plan[rank].stop])
-    received = send.new_empty(sum(out_sizes))
     peers.meet(5, length, batch, sum(widths))
-    dist.all_to_all_single(received, send, out_sizes, in_sizes, group=peers.group)
-    return _columns(received.view(length, batch, widths[peers.rank]), tensors, plans, peers.rank)
+    dist.all_to_all_single(_rows(whole, sent).view(-1), send, out_sizes, in_sizes, group=peers.group)
+    return _columns(whole, tensors, plans, peers.rank)
 
 
 def _to_sequence(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], peers: Peers) -> tuple[Tensor, ...]:
     """[B, S, h, D] each → [B, s, H, D] each, in one all-to-all; heads that several ranks hold are added up."""
     batch, length = tensors[0].shape[:2]
-    cut = spans(length, peers.size)
+    cut, sent = spans(length, peers.size), _sent(length, peers)
     mine, widths = len(cut[peers.rank]), _widths(tensors, plans, peers)
-    rows = [tensor.transpose(0, 1).flatten(2) for tensor in tensors]
-    send = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, 2)
-    in_sizes = [len(span) * batch * send.shape[2] for span in cut]
+    in_sizes = [len(span) * batch * widths[peers.rank] for span in cut]
     out_sizes = [mine * batch * width for width in widths]
-    received = send.new_empty(sum(out_sizes))
+    if keeps := len(sent) < length:
+        in_sizes[peers.rank] = out_sizes[peers.rank] = 0
+    rows = [_rows(tensor.transpose(0, 1), sent) for tensor in tensors]
+    if len(rows) == 1 and rows[0].is_contiguous():
+        send = rows[0]
+    else:
+        send = peers.memory.empty((len(sent), batch, widths[peers.rank]), tensors[0])
+        for row, column in zip(rows, _columns(send, tensors, plans, peers.rank), strict=True):
+            column.copy_(row.transpose(0, 1))
+    received = peers.memory.empty((sum(out_sizes),), tensors[0])
     peers.meet(6, length, batch, sum(widths))
     dist.all_to_all_single(received, send.view(-1), out_sizes, in_sizes, group=peers.group)
     shared = [any(left.stop > right.start for left, right in pairwise(plan)) for plan in plans]
     results = tuple(
-        (tensor.new_zeros if adds else tensor.new_empty)((batch, mine, plan[-1].stop, tensor.shape[3]))
-        for tensor, plan, adds in zip(tensors, plans, shared, strict=True)
+        peers.memory.empty((batch, mine, plan[-1].stop, tensor.shape[3]), tensor)
+        for tensor, plan in zip(tensors, plans, strict=True)
     )
+    for result, adds in zip(results, shared, strict=True):
+        if adds:
+            result.zero_()
     for rank, chunk in enumerate(received.split(out_sizes)):
-        columns = _columns(chunk.view(mine, batch, widths[rank]), tensors, plans, rank)
+        if keeps and rank == peers.rank:
+            columns = tuple(tensor[:, cut[rank].start : cut[rank].stop] for tensor in tensors)
+        else:
+            columns = _columns(chunk.view(mine, batch, widths[rank]), tensors, plans, rank)
         for result, plan, adds, column in zip(results, plans, shared, columns, strict=True):
             heads = result[:, :, plan[rank].start : plan[rank].stop]
             heads.add_(column) if adds else heads.copy_(column)
     return results
+
+
+def _sent(length: int, peers: Peers) -> Span:
+    """The tokens that an all-to-all sends or receives on this rank: all but its own, where the others are neighbours.
+
+    On other ranks its own tokens go through it too, which copies them once more.
+    """
+    mine = peers.span(length)
+    if peers.rank == 0:
+        return Span(mine.stop, length)
+    return Span(0, mine.start if peers.rank == peers.size - 1 else length)
+
+
+def _rows(tensor: Tensor, span: Span) -> Tensor:
+    return tensor[span.start : span.stop]
 
 
 def _widths(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], peers: Peers) -> list[int]:

@@ -12,11 +12,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch.distributed as dist
+
+# How processes start. What has started threads, as most that imported torch have, must not fork.
+CONTEXT: SpawnContext | ForkServerContext = get_context("spawn")
 
 # How long the others may go on when one rank has failed: they may be about to report the same error.
 GRACE = 5.0
@@ -33,14 +37,13 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
     `timeout` (seconds), so that a rank that waits for another in vain says where. Raises RanksError unless every rank
     returns; ranks that are still alive then have shown their stacks and are ended.
     """
-    context = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="sp_attention_ranks_") as folder:
         workers, links = [], []
         with _one_thread_each():
             for rank in range(ranks):
-                mine, theirs = context.Pipe()
+                mine, theirs = CONTEXT.Pipe()
                 # Not as a daemon, which could not start processes of its own, such as a loader's workers.
-                worker = context.Process(target=_work, args=(rank, ranks, folder, theirs, timeout, function, args))
+                worker = CONTEXT.Process(target=_work, args=(rank, ranks, folder, theirs, timeout, function, args))
                 worker.start()
                 theirs.close()
                 workers.append(worker)

@@ -59,6 +59,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A table of which each rank looks up its own tokens only, since they go straight into the first layer."""
+
+    name: str
+    module: nn.Embedding
+
+
+@dataclass(frozen=True)
 class Stack:
     """Layers in the order of their calls.
 
@@ -68,6 +76,7 @@ class Stack:
     name: str
     layers: tuple[Layer, ...]
     separate: bool = False
+    embedding: Embedding | None = None
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,15 @@ from sp_attention.agreement import SAMPLING, require_same_batch
 from sp_attention.attention import Mask
 from sp_attention.cache import LayersCache, cached_length
 from sp_attention.call import Call, Current
-from sp_attention.crossing import entering, leaf_at, leaving, text_of, users_own
+from sp_attention.crossing import entering, leaving, text_of, users_own
 from sp_attention.dims import Along, Extent
+from sp_attention.embeddings import Looked, can_look_up, looked_up
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
 from sp_attention.masks import DOCUMENTS, Described
 from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
-from sp_attention.trees import Path, leaves, map_leaves, tensors
+from sp_attention.trees import Path, leaf_at, leaves, map_leaves, tensors
 
 # The arguments that are the tokens of the stack before the loss.
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
@@ -51,6 +52,7 @@ class Forward:
     caches: key/value caches are filled.
     records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
     calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
+    embedded: my span of the embeddings, on the way to the first layer.
     """
 
     model: PreTrainedModel
@@ -61,6 +63,7 @@ class Forward:
     passes: int = 0
     calls: dict[str, Call] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
+    embedded: Looked | None = None
     caches: bool = False
     records: bool = False
     parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
@@ -95,6 +98,8 @@ class Hooks:
             # Not looked up by the model when it is called, since that may be a copy of it.
             self._hook(model, partial(self._before_model, self.region.arguments[model]), self._after_model)
         for stack in self.region.stacks:
+            if stack.embedding is not None:
+                self._hook_embedding(stack.embedding.module, stack.layers[0].module)
             for layer in stack.layers:
                 self._hook_layer(stack, layer)
                 for part in layer.parts:
@@ -260,6 +265,46 @@ class Hooks:
                 return call.whole(value, rows)
         return value
 
+    # Embeddings
+
+    def _hook_embedding(self, embedding: nn.Embedding, first: nn.Module) -> None:
+        lengths: list[int] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            ids = args[0] if len(args) == 1 and not kwargs else None
+            if ids is None or id(ids) not in self.current.given or not self._looks_up_its_own(embedding, first, ids):
+                return None
+            lengths.append(ids.shape[1])
+            span = self.peers.span(ids.shape[1])
+            return (ids[:, span.start : span.stop],), {}
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if not lengths:
+                return None
+            length = lengths.pop()
+            if self.forward is None or output is None:
+                return None
+            self.forward.embedded = looked_up(output, length)
+            return self.forward.embedded.whole
+
+        self._hook(embedding, before, after)
+
+    def _looks_up_its_own(self, embedding: nn.Embedding, first: nn.Module, ids: Tensor) -> bool:
+        """Whether only my span of the embeddings is looked up: if nobody but the first layer gets to see them.
+
+        In training, dropout would, and a checkpoint around the hooks of the first layer, which does without gradients.
+        """
+        forward = self.forward
+        if forward is None or forward.unseen or forward.records or (forward.model.training and self.region.random):
+            return False
+        if torch.is_grad_enabled():
+            models: list[nn.Module] = [] if isinstance(first, GradientCheckpointingLayer) else [*self.region.models]
+            if any(getattr(model, "gradient_checkpointing", False) for model in models):
+                return False
+            if any(isinstance(module, CheckpointWrapper) for module in forward.model.modules()):
+                return False
+        return can_look_up(embedding, ids, self.peers.size)
+
     # Layers
 
     def _hook_layer(self, stack: Stack, layer: Layer) -> None:
@@ -332,6 +377,16 @@ class Hooks:
                 and self.forward.stays_sharded == extent.length,
                 seed=randomness.derived(self.forward.seed, self.forward.passes) if self.forward.seed else None,
             )
+            if stack.embedding is not None and self.forward.embedded is not None:
+                call.embedded, self.forward.embedded = self.forward.embedded, None
+                if hidden.requires_grad and torch.is_grad_enabled():
+                    call.embedded.part.requires_grad_()
+                if not call.embedded.is_whole(hidden) or call.embedded.part.requires_grad > torch.is_grad_enabled():
+                    raise UnsupportedError(
+                        f"{layer.name} is not given what {stack.embedding.name} looked up, unlike in the rehearsal of "
+                        "enable(), or is checkpointed by other code than transformers': call enable() after whatever "
+                        "changed the model"
+                    )
             self.forward.calls[stack.name] = call
             if not is_separate:
                 self.forward.inside.add(stack.name)

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from sp_attention.dims import Dims, Extent, dims
 from sp_attention.errors import UnsupportedError
-from sp_attention.plan import Layer, Part, Stack, named_arguments, tensor_names
+from sp_attention.plan import Embedding, Layer, Part, Stack, named_arguments, tensor_names
 from sp_attention.recording import Attended, Called, Run, Runs, record, same
 from sp_attention.specimens import Specimen
-from sp_attention.stacks import Draft, dims_of, drafts_of
+from sp_attention.stacks import Draft, dims_of, drafts_of, embedding_of
 from sp_attention.trees import Path, map_leaves
 
 # How much of a layer runs on whole tensors: only its mixers; what attends too; all of it.
@@ -52,6 +52,7 @@ class Findings:
     shared out where nothing else can. separate: the stacks between whose layers the model works.
     extents: the narrow extent of each stack. left_alone: the lists of modules that are no stack, and why.
     models: those around the stacks, outermost first; arguments: the tensor arguments that each was given.
+    embeddings: those of stacks, of which each rank can look up its own tokens only.
     """
 
     stacks: Mapping[str, tuple[Found, ...]]
@@ -62,6 +63,7 @@ class Findings:
     models: tuple[PreTrainedModel, ...]
     arguments: Mapping[nn.Module, frozenset[str]]
     over_memory: frozenset[nn.Module]
+    embeddings: Mapping[str, Embedding]
 
     @property
     def shares_nothing(self) -> bool:
@@ -73,14 +75,14 @@ class Findings:
 
     def planned(self) -> tuple[Stack, ...]:
         return tuple(
-            Stack(name, tuple(found.planned() for found in layers), name in self.separate)
+            Stack(name, tuple(found.planned() for found in layers), name in self.separate, self.embeddings.get(name))
             for name, layers in self.stacks.items()
         )
 
 
 def report(findings: Findings) -> list[str]:
     """What each part of each kind of layer does, as lines of text."""
-    lines = []
+    lines = [f"  {embedding.name}: looks up this rank's tokens" for embedding in findings.embeddings.values()]
     for name, layers in findings.stacks.items():
         where = "; each layer cuts and gathers on its own" if name in findings.separate else ""
         alike: dict[str, list[str]] = {}
@@ -163,8 +165,15 @@ def explore(
         tuple(models),
         {one: frozenset().union(*(_given(one, run) for pair in runs for run in pair)) for one in models},
         frozenset(module for draft in drafts for module, mode in draft.modes.items() if mode == "over memory"),
+        _embeddings(drafts, runs, names) if proves else {},
     )
     return findings, runs
+
+
+def _embeddings(drafts: list[Draft], runs: Runs, names: Mapping[nn.Module, str]) -> dict[str, Embedding]:
+    every = [run for pair in runs for run in pair]
+    found = {draft.name: embedding_of(draft.layers[0], every, names) for draft in drafts if not draft.separate}
+    return {name: embedding for name, embedding in found.items() if embedding is not None}
 
 
 class _Proof:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from sp_attention.cache import Heads
 from sp_attention.dims import Dims, Extent, dims, merged
 from sp_attention.masks import Described
-from sp_attention.plan import Layer
+from sp_attention.plan import Embedding, Layer
 from sp_attention.recording import Called, Run, Runs
-from sp_attention.trees import Path, leaves, tensors
+from sp_attention.trees import Path, leaf_at, leaves, tensors
 
 
 def drafts_of(model: nn.Module, runs: Runs) -> tuple[list["Draft"], dict[str, str]]:
@@ -185,3 +185,25 @@ def _identity(tensor: Tensor) -> Hashable:
 def _sequences(layer: Layer, run: Run) -> dict[Path, Tensor]:
     """What a layer returned that follows the sequence."""
     return {path: tensor for path, tensor in tensors(run.calls[layer.module][0].output) if layer.results.get(path)}
+
+
+def embedding_of(layer: Layer, runs: list[Run], names: Mapping[nn.Module, str]) -> Embedding | None:
+    """The embedding that is called once, with the tokens of the batch, and whose result is what a first layer is given.
+
+    None if there is none in one of the runs, or what it does depends on all of its tokens.
+    """
+    found = {_embedding_in(run, layer) for run in runs}
+    module = found.pop()
+    if found or module is None or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return None
+    return Embedding(names[module], module)
+
+
+def _embedding_in(run: Run, layer: Layer) -> nn.Embedding | None:
+    hidden = leaf_at(run.calls[layer.module][0].inputs, layer.hidden)
+    makers = [module for module, calls in run.calls.items() if any(call.output is hidden for call in calls)]
+    if len(makers) != 1 or not isinstance(makers[0], nn.Embedding) or len(run.calls[makers[0]]) != 1:
+        return None
+    args, kwargs = run.calls[makers[0]][0].inputs
+    are_tokens = len(args) == 1 and not kwargs and any(args[0] is given for given in run.specimen.inputs.values())
+    return makers[0] if are_tokens else None

@@ -36,3 +36,12 @@ def leaves(tree: Any) -> list[tuple[Path, Any]]:
     found: list[tuple[Path, Any]] = []
     map_leaves(lambda path, leaf: found.append((path, leaf)), tree)
     return found
+
+
+def leaf_at(tree: Any, path: Path) -> Any:
+    """What stands at `path`, None where the path ends early."""
+    for key in path:
+        if not (key in tree if isinstance(tree, dict) else isinstance(key, int) and key < len(tree)):
+            return None
+        tree = tree[key]
+    return tree

@@ -306,6 +306,7 @@ def report() -> str:
 def test_the_report_says_what_each_part_does() -> None:
     assert run_ranks(2, report)[0].splitlines() == [
         "sp_attention: 2 processes = 1 group x 2 ranks, each sequence shared by its group, kernel 'sdpa'",
+        "  model.embed_tokens: looks up this rank's tokens",
         "  model.layers, layers 0, 1:",
         "    input_layernorm: position-wise",
         "    mlp: position-wise",

@@ -1,0 +1,45 @@
+"""Embeddings that are looked up for my span only, where a model passes them straight into its first layer.
+
+The model goes on with a tensor of the whole shape without memory of its own, which holds NaN, so that whatever else is
+computed from it shows; the first layer is given my span in its place. So neither embeddings nor their gradient are ever
+of the whole sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """My span of the embeddings, [B, s, E], and what stands for all of them, [B, S, E]."""
+
+    part: Tensor
+    whole: Tensor
+
+    def is_whole(self, tensor: Tensor) -> bool:
+        """Whether this stands for the embeddings; a copy does too, as a checkpoint makes of what it recomputes from."""
+        return tensor.untyped_storage().data_ptr() == self.whole.untyped_storage().data_ptr()
+
+
+def looked_up(part: Tensor, length: int) -> Looked:
+    """My span of the embeddings of `length` tokens."""
+    return Looked(part, part.new_full((), torch.nan).expand(part.shape[0], length, part.shape[2]))
+
+
+def can_look_up(module: nn.Embedding, ids: Tensor, size: int) -> bool:
+    """Whether each of `size` ranks may look up its span of ids [B, S] alone.
+
+    Not where hooks of others see the embeddings, nor where an id is in no table: then every rank has to say so.
+    transformers' own hook only lets them require gradients, when a model is checkpointed.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    others = [hook for hook in hooks if getattr(hook, "__module__", None) != transformers.modeling_utils.__name__]
+    return (
+        ids.dim() == 2
+        and ids.shape[1] >= size
+        and len(others) == 2
+        and bool(((ids >= 0) & (ids < module.num_embeddings)).all())
+    )
