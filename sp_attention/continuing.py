@@ -18,7 +18,7 @@ from sp_attention.cache import told_of
 from sp_attention.dims import Dims, Extent, dims
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers
-from sp_attention.plan import Stack, named_arguments
+from sp_attention.plan import Layer, Stack, named_arguments
 from sp_attention.recording import Run, same
 from sp_attention.region import TOKENS, Hooks
 from sp_attention.specimens import Inputs
@@ -69,11 +69,11 @@ def prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, runs: tuple[Run
     attend_as(own)
     expected: list[tuple[Callable[[], Continued], Tensor]] = []
     for taker in takers:
-        reason, found = _alone(taker, runs, hooks.peers)
-        if found is None:
+        reason, alone = _alone(taker, runs, hooks.peers)
+        if alone is None:
             refused = f"{type(taker).__name__} does not go on from a cache: {reason}"
             break
-        expected.append(found)
+        expected.append(alone)
     attend_as(ours)
     if len(expected) < len(takers):
         hooks.install()
@@ -89,9 +89,10 @@ def prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, runs: tuple[Run
             told.append(told_of(cache))
         return "; ".join(dict.fromkeys(told))
 
-    for kept in (hooks.region.stacks, tuple(map(_keeping_all_heads, hooks.region.stacks))):
+    found = hooks.region.stacks
+    for takes_last, keeps_all in product((False, True), repeat=2):
         hooks.region = replace(hooks.region, no_caches=None)
-        hooks.hook_instead(kept)
+        hooks.hook_instead(tuple(_with_caches(stack, takes_last, keeps_all) for stack in found))
         try:
             reason, told = attempted(compare, hooks.peers, model.device)
         except BackendError as error:
@@ -120,7 +121,7 @@ def _alone(
     So many tokens that the ranks share them, one token, and again so many; or where the model itself does not go on
     with several tokens, all but one, and that. Some models do so without a mask only.
     """
-    reason: str | None = "the rehearsal of enable() does not call it"
+    reason: str | None = "the rehearsal of enable() does not show what tokens it is given"
     for several, batch in product((True, False), _batches(model, runs)):
         length = batch.extent.length
         stops = (peers.size, peers.size + 1, length) if several else (length - 1, length)
@@ -148,10 +149,16 @@ def _batches(model: PreTrainedModel, runs: tuple[Run, Run]) -> Iterator[_Batch]:
         yield _Batch({**inputs, "use_cache": True}, name, dims(inputs, other, *extents), extents[0])
 
 
-def _keeping_all_heads(stack: Stack) -> Stack:
-    """The stack with caches that are whole on every rank, for models that work on keys and values that are cached."""
-    layers = (replace(layer, heads=dict.fromkeys(layer.heads, 0)) for layer in stack.layers)
-    return replace(stack, layers=tuple(layers))
+def _with_caches(stack: Stack, takes_last: bool, keeps_all: bool) -> Stack:
+    """The stack with layers that take the last of what is about cached tokens too, or not, and with caches of all heads
+    on every rank, for models that work on keys and values that are cached, or not.
+    """
+
+    def kept(layer: Layer) -> Layer:
+        heads = dict.fromkeys(layer.heads, 0) if keeps_all else layer.heads
+        return replace(layer, heads=heads, takes_last=takes_last)
+
+    return replace(stack, layers=tuple(map(kept, stack.layers)))
 
 
 def _in_steps(model: PreTrainedModel, batch: _Batch, stops: tuple[int, ...]) -> Continued:
