@@ -519,6 +519,29 @@ def test_caches_of_other_heads_are_refused_and_say_what_to_do() -> None:
         assert "the cache holds the heads of rank" in texts["of another group"]
 
 
+@torch.no_grad()
+def not_causal_by_its_own_words() -> tuple[float, str]:
+    tiny = Tiny("GemmaForCausalLM", {"use_bidirectional_attention": True})
+    reference, model = tiny.build().eval(), tiny.build().eval()
+    sp_attention.enable(model, "sdpa")
+    ids, steps = prompt(model), []
+    padding = torch.ones_like(ids)
+    padding[0, :6] = 0
+    for each in (model, reference):
+        _, filled = logits(each, ids, attention_mask=padding)
+        steps.append(logits(each, ids[:, :1], filled)[0])
+    with pytest.raises(UnsupportedError) as refusal:
+        logits(model, ids)
+    return ((steps[0] - steps[1]).abs().max() / steps[1].abs().max()).item(), str(refusal.value)
+
+
+def test_attention_that_says_it_is_not_causal_takes_a_causal_mask_for_one_token_only() -> None:
+    for error, text in run_ranks(2, not_causal_by_its_own_words):
+        assert error < 1e-5
+        assert "model.layers.0.self_attn says that it is not causal, and is given a causal mask" in text
+        assert "Give an attention_mask [B, 1, S, S] of your own" in text
+
+
 def encoder_by_itself() -> str:
     from sp_attention.cli.reduced import prepare
 
@@ -563,6 +586,10 @@ def unlike_each_other() -> dict[str, str]:
         other = LogitsProcessorList([lambda ids, scores: scores.index_fill(1, torch.tensor([3 + rank]), 1e9)])
         model.generate(ids, do_sample=False, max_new_tokens=4, logits_processor=other)
 
+    def ended() -> None:
+        early = StoppingCriteriaList([lambda ids, _: torch.full((len(ids),), rank == 1 and ids.shape[1] > PROMPT + 1)])
+        model.generate(ids, do_sample=False, max_new_tokens=4, stopping_criteria=early, synced_gpus=True)
+
     def cached() -> None:
         past = DynamicCache(config=model.config)
         logits(model, ids, past)
@@ -580,6 +607,7 @@ def unlike_each_other() -> dict[str, str]:
     attempts: dict[str, Callable[[], object]] = {
         "seeds": sampled,
         "tokens": chosen,
+        "ends": ended,
         "prompts": lambda: model.generate(ids + rank, max_new_tokens=2, do_sample=False),
         "lengths": lambda: model.generate(ids[:, rank:], max_new_tokens=2, do_sample=False),
         "caches": cached,
@@ -598,6 +626,7 @@ def test_ranks_that_sample_or_are_given_something_else_all_end_with_an_error() -
     assert "(random state) differs on rank 1, rank 2 from rank 0" in first["seeds"]
     assert "seed them alike before generate()" in first["seeds"]
     assert "input_ids differs on rank 1, rank 2 from rank 0" in first["tokens"]
+    assert "input_ids differs on rank 1 from rank 0" in first["ends"]
     for name in ("prompts", "lengths"):
         assert "input_ids differs" in first[name]
     assert "(tokens in the cache) differs on rank 1 from rank 0" in first["caches"]
