@@ -134,8 +134,9 @@ def _alone(
 
 def _batches(model: PreTrainedModel, runs: tuple[Run, Run]) -> Iterator[_Batch]:
     """What a model was given in a narrow run: as it was, without masks, and with what its encoder, if any, returned."""
-    calls = [run.calls[model][0] for run in runs if run.calls[model]]
-    given, other = [named_arguments(model, *call.inputs) for call in calls] or [{}, {}]
+    if not all(run.calls[model] for run in runs):
+        return
+    given, other = (named_arguments(model, *run.calls[model][0].inputs) for run in runs)
     name = next((name for name in TOKENS if name in given), None)
     if name is None:
         return
@@ -150,8 +151,9 @@ def _batches(model: PreTrainedModel, runs: tuple[Run, Run]) -> Iterator[_Batch]:
 
 
 def _with_caches(stack: Stack, takes_last: bool, keeps_all: bool) -> Stack:
-    """The stack with layers that take the last of what is about cached tokens too, or not, and with caches of all heads
-    on every rank, for models that work on keys and values that are cached, or not.
+    """The stack with layers of another `takes_last`.
+
+    keeps_all: caches are whole on every rank, for models that work on keys and values that are cached.
     """
 
     def kept(layer: Layer) -> Layer:
