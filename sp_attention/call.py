@@ -1,6 +1,6 @@
 """One pass of one batch through a stack of layers: its length, my span, and what was cut out of what."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,11 +58,23 @@ class Call:
 
     def part(self, whole: Tensor, along: Along, remember: bool = False) -> Tensor:
         """My span of a whole tensor. With `remember`, what every layer is given, such as rotary tables, is cut once."""
-        if whole.requires_grad or not remember:
+
+        def cut() -> Tensor:
             return along.cut(whole, self.span.start, self.span.stop, self.extent)
+
+        return self._remembered(whole, along, cut) if remember else cut()
+
+    def until_mine(self, whole: Tensor, along: Along) -> Tensor:
+        """What ends with my span of a tensor that is of the tokens in a cache too."""
+        others = self.extent.length - self.span.stop
+        return self._remembered(whole, along, lambda: whole.narrow(along.dim, 0, whole.shape[along.dim] - others))
+
+    def _remembered(self, whole: Tensor, along: Along, cut: Callable[[], Tensor]) -> Tensor:
+        if whole.requires_grad:
+            return cut()
         key = (id(whole), along)
         if key not in self._parts:
-            part = along.cut(whole, self.span.start, self.span.stop, self.extent)
+            part = cut()
             self._parts[key] = (whole, part)
             self._wholes[id(part)] = (whole, part)
         return self._parts[key][1]

@@ -33,7 +33,8 @@ def entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
         if call.is_whole(leaf, along):
             return leaf if layer.gathered else call.part(leaf, along, remember=path not in layer.handed)
         if call.fills:
-            return leaf  # Of the tokens in the cache too: whoever attends to those is given what is about them.
+            # Of the tokens in the cache too: whoever attends to those is given what is about them.
+            return call.until_mine(leaf, along) if layer.takes_last and not layer.gathered else leaf
     raise UnsupportedError(
         f"{layer.name}: the argument {text_of(path)} {list(leaf.shape)} is not what enable() saw in its rehearsal; it "
         f"is not of {call.extent.length} tokens and cannot be cut"

@@ -85,8 +85,10 @@ class Handle:
         try:
             yield
         finally:
-            attend_as(ours)
-            self.hooks.install()
+            # Unless it was disabled meanwhile.
+            if vars(self.hooks.region.models[0]).get(_HANDLE) is self:
+                attend_as(ours)
+                self.hooks.install()
 
     @contextmanager
     def only_loss(self) -> Iterator[None]:
@@ -202,7 +204,9 @@ def handle_of(model: nn.Module) -> Handle | None:
 
 
 def _candidates(model: PreTrainedModel, backend: str, rehearse: bool) -> tuple[Backend, ...]:
-    if any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):
+    handle = vars(model).get(_HANDLE)  # It may be suspended, or that of which this model is a copy.
+    is_suspended = handle is not None and handle.hooks.region.models[0] is model
+    if is_suspended or any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):
         raise ValueError(
             f"this {type(model).__name__} is already enabled, or shares its configuration object with a model that is: "
             "call disable() on the handle first, or build the model from copy.deepcopy(config)"

@@ -43,6 +43,7 @@ class Layer:
     masks: where a description of the mask is given, or in its place a mask tensor of the user's own.
     heads: how many heads attend in it, by whether to another sequence, and the number of key heads.
     gathered: the whole layer is a mixer: it runs on whole tensors, and only what is between the layers is cut.
+    takes_last: of what is about the tokens in a cache too, such as rotary tables, it takes the end for its own tokens.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Layer:
     masks: frozenset[Path]
     heads: Heads = field(default_factory=dict)
     gathered: bool = False
+    takes_last: bool = False
 
 
 @dataclass(frozen=True)

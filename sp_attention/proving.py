@@ -187,7 +187,7 @@ def _place(
         findings = _prove(model, hooks, findings, [pair[0] for pair in runs], last)
         trains = model.training
         model.eval()
-        prove_caches(model, hooks, own, narrow[0])
+        prove_caches(model, hooks, own, runs[0])
         model.train(trains)
     else:
         hooks.install()

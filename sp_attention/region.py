@@ -501,6 +501,11 @@ def _own_arguments(model: PreTrainedModel) -> set[str]:
 
 
 def _outside(name: str) -> str:
+    if not torch.is_grad_enabled():  # A checkpoint that recomputes in backward needs gradients.
+        return (
+            f"{name} is called outside of a forward of its model, as generate() calls an encoder, and nothing tells "
+            "what sequence it is of: do this within handle.suspended(), by the whole model on every rank"
+        )
     return (
         f"{name} runs outside of a forward of its model, and nothing tells what sequence it is of: to checkpoint it "
         "use model.gradient_checkpointing_enable()"

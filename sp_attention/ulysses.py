@@ -92,7 +92,8 @@ class UlyssesAttention:
                 f"{mask.query_length} and {mask.key_length}, in a sequence of {length} tokens of which this rank has "
                 f"{mine}; that is not what enable() saw in its rehearsal"
             )
-        if mask.is_plainly_causal and not causal:
+        # From a single query, the last, it hides nothing.
+        if mask.is_plainly_causal and not causal and length > 1:
             raise UnsupportedError(
                 f"{self.name_of(module)} says that it is not causal, and is given a causal mask: transformers' kernels "
                 "do not agree on what that is without padding. Give an attention_mask [B, 1, S, S] of your own."

@@ -83,7 +83,12 @@ def suspend() -> tuple[bool, bool]:
     losses = [each.train()(**batch) for each in (model, reference)]
     torch.testing.assert_close(losses[0].loss, losses[1].loss)
     is_shared = isinstance(losses[0].logits, sp_attention.ShardedLogits)
-    handle.disable()
+    with handle.suspended():
+        with pytest.raises(ValueError, match="is already enabled"):
+            sp_attention.enable(model, backend="sdpa")
+        handle.disable()
+        assert state(model) == before
+    assert state(model) == before
     with handle.suspended():
         pass
     assert state(model) == before

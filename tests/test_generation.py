@@ -17,6 +17,8 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessorList,
     PreTrainedModel,
     QuantizedCache,
@@ -24,6 +26,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import sp_attention
 from sp_attention.cache import layers_of
@@ -64,6 +67,23 @@ MODELS = {
         {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_heads": 6, "num_layers": 2, "decoder_start_token_id": 1},
     ),
     "bart": Tiny("BartForConditionalGeneration", BART),
+}  # fmt: skip
+OF_A_KIND = {
+    # Its attention is given rotary tables of the tokens in the cache too, and takes the last of them.
+    "qwen4-exp": Tiny(
+        "Qwen4ExpForCausalLM",
+        {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 3, "indexer_kv_heads": 1,
+         "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4, "num_experts": 4,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+         "ple_layer_ids": [], "experts_implementation": "eager"},
+    ),
+    # Its encoder refuses to be asked for a cache.
+    "switch": Tiny(
+        "SwitchTransformersForConditionalGeneration",
+        {"d_model": 48, "d_kv": 8, "d_ff": 64, "num_heads": 6, "num_layers": 2, "num_decoder_layers": 2,
+         "num_experts": 4, "decoder_start_token_id": 1, "dropout_rate": 0.0, "router_jitter_noise": 0.0},
+    ),
 }  # fmt: skip
 GREEDY: dict[str, Any] = {"do_sample": False}
 MODES: dict[str, dict[str, Any]] = {
@@ -137,6 +157,103 @@ def test_tokens_and_scores_are_those_of_one_process(name: str) -> None:
         errors = {mode: error for (model, mode), error in comparison.items() if model == name}
         assert len(errors) >= len(MODES) - 1
         assert not {mode: error for mode, error in errors.items() if not error < MODELS[name].tolerance}
+
+
+class Captions(PreTrainedModel):
+    """A model that takes no cache, with one inside that generates with one, as for images."""
+
+    config_class = LlamaConfig
+    _supports_sdpa = True
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__(copy.deepcopy(language_model.config))
+        self.language_model = language_model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        return self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, **options)
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Any:
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        return self.language_model.generate(inputs_embeds=embeddings, **options)
+
+
+class Forgetful(LlamaForCausalLM):
+    """It does not return its cache."""
+
+    def forward(self, *args: Any, use_cache: bool = True, **kwargs: Any) -> Any:
+        output = super().forward(*args, use_cache=use_cache, **kwargs)
+        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
+
+
+class Bypassing(Captions):
+    """It calls a part of the model that generates."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        hidden = self.language_model.model(input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.language_model.lm_head(hidden))
+
+
+def caches_of_models_inside() -> dict[str, tuple[str, float | str]]:
+    """What the report says of them, and how far generation is from that of one process, or why it is refused."""
+    found: dict[str, tuple[str, float | str]] = {}
+    llama = MODELS["llama-6q3kv"].build()
+    references = {
+        "llama": Captions(llama),
+        "bloom": Captions(MODELS["bloom"].build()),
+        "forgetful": Captions(Forgetful(llama.config).double()),
+        "bypassed": Bypassing(copy.deepcopy(llama)),
+    }
+    for name, reference in references.items():
+        reference.eval()
+        model = copy.deepcopy(reference)
+        handle = sp_attention.enable(model, "sdpa")
+        told = next(line for line in handle.report().splitlines() if "key/value caches" in line)
+        inputs = {"input_ids": prompt(model)}
+        # Whatever becomes of caches, the model itself is shared.
+        torch.testing.assert_close(model(**inputs).logits, reference(**inputs).logits)
+        try:
+            ours = generated(model, inputs, **GREEDY)
+            found[name] = told, distance(ours, generated(reference, inputs, **GREEDY))
+        except UnsupportedError as refusal:
+            found[name] = told, str(refusal)
+    return found
+
+
+def test_caches_of_a_model_inside_one_that_takes_none_are_proven() -> None:
+    for found in run_ranks(3, caches_of_models_inside, timeout=120):
+        for name, told in (("llama", "hold this rank's heads"), ("bloom", "are whole on every rank")):
+            assert found[name] == (f"  key/value caches {told}", pytest.approx(0, abs=1e-5))
+        for name, why in (
+            ("forgetful", "Forgetful does not go on from a cache: it returns no cache of transformers' kind"),
+            (
+                "bypassed",
+                "LlamaForCausalLM does not go on from a cache: the rehearsal of enable() does not show what tokens it "
+                "is given",
+            ),
+        ):
+            told, refusal = found[name]
+            assert told == f"  key/value caches are refused: {why}"
+            assert why in str(refusal)
+            assert "within handle.suspended()" in str(refusal)
+
+
+def of_a_kind_of_its_own() -> dict[str, float]:
+    """How far models are from one process that go on from caches in ways of their own."""
+    found = {}
+    for name, tiny in OF_A_KIND.items():
+        reference, model = tiny.build().eval(), tiny.build().eval()
+        assert "caches hold this rank's heads" in sp_attention.enable(model, "sdpa").report()
+        for mode in ("greedy",) if model.config.is_encoder_decoder else ("greedy", "chunks"):
+            both = [generated(each, {"input_ids": prompt(model)}, **MODES[mode]) for each in (model, reference)]
+            found[f"{name} {mode}"] = distance(*both)
+    return found
+
+
+def test_models_that_go_on_in_ways_of_their_own() -> None:
+    for found in run_ranks(2, of_a_kind_of_its_own, timeout=120):
+        assert len(found) == 3
+        assert not {name: error for name, error in found.items() if not error < 1e-5}
 
 
 def bytes_of(cache: Any) -> int:
@@ -423,6 +540,52 @@ def test_caches_of_other_heads_are_refused_and_say_what_to_do() -> None:
         assert "the cache holds the heads of rank" in texts["of another group"]
 
 
+@torch.no_grad()
+def not_causal_by_its_own_words() -> tuple[float, str]:
+    tiny = Tiny("GemmaForCausalLM", {"use_bidirectional_attention": True})
+    reference, model = tiny.build().eval(), tiny.build().eval()
+    sp_attention.enable(model, "sdpa")
+    ids, steps = prompt(model), []
+    padding = torch.ones_like(ids)
+    padding[0, :6] = 0
+    for each in (model, reference):
+        _, filled = logits(each, ids, attention_mask=padding)
+        steps.append(logits(each, ids[:, :1], filled)[0])
+    with pytest.raises(UnsupportedError) as refusal:
+        logits(model, ids)
+    return ((steps[0] - steps[1]).abs().max() / steps[1].abs().max()).item(), str(refusal.value)
+
+
+def test_attention_that_says_it_is_not_causal_takes_a_causal_mask_for_one_token_only() -> None:
+    for error, text in run_ranks(2, not_causal_by_its_own_words):
+        assert error < 1e-5
+        assert "model.layers.0.self_attn says that it is not causal, and is given a causal mask" in text
+        assert "Give an attention_mask [B, 1, S, S] of your own" in text
+
+
+def encoder_by_itself() -> str:
+    from sp_attention.cli.reduced import prepare
+
+    # Its encoder is no model of transformers.
+    model, batches = prepare("fsmt", "seq2seq-lm", PROMPT)
+    inputs = {"input_ids": batches["plain"]["input_ids"]}
+    expected = generated(model.eval(), inputs, **GREEDY)
+    handle = sp_attention.enable(model, "sdpa")
+    with pytest.raises(UnsupportedError) as refusal:
+        generated(model, inputs, **GREEDY)
+    with handle.suspended():
+        assert distance(generated(model, inputs, **GREEDY), expected) < 1e-5
+    return str(refusal.value)
+
+
+def test_an_encoder_that_is_called_by_itself_is_refused_and_says_what_to_do() -> None:
+    for text in run_ranks(2, encoder_by_itself):
+        assert text == (
+            "model.encoder.layers.0 is called outside of a forward of its model, as generate() calls an encoder, and "
+            "nothing tells what sequence it is of: do this within handle.suspended(), by the whole model on every rank"
+        )
+
+
 def unlike_each_other() -> dict[str, str]:
     model, rank = MODELS["llama-6q3kv"].build().eval(), dist.get_rank()
     torch.manual_seed(rank)
@@ -444,6 +607,10 @@ def unlike_each_other() -> dict[str, str]:
         other = LogitsProcessorList([lambda ids, scores: scores.index_fill(1, torch.tensor([3 + rank]), 1e9)])
         model.generate(ids, do_sample=False, max_new_tokens=4, logits_processor=other)
 
+    def ended() -> None:
+        early = StoppingCriteriaList([lambda ids, _: torch.full((len(ids),), rank == 1 and ids.shape[1] > PROMPT + 1)])
+        model.generate(ids, do_sample=False, max_new_tokens=4, stopping_criteria=early, synced_gpus=True)
+
     def cached() -> None:
         past = DynamicCache(config=model.config)
         logits(model, ids, past)
@@ -461,6 +628,7 @@ def unlike_each_other() -> dict[str, str]:
     attempts: dict[str, Callable[[], object]] = {
         "seeds": sampled,
         "tokens": chosen,
+        "ends": ended,
         "prompts": lambda: model.generate(ids + rank, max_new_tokens=2, do_sample=False),
         "lengths": lambda: model.generate(ids[:, rank:], max_new_tokens=2, do_sample=False),
         "caches": cached,
@@ -479,6 +647,7 @@ def test_ranks_that_sample_or_are_given_something_else_all_end_with_an_error() -
     assert "(random state) differs on rank 1, rank 2 from rank 0" in first["seeds"]
     assert "seed them alike before generate()" in first["seeds"]
     assert "input_ids differs on rank 1, rank 2 from rank 0" in first["tokens"]
+    assert "input_ids differs on rank 1 from rank 0" in first["ends"]
     for name in ("prompts", "lengths"):
         assert "input_ids differs" in first[name]
     assert "(tokens in the cache) differs on rank 1 from rank 0" in first["caches"]

@@ -52,7 +52,10 @@ def _reduced(config_class: type[PreTrainedConfig], depth: int, settings: dict[st
         if name in known:
             values[name] = [value] * len(known[name]) if isinstance(known[name], (list, tuple)) else value
     inside = {name: value for name, value in settings.items() if name != "is_decoder"}
-    values |= {name: _reduced(part, depth, inside) for name, part in _parts(config_class).items()}
+    for name, part in _parts(config_class).items():
+        # The decoder of two that are put together says that it is one.
+        decodes = {flag: True for flag in ("is_decoder", "add_cross_attention") if getattr(part, flag, False)}
+        values[name] = _reduced(type(part), depth, inside | decodes)
     values |= OVERRIDES.get(config_class.model_type) or OVERRIDES.get(config_class.__name__, {})
     # Not every expert of transformers keeps float64 in its fast implementations.
     config = config_class(**values | {"experts_implementation": "eager"})
@@ -85,12 +88,12 @@ def _value(field: "Field[Any]") -> Any:
     return field.default_factory() if field.default_factory is not MISSING else None
 
 
-def _parts(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
-    """The configurations inside one of this class, and of which class they are by default."""
+def _parts(config_class: type[PreTrainedConfig]) -> dict[str, PreTrainedConfig]:
+    """The configurations inside one of this class, as they are by default."""
     default = _default(config_class)
     names = [*config_class.sub_configs, *getattr(config_class, "sub_configs_defaults", {})]
     parts = {name: getattr(default, name, None) for name in names}
-    return {name: type(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    return {name: part for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
 
 
 def _default(config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:
