@@ -1,7 +1,7 @@
 """`enable`: one line that makes a model sequence-parallel, and the handle that undoes it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
@@ -19,10 +19,11 @@ from sp_attention.call import Current
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.groups import Group, place, resolve
-from sp_attention.proving import install
+from sp_attention.proving import LossTile, install
 from sp_attention.region import Hooks
 from sp_attention.registry import candidates
 from sp_attention.rehearsal import Findings, report
+from sp_attention.tiling import Head
 from sp_attention.ulysses import UlyssesAttention
 
 # Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
@@ -91,14 +92,8 @@ class Handle:
     @contextmanager
     def only_loss(self) -> Iterator[None]:
         """Within it logits stay sharded in evaluation with labels too, as in training: for a loss, with less memory."""
-        if self.hooks is None:
+        with nullcontext() if self.hooks is None else self.hooks.only_loss():
             yield
-            return
-        before, self.hooks.only_loss = self.hooks.only_loss, True
-        try:
-            yield
-        finally:
-            self.hooks.only_loss = before
 
     def report(self) -> str:
         """What each part of each kind of layer does, and why, as text for people."""
@@ -113,6 +108,8 @@ class Handle:
         loss = self.hooks.region.sharded_loss
         logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
         lines.append(f"  logits {logits}")
+        if not isinstance(loss, str):
+            lines.append(f"  the loss {_tiles(self.hooks.region.head)}")
         refused = self.hooks.region.no_caches
         lines.append(f"  key/value caches {self.hooks.region.caches if refused is None else f'are refused: {refused}'}")
         if self.hooks.region.random:
@@ -140,6 +137,7 @@ def enable(
     sp_size: int | None = None,
     rehearse: bool = True,
     whole_logits: bool = False,
+    loss_tile: LossTile = "auto",
 ) -> Handle:
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
@@ -151,6 +149,8 @@ def enable(
     rehearse: False skips the proof (below): what does not attend is taken to treat each token alone, and the loss is
         computed from whole logits. For models that are known, and for weights that are not materialised yet.
     whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
+    loss_tile: the loss makes the logits of this many tokens at a time, and again only for what is asked of
+        `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
     sp_size: instead of `group`, cuts all processes into groups of this many neighbouring ranks; all must call.
 
     Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is
@@ -177,7 +177,7 @@ def enable(
         undo, key = ExitStack(), next(_KEYS)
         attention = UlyssesAttention(chosen, peers, Current(), lambda it: names.get(id(it), type(it).__name__))
         try:
-            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits)
+            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits, loss_tile)
         except BackendError as error:
             undo.close()
             if backend != "auto":
@@ -199,6 +199,12 @@ def handle_of(model: nn.Module) -> Handle | None:
     inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     handles = (vars(module).get(_HANDLE) or _UNCHANGED.get(module) for module in inner)
     return next(filter(None, handles), None)
+
+
+def _tiles(head: Head | str) -> str:
+    if isinstance(head, str):
+        return f"is given all of them at once: {head}"
+    return f"makes those of {head.tile} tokens at a time{', by the kernel of Liger' if head.liger else ''}"
 
 
 def _candidates(model: PreTrainedModel, backend: str, rehearse: bool) -> tuple[Backend, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,12 @@ from sp_attention.region import TOKENS, Forward, Hooks
 from sp_attention.registry import usable
 from sp_attention.rehearsal import EVERYTHING, Findings, Found, explore
 from sp_attention.specimens import Specimen, specimens
+from sp_attention.tiling import Head, liger_does, tile_for
 from sp_attention.trees import Path, tensors
 from sp_attention.ulysses import UlyssesAttention
+
+# Tokens whose logits the loss makes at a time: None for all.
+LossTile = int | Literal["auto"] | None
 
 # Numbers in the gradients that are compared.
 _SLOPES = 2**18
@@ -52,6 +56,7 @@ def install(
     undo: ExitStack,
     rehearse: bool,
     whole_logits: bool,
+    loss_tile: LossTile,
 ) -> tuple[Findings, Hooks]:
     """Find, prove and hook the region of a model; whatever is put in place can be undone by `undo`.
 
@@ -86,7 +91,9 @@ def install(
         if whole_logits:
             hooks.region = replace(hooks.region, sharded_loss="enable(whole_logits=True)")
         elif rehearse and not draws.after:
-            _shard_loss(model, hooks, findings, pairs[0][0], undo)
+            _shard_loss(model, hooks, findings, pairs[0][0], undo, loss_tile)
+        if isinstance(loss_tile, int) and isinstance(why := hooks.region.head, str):
+            raise UnsupportedError(f"loss_tile={loss_tile}: {why}; leave it out")
     return findings, hooks
 
 
@@ -295,7 +302,14 @@ def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
     return found
 
 
-def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen: Specimen, undo: ExitStack) -> None:
+def _shard_loss(
+    model: PreTrainedModel,
+    hooks: Hooks,
+    findings: Findings,
+    specimen: Specimen,
+    undo: ExitStack,
+    loss_tile: LossTile,
+) -> None:
     """Let logits stay sharded in training if all that follows the last stack works with a part of the sequence."""
     before = [name for name, extent in findings.extents.items() if extent == specimen.extent]
     if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters or not before:
@@ -310,7 +324,7 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
     _, whole = attempted(lambda: model(**batch), hooks.peers)
     if whole is None:
         return  # Such a model wants other labels.
-    loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers)
+    loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers, lambda: hooks.forward.held if hooks.forward else None)
     own = vars(model).get("_loss_function")
     model.loss_function = loss
     undo.callback(lambda: delattr(model, "_loss_function") if own is None else setattr(model, "loss_function", own))
@@ -325,9 +339,82 @@ def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specim
         if not same({"loss": output["loss"], "logits": output["logits"].part}, mine):
             raise UnsupportedError("the model computes another loss from a part of the sequence")
 
-    reason, _ = attempted(compare, hooks.peers, model.device)
-    whole_because = reason and f"computed from a part of the sequence: {reason}"
-    hooks.region = replace(hooks.region, sharded_loss=whole_because or loss)
+    with hooks.only_loss():  # The model may be in evaluation, so that it draws no random numbers.
+        reason, _ = attempted(compare, hooks.peers, model.device)
+        whole_because = reason and f"computed from a part of the sequence: {reason}"
+        hooks.region = replace(hooks.region, sharded_loss=whole_because or loss)
+        if reason is None:
+            _tile_loss(model, hooks, batch, loss_tile)
+
+
+def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], tile: LossTile) -> None:
+    """Let the loss make logits in tiles, if nothing comes between the head and it, and the numbers are the same."""
+    if tile is None:
+        hooks.region = replace(hooks.region, head="enable(loss_tile=None)")
+        return
+    reason, found = attempted(partial(_head_of, model, batch), hooks.peers, model.device)
+    if found is not None:
+        module, vocabulary = found
+        output, slopes = _with_slopes(model, batch)
+        expected = {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
+        tiled = Head(module, vocabulary, tile_for(vocabulary) if tile == "auto" else tile)
+
+        def compare() -> None:
+            output, slopes = _with_slopes(model, batch)
+            ours = {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
+            _require_same(ours, expected, f"{type(model).__name__} with its loss in tiles")
+
+        for liger in (True, False) if liger_does(module) else (False,):
+            hooks.region = replace(hooks.region, head=replace(tiled, liger=liger, tile=2))
+            hooks.hook_instead(hooks.region.stacks)
+            reason, _ = attempted(compare, hooks.peers, model.device)
+            hooks.region = replace(hooks.region, head=replace(tiled, liger=liger))
+            if reason is None:
+                break
+    if reason is not None:
+        hooks.region = replace(hooks.region, head=reason)
+    hooks.hook_instead(hooks.region.stacks)
+
+
+def _head_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    """The outermost module whose result is what the loss is given, but for its dtype, and V."""
+    loss, given = model.loss_function, list[Tensor]()
+    calls: list[tuple[nn.Module, Any, Any]] = []
+
+    def noted(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append(logits)
+        return loss(logits, *args, **kwargs)
+
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, kwargs, result: calls.append((module, (args, kwargs), result)), with_kwargs=True
+        )
+        for module in model.modules()
+    ]
+    model.loss_function = noted
+    try:
+        model(**batch)
+    finally:
+        model.loss_function = loss
+        for handle in handles:
+            handle.remove()
+    if len(given) != 1:
+        raise UnsupportedError("the loss is not computed once")
+    heads = [(module, inputs) for module, inputs, result in calls if _is_but_for_dtype(result, given[0])]
+    if not heads:
+        raise UnsupportedError("the model computes with what its head returns, before the loss")
+    head, inputs = heads[-1]
+    before = dict(tensors(inputs))
+    if [one for one, *_ in calls].count(head) != 1 or before.keys() != {(0, 0)} or before[0, 0].dim() != 3:
+        raise UnsupportedError(f"{type(head).__name__} is not called once, with hidden states and nothing else")
+    return head, given[0].shape[-1]
+
+
+def _is_but_for_dtype(result: Any, logits: Tensor) -> bool:
+    """Whether logits are the result of a module: not only equal, since a softcap may change small numbers hardly."""
+    if not isinstance(result, Tensor) or result.shape != logits.shape or logits.dim() != 3:
+        return False
+    return result is logits or (result.dtype != logits.dtype and torch.equal(result.to(logits.dtype), logits))
 
 
 def _is_right(output: Any, specimen: Specimen) -> bool:
