@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
 from typing import TypeVar
@@ -19,10 +19,11 @@ from sp_attention.call import Current
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.groups import Group, place, resolve
-from sp_attention.proving import LossTile, install
+from sp_attention.proving import install
 from sp_attention.region import Hooks
 from sp_attention.registry import candidates
 from sp_attention.rehearsal import Findings, report
+from sp_attention.sparing import LossTile
 from sp_attention.tiling import Head
 from sp_attention.ulysses import UlyssesAttention
 
@@ -138,6 +139,8 @@ def enable(
     rehearse: bool = True,
     whole_logits: bool = False,
     loss_tile: LossTile = "auto",
+    mlp_tile: int | None = None,
+    offload: bool = False,
 ) -> Handle:
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
@@ -151,6 +154,9 @@ def enable(
     whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
     loss_tile: the loss makes the logits of this many tokens at a time, and again only for what is asked of
         `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
+    mlp_tile: parts of layers that treat each token alone, such as MLPs, are given this many tokens at a time in
+        training, and compute them again in backward.
+    offload: the inputs of checkpointed layers are in CPU memory between forward and backward.
     sp_size: instead of `group`, cuts all processes into groups of this many neighbouring ranks; all must call.
 
     Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is
@@ -166,7 +172,8 @@ def enable(
     if inner is None:
         raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
     peers = resolve(group, sp_size, inner.device)
-    choice = _agreed(lambda: _candidates(inner, backend, rehearse), peers)
+    problem = _problem(inner, rehearse, whole_logits, loss_tile, mlp_tile, offload)
+    choice = _agreed(lambda: _candidates(inner, backend, rehearse, problem), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
@@ -177,7 +184,7 @@ def enable(
         undo, key = ExitStack(), next(_KEYS)
         attention = UlyssesAttention(chosen, peers, Current(), lambda it: names.get(id(it), type(it).__name__))
         try:
-            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits, loss_tile)
+            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits, loss_tile, mlp_tile)
         except BackendError as error:
             undo.close()
             if backend != "auto":
@@ -187,6 +194,7 @@ def enable(
             undo.close()
             raise
         else:
+            hooks.region = replace(hooks.region, offloads=offload)
             handle = Handle(chosen, passed_over, peers, findings, hooks, own, undo)
             setattr(inner, _HANDLE, handle)
             undo.callback(delattr, inner, _HANDLE)
@@ -207,7 +215,27 @@ def _tiles(head: Head | str) -> str:
     return f"makes those of {head.tile} tokens at a time{', by the kernel of Liger' if head.liger else ''}"
 
 
-def _candidates(model: PreTrainedModel, backend: str, rehearse: bool) -> tuple[Backend, ...]:
+def _problem(
+    model: PreTrainedModel, rehearse: bool, whole_logits: bool, loss_tile: LossTile, mlp_tile: int | None, offload: bool
+) -> str | None:
+    """What is wrong with the arguments that are to spare memory, None if nothing is."""
+    for name, tile in (("loss_tile", loss_tile), ("mlp_tile", mlp_tile)):
+        if tile is None or (name == "loss_tile" and tile == "auto"):
+            continue
+        if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
+            return f"{name}={tile!r} is no number of tokens"
+        if not rehearse:
+            return f"{name}={tile} has to be proven for this model, and rehearse=False proves nothing: leave one out"
+    if whole_logits and isinstance(loss_tile, int):
+        return f"loss_tile={loss_tile} makes logits in tiles, and whole_logits=True all at once: leave one out"
+    if offload and model.device.type == "cpu":
+        return "offload=True keeps tensors of a device in CPU memory, and this model is on the CPU: leave it out"
+    return None
+
+
+def _candidates(model: PreTrainedModel, backend: str, rehearse: bool, problem: str | None) -> tuple[Backend, ...]:
+    if problem is not None:
+        raise ValueError(problem)
     if any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):
         raise ValueError(
             f"this {type(model).__name__} is already enabled, or shares its configuration object with a model that is: "

@@ -79,6 +79,8 @@ class Region:
     sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
     before_loss: the stack whose hidden states stay sharded for that loss.
     head: what makes logits of them in tiles, or why all logits are made at once.
+    pieces: the parts of layers that are given some tokens at a time, at most `piece` of them.
+    offloads: what checkpoints of layers keep for backward is in CPU memory until then.
     arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
     random: in training the model draws random numbers (dropout).
     no_caches: why key/value caches are refused, None where they are not. caches: what they hold, as text for people.
@@ -91,6 +93,9 @@ class Region:
     sharded_loss: Callable[..., Tensor] | str
     before_loss: str | None = None
     head: Head | str = "logits are whole"
+    pieces: tuple[nn.Module, ...] = ()
+    piece: int = 1
+    offloads: bool = False
     random: bool = False
     no_caches: str | None = None
     caches: str = "are taken to work: nothing was rehearsed"

@@ -7,13 +7,14 @@ whole tensors, and my span of what it returns goes on.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -32,6 +33,7 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
 from sp_attention.masks import DOCUMENTS, Described
+from sp_attention.piecewise import hook_pieces
 from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
 from sp_attention.tiling import Head, Held, hold
 from sp_attention.trees import Path, leaves, map_leaves, tensors
@@ -105,6 +107,8 @@ class Hooks:
                     self._hook_part(part)
         if isinstance(self.region.head, Head):
             self._hook_head(self.region.head)
+        for module in self.region.pieces:
+            self.handles += hook_pieces(module, self._pieces, self.region.random)
 
     @contextmanager
     def only_loss(self) -> Iterator[None]:
@@ -295,6 +299,16 @@ class Hooks:
         hook = torch.compiler.disable(before)
         self.handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=True))
 
+    def _pieces(self, module: nn.Module, given: Tensor) -> int:
+        """How many a part of a layer is given its tokens in: as many on every rank, as engines may gather for each."""
+        if not (module.training or self._only_loss):
+            return 1
+        call, length = self.current.call, given.shape[-2]
+        rows = given.shape[:-2].numel()
+        if call is not None and call.is_shared:
+            length = -(-call.extent.length // self.peers.size) * (call.extent.batch // rows)
+        return -(-length // max(1, self.region.piece // rows))
+
     # Layers
 
     def _hook_layer(self, stack: Stack, layer: Layer) -> None:
@@ -320,7 +334,11 @@ class Hooks:
             self.current.call = call if mine or (call.fills and not layer.gathered) else None
             if self.forward is not None and self.forward.records and call.is_shared:
                 self.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], call)
-            self._bind(checkpointed)
+            if not self._bind(checkpointed) and self.region.offloads and module.training and torch.is_grad_enabled():
+                raise UnsupportedError(
+                    f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
+                    "call model.gradient_checkpointing_enable() before you train, or leave offload out"
+                )
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -393,11 +411,14 @@ class Hooks:
         seed = randomness.derived(call.seed, name, *([self.peers.rank] if mine else []))
         return randomness.forked(seed, self.region.models[0].device)
 
-    def _bind(self, checkpointed: list[tuple[nn.Module, str]]) -> None:
+    def _bind(self, checkpointed: list[tuple[nn.Module, str]]) -> bool:
         """Tie this call to what a checkpoint inside these hooks recomputes in backward, when it is no longer current.
 
-        checkpointed: modules that may recompute, and the attribute that holds the function that does it.
+        checkpointed: modules that may recompute, and the attribute that holds the function that does it. Returns
+        whether one does.
         """
+        device = self.region.models[0].device.type
+        keeping = partial(save_on_cpu, pin_memory=True, device_type=device) if self.region.offloads else nullcontext
         for module, name in checkpointed:
             if name == _CHECKPOINTS[0] and not (module.gradient_checkpointing and module.training):
                 continue
@@ -408,10 +429,12 @@ class Hooks:
                     with self.current.set_to(now):
                         return function(*args, **kwargs)
 
-                return checkpoint(within, *args, **options)
+                with keeping():
+                    return checkpoint(within, *args, **options)
 
             setattr(module, name, bound)
             self._bound.append((module, name, checkpoint))
+        return bool(self._bound)
 
     def _unbind(self) -> None:
         for module, name, checkpoint in self._bound:
