@@ -82,7 +82,8 @@ def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], t
         module, vocabulary = found
         output, slopes = with_slopes(model, batch)
         expected = {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
-        tiled = Head(module, vocabulary, tile_for(vocabulary) if tile == "auto" else tile)
+        names = {one: name for name, one in model.named_modules()}
+        tiled = Head(module, names[module], vocabulary, tile_for(vocabulary) if tile == "auto" else tile)
 
         def compare() -> None:
             output, slopes = with_slopes(model, batch)

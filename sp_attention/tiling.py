@@ -25,10 +25,12 @@ _LOGITS, _TOKENS = 2**24, 512
 class Head:
     """A module that makes logits [B, s, V] of hidden states [B, s, E], and nothing comes between it and the loss.
 
-    tile: the number of tokens that it is given at a time. liger: Liger's kernel does the loss and the head in one.
+    name: of the module in its model. tile: the number of tokens that it is given at a time. liger: Liger's kernel does
+    the loss and the head in one.
     """
 
     module: nn.Module
+    name: str
     vocabulary: int
     tile: int
     liger: bool = False

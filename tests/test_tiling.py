@@ -312,3 +312,34 @@ def test_what_cannot_be_done_is_refused_or_said() -> None:
             f"  the loss makes those of {2**24 // 97} tokens at a time",
             "  the loss is given all of them at once: enable(loss_tile=None)",
         ]
+
+
+class Adapted(nn.Module):
+    """A head with something beside it, as adapters are put in its place."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+        self.beside = nn.Linear(head.in_features, head.out_features, bias=False, dtype=head.weight.dtype)
+        nn.init.ones_(self.beside.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden) + self.beside(hidden).tanh()
+
+
+def adapted_later() -> float:
+    errors = []
+    for length in (2, 33):
+        losses = []
+        for enabled in (False, True):
+            model = LLAMA.build()
+            if enabled:
+                sp_attention.enable(model, backend="sdpa", loss_tile=1)
+            model.lm_head = Adapted(model.lm_head)
+            losses.append(model(**batch_of("plain", length)).loss)
+        errors.append(relative_error(losses[1], losses[0]))
+    return max(errors)
+
+
+def test_a_head_that_is_adapted_after_enable_is_given_all_tokens() -> None:
+    assert max(run_ranks(2, adapted_later)) < 1e-6
