@@ -291,8 +291,10 @@ class Hooks:
             forward = self.forward
             call = None if forward is None or forward.held is not None else self._call_before_loss(forward)
             tokens = 0 if call is None else call.extent.batch * -(-call.extent.length // self.peers.size)
+            if forward is None or head.tiles(tokens) < 2:
+                return None
             # A module that was put in its place since may do more than call it, as an adapter does.
-            if forward is None or head.tiles(tokens) < 2 or forward.model.get_submodule(head.name) is not module:
+            if len(args) != 1 or kwargs or forward.model.get_submodule(head.name) is not module:
                 return None
             forward.held = hold(head, module, args[0], tokens)
             return (args[0][:, :0],), kwargs

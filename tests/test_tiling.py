@@ -343,3 +343,48 @@ def adapted_later() -> float:
 
 def test_a_head_that_is_adapted_after_enable_is_given_all_tokens() -> None:
     assert max(run_ranks(2, adapted_later)) < 1e-6
+
+
+def numbers_saved(**options: Any) -> int:
+    """How many numbers a forward keeps for backward, but for parameters."""
+    model, saved = LLAMA.build(), dict[int, int]()
+    sp_attention.enable(model, backend="sdpa", **options)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.itemsize
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch_of("plain", 33)).loss
+    assert loss.requires_grad
+    return sum(saved.values())
+
+
+def saved_by_each() -> list[int]:
+    return [numbers_saved(loss_tile=None, mlp_tile=tile) for tile in (None, 4)]
+
+
+def test_less_is_kept_of_parts_in_pieces() -> None:
+    for rank, (at_once, in_pieces) in enumerate(run_ranks(2, saved_by_each)):
+        # In each of two layers three times 64 numbers of a token that an MLP computes.
+        assert at_once - in_pieces >= 2 * (17 - rank) * 2 * 3 * 64
+
+
+def compiled() -> tuple[float, float]:
+    reference, model = LLAMA.build(), LLAMA.build()
+    sp_attention.enable(model, backend="sdpa", loss_tile=TILE, mlp_tile=4)
+    losses = []
+    for each in (reference, torch.compile(model, backend="eager")):
+        loss = each(**batch_of("plain", 33)).loss
+        loss.backward()
+        losses.append(loss.detach())
+    sp_attention.average_gradients(model)
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    return relative_error(*losses), max(relative_error(ours.grad, theirs.grad) for ours, theirs in pairs)
+
+
+def test_a_compiled_model_computes_the_same() -> None:
+    for errors in run_ranks(2, compiled, timeout=200):
+        assert max(errors) < 1e-6
