@@ -113,6 +113,8 @@ class Handle:
             lines.append(f"  the loss {_tiles(self.hooks.region.head)}")
         refused = self.hooks.region.no_caches
         lines.append(f"  key/value caches {self.hooks.region.caches if refused is None else f'are refused: {refused}'}")
+        if self.hooks.region.offloads:
+            lines.append("  inputs of checkpointed layers are in CPU memory until backward")
         if self.hooks.region.random:
             lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
         return "\n".join(lines)
@@ -156,7 +158,8 @@ def enable(
         `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
     mlp_tile: parts of layers that treat each token alone, such as MLPs, are given this many tokens at a time in
         training, and compute them again in backward.
-    offload: the inputs of checkpointed layers are in CPU memory between forward and backward.
+    offload: the inputs of checkpointed layers are in CPU memory between forward and backward. These three are for
+        training on several ranks: on one, nothing is changed.
     sp_size: instead of `group`, cuts all processes into groups of this many neighbouring ranks; all must call.
 
     Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is

@@ -81,7 +81,10 @@ def install(
         elif rehearse and not draws.after:
             shard_loss(model, hooks, findings, pairs[0][0], undo, loss_tile)
         if isinstance(loss_tile, int) and isinstance(why := hooks.region.head, str):
-            raise UnsupportedError(f"loss_tile={loss_tile}: {why}; leave it out")
+            loss = hooks.region.sharded_loss
+            raise UnsupportedError(
+                f"loss_tile={loss_tile}: {f'{why}: {loss}' if isinstance(loss, str) else why}; leave it out"
+            )
         if mlp_tile is not None:
             findings = cut_parts(model, hooks, findings, pairs[0][0], mlp_tile)
     return findings, hooks

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from inspect import signature
 from typing import Any, Literal
 
@@ -77,18 +76,19 @@ def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], t
     if tile is None:
         hooks.region = replace(hooks.region, head="enable(loss_tile=None)")
         return
-    reason, found = attempted(partial(_head_of, model, batch), hooks.peers, model.device)
-    if found is not None:
-        module, vocabulary = found
+
+    def computed() -> dict[str, Tensor]:
         output, slopes = with_slopes(model, batch)
-        expected = {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
+        return {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
+
+    reason, found = attempted(lambda: (*_head_of(model, batch), computed()), hooks.peers, model.device)
+    if found is not None:
+        module, vocabulary, expected = found
         names = {one: name for name, one in model.named_modules()}
         tiled = Head(module, names[module], vocabulary, tile_for(vocabulary) if tile == "auto" else tile)
 
         def compare() -> None:
-            output, slopes = with_slopes(model, batch)
-            ours = {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
-            require_same(ours, expected, f"{type(model).__name__} with its loss in tiles")
+            require_same(computed(), expected, f"{type(model).__name__} with its loss in tiles")
 
         for liger in (True, False) if liger_does(module) else (False,):
             hooks.region = replace(hooks.region, head=replace(tiled, liger=liger, tile=2))
@@ -154,7 +154,7 @@ def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen
     def told(found: Found) -> Found:
         kinds = dict(found.kinds)
         for name, module in found.piecewise.items() if found.gathers != EVERYTHING else ():
-            if any(recorded(one) for one in module.modules()):
+            if any(recorded(*one) for one in module.named_modules(prefix=name)):
                 kinds[name] += ", all tokens at a time, since transformers records what its parts return"
             else:
                 kinds[name] += f", {tile} tokens at a time in training"
@@ -183,12 +183,14 @@ def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen
     return replace(findings, stacks=stacks)
 
 
-def _recorded(model: PreTrainedModel) -> Callable[[nn.Module], bool]:
-    """Whether transformers may record what a module returns, call by call, such as the logits of a router."""
+def _recorded(model: PreTrainedModel) -> Callable[[str, nn.Module], bool]:
+    """Whether transformers may record what a module of that name returns, call by call, such as a router's logits."""
     kinds: list[Any] = []
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel):
             for specs in inner.can_record_outputs.values():
-                kinds += [getattr(one, "target_class", one) for one in (specs if isinstance(specs, list) else [specs])]
+                for one in specs if isinstance(specs, list) else [specs]:
+                    kinds += [getattr(one, "target_class", one), getattr(one, "class_name", None)]
     classes = tuple(kind for kind in kinds if isinstance(kind, type))
-    return lambda module: isinstance(module, classes)
+    endings = tuple(kind for kind in kinds if isinstance(kind, str))
+    return lambda name, module: isinstance(module, classes) or name.endswith(endings)

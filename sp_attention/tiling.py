@@ -66,20 +66,19 @@ class Held:
     def loss(self, targets: Tensor, ignore_index: int) -> Tensor:
         """targets [B, s] → the sum of their losses, a float32 scalar. Its gradients need no logits later."""
         hidden, targets = self.hidden.flatten(0, 1), targets.flatten()
-        loss_of = partial(self._loss, ignore_index)
+        # The engine follows the calls of the module, and of no other function of its weights.
+        engine = any(map(_belongs_to_engine, self.module.parameters()))
+        by_liger = self.head.liger and not engine
+        loss_of = partial(self._by_liger if by_liger else self._loss, ignore_index)
+        tiles = partial(_cut, 1 if by_liger else self.tiles)
         learned = {name: one for name, one in self.module.named_parameters() if one.requires_grad}
         if not (torch.is_grad_enabled() and (hidden.requires_grad or learned)):
-            return torch.stack([loss_of({}, *tile) for tile in self._tiles(hidden, targets)]).sum()
-        if any(map(_belongs_to_engine, self.module.parameters())):
-            # The engine follows the calls of the module, and of no other function of its weights.
+            return torch.stack([loss_of({}, *tile) for tile in tiles(hidden, targets)]).sum()
+        if engine:
             again = partial(checkpoint, partial(loss_of, {}), use_reentrant=False, preserve_rng_state=False)
-            return torch.stack([again(*tile) for tile in self._tiles(hidden, targets)]).sum()
-        loss: Tensor = _AtOnce.apply(loss_of, self._tiles, [*learned], hidden, targets, *learned.values())  # type: ignore[no-untyped-call]  # torch has no types for it
+            return torch.stack([again(*tile) for tile in tiles(hidden, targets)]).sum()
+        loss: Tensor = _AtOnce.apply(loss_of, tiles, [*learned], hidden, targets, *learned.values())  # type: ignore[no-untyped-call]  # torch has no types for it
         return loss
-
-    def _tiles(self, *several: Tensor) -> list[tuple[Tensor, ...]]:
-        tiles = 1 if self.head.liger else self.tiles
-        return list(zip(*(one.tensor_split(tiles) for one in several), strict=True))
 
     def _logits(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(hidden.device.type, self.autocast, enabled=self.autocast is not None):
@@ -88,8 +87,6 @@ class Held:
 
     def _loss(self, ignore_index: int, weights: Mapping[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
         """[n, E] and [n] → the sum of the losses of n tokens, with `weights` in place of some of the head's."""
-        if self.head.liger:
-            return self._by_liger(ignore_index, weights, hidden, targets)
         # The head gets a batch of one row, as in the rehearsal it got a batch. ForCausalLMLoss computes in float32.
         logits = self._logits(hidden[None], weights).float().flatten(0, 1)
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
@@ -126,6 +123,11 @@ def liger_does(module: nn.Module) -> bool:
 def _belongs_to_engine(parameter: Tensor) -> bool:
     """Whether an engine has cut it up by now, or may at any time: FSDP2, or ZeRO-3, which notes its size in it."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_numel")
+
+
+def _cut(count: int, *several: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor in `count` parts along its first dim, side by side."""
+    return list(zip(*(one.tensor_split(count) for one in several), strict=True))
 
 
 class _AtOnce(torch.autograd.Function):
