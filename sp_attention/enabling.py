@@ -1,8 +1,8 @@
 """`enable`: one line that makes a model sequence-parallel, and the handle that undoes it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
 from typing import TypeVar
@@ -23,6 +23,8 @@ from sp_attention.proving import install
 from sp_attention.region import Hooks
 from sp_attention.registry import candidates
 from sp_attention.rehearsal import Findings, report
+from sp_attention.sparing import LossTile
+from sp_attention.tiling import Head
 from sp_attention.ulysses import UlyssesAttention
 
 # Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
@@ -93,14 +95,8 @@ class Handle:
     @contextmanager
     def only_loss(self) -> Iterator[None]:
         """Within it logits stay sharded in evaluation with labels too, as in training: for a loss, with less memory."""
-        if self.hooks is None:
+        with nullcontext() if self.hooks is None else self.hooks.only_loss():
             yield
-            return
-        before, self.hooks.only_loss = self.hooks.only_loss, True
-        try:
-            yield
-        finally:
-            self.hooks.only_loss = before
 
     def report(self) -> str:
         """What each part of each kind of layer does, and why, as text for people."""
@@ -115,8 +111,12 @@ class Handle:
         loss = self.hooks.region.sharded_loss
         logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
         lines.append(f"  logits {logits}")
+        if not isinstance(loss, str):
+            lines.append(f"  the loss {_tiles(self.hooks.region.head)}")
         refused = self.hooks.region.no_caches
         lines.append(f"  key/value caches {self.hooks.region.caches if refused is None else f'are refused: {refused}'}")
+        if self.hooks.region.offloads:
+            lines.append("  inputs of checkpointed layers are in CPU memory until backward")
         if self.hooks.region.random:
             lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
         return "\n".join(lines)
@@ -142,6 +142,9 @@ def enable(
     sp_size: int | None = None,
     rehearse: bool = True,
     whole_logits: bool = False,
+    loss_tile: LossTile = "auto",
+    mlp_tile: int | None = None,
+    offload: bool = False,
 ) -> Handle:
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
@@ -153,6 +156,12 @@ def enable(
     rehearse: False skips the proof (below): what does not attend is taken to treat each token alone, and the loss is
         computed from whole logits. For models that are known, and for weights that are not materialised yet.
     whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
+    loss_tile: the loss makes the logits of this many tokens at a time, and again only for what is asked of
+        `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
+    mlp_tile: parts of layers that treat each token alone, such as MLPs, are given this many tokens at a time in
+        training, and compute them again in backward.
+    offload: the inputs of checkpointed layers are in CPU memory between forward and backward. These three are for
+        training on several ranks: on one, nothing is changed.
     sp_size: instead of `group`, cuts all processes into groups of this many neighbouring ranks; all must call.
 
     Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is
@@ -168,7 +177,8 @@ def enable(
     if inner is None:
         raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
     peers = resolve(group, sp_size, inner.device)
-    choice = _agreed(lambda: _candidates(inner, backend, rehearse), peers)
+    problem = _problem(inner, rehearse, whole_logits, loss_tile, mlp_tile, offload)
+    choice = _agreed(lambda: _candidates(inner, backend, rehearse, problem), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
@@ -179,7 +189,7 @@ def enable(
         undo, key = ExitStack(), next(_KEYS)
         attention = UlyssesAttention(chosen, peers, Current(), lambda it: names.get(id(it), type(it).__name__))
         try:
-            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits)
+            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits, loss_tile, mlp_tile)
         except BackendError as error:
             undo.close()
             if backend != "auto":
@@ -189,6 +199,7 @@ def enable(
             undo.close()
             raise
         else:
+            hooks.region = replace(hooks.region, offloads=offload)
             handle = Handle(chosen, passed_over, peers, findings, hooks, own, undo)
             setattr(inner, _HANDLE, handle)
             undo.callback(delattr, inner, _HANDLE)
@@ -203,7 +214,33 @@ def handle_of(model: nn.Module) -> Handle | None:
     return next(filter(None, handles), None)
 
 
-def _candidates(model: PreTrainedModel, backend: str, rehearse: bool) -> tuple[Backend, ...]:
+def _tiles(head: Head | str) -> str:
+    if isinstance(head, str):
+        return f"is given all of them at once: {head}"
+    return f"makes those of {head.tile} tokens at a time{', by the kernel of Liger' if head.liger else ''}"
+
+
+def _problem(
+    model: PreTrainedModel, rehearse: bool, whole_logits: bool, loss_tile: LossTile, mlp_tile: int | None, offload: bool
+) -> str | None:
+    """What is wrong with the arguments that are to spare memory, None if nothing is."""
+    for name, tile in (("loss_tile", loss_tile), ("mlp_tile", mlp_tile)):
+        if tile is None or (name == "loss_tile" and tile == "auto"):
+            continue
+        if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
+            return f"{name}={tile!r} is no number of tokens"
+        if not rehearse:
+            return f"{name}={tile} has to be proven for this model, and rehearse=False proves nothing: leave one out"
+    if whole_logits and isinstance(loss_tile, int):
+        return f"loss_tile={loss_tile} makes logits in tiles, and whole_logits=True all at once: leave one out"
+    if offload and model.device.type == "cpu":
+        return "offload=True keeps tensors of a device in CPU memory, and this model is on the CPU: leave it out"
+    return None
+
+
+def _candidates(model: PreTrainedModel, backend: str, rehearse: bool, problem: str | None) -> tuple[Backend, ...]:
+    if problem is not None:
+        raise ValueError(problem)
     handle = vars(model).get(_HANDLE)  # It may be suspended, or that of which this model is a copy.
     is_suspended = handle is not None and handle.hooks.region.models[0] is model
     if is_suspended or any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):

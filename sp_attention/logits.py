@@ -1,5 +1,6 @@
 """What stands in `outputs.logits` where logits stay sharded: no tensor, so that nobody takes a part for the whole."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,30 +17,31 @@ from sp_attention.trees import map_leaves
 class ShardedLogits:
     """This rank's span of a causal model's logits, in training with labels.
 
-    part: [B, s, V], with its gradient path. length: S, the tokens of the whole sequence. Whatever else is asked of it,
-    as if it were a tensor, raises ShardedLogitsError, which says what to do.
+    shape: [B, s, V], of the part. length: S, the tokens of the whole sequence. compute: makes the part, or has it.
+    Whatever else is asked of it, as if it were a tensor, raises ShardedLogitsError, which says what to do.
     """
 
-    part: Tensor
+    shape: torch.Size
     length: int
     peers: Peers
+    compute: Callable[[], Tensor]
+
+    @property
+    def part(self) -> Tensor:
+        """[B, s, V], with its gradient path. Where the loss was computed in tiles they are made now, each time anew."""
+        return self.compute()
 
     @property
     def span(self) -> Span:
         """The tokens that `part` is of."""
         return self.peers.span(self.length)
 
-    @property
-    def shape(self) -> torch.Size:
-        """[B, s, V]: of the part."""
-        return self.part.shape
-
     def whole(self) -> Tensor:
         """All logits [B, S, V], on every rank. A collective: every rank of the group must call it."""
         return gather(self.part, self.length, self.peers)
 
     def __repr__(self) -> str:
-        return f"ShardedLogits({list(self.part.shape)}, tokens {self.span.start} to {self.span.stop} of {self.length})"
+        return f"ShardedLogits({list(self.shape)}, tokens {self.span.start} to {self.span.stop} of {self.length})"
 
     def _refuse(self, *_: Any) -> Any:
         raise ShardedLogitsError(

@@ -8,20 +8,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sp_attention.exchange import Peers, sum_over_ranks
+from sp_attention.tiling import Held
 
 
-def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[..., Tensor]:
-    """A model's `loss_function` that takes logits of the whole sequence or of this rank's span of it.
+def sharded_causal_loss(
+    whole: Callable[..., Tensor], peers: Peers, held: Callable[[], Held | None]
+) -> Callable[..., Tensor]:
+    """A model's `loss_function` that takes logits of the whole sequence, of this rank's span of it, or none at all.
 
-    `whole` is transformers' ForCausalLMLoss, which whole logits are given to. For a span the labels are shifted at
-    global length first, so that the last token of a span keeps its target; then each rank sums over its own targets
-    and the sum of all is divided by what transformers divides by: the number of targets in the whole batch, or
-    `num_items_in_batch`. The result is the same on every rank, and NaN where transformers' is. Raises IndexError on
+    `whole` is transformers' ForCausalLMLoss, which whole logits are given to. No logits are given where the loss makes
+    them in tiles, of what the head was given in the forward in progress, which `held` returns. For a span the labels
+    are shifted at global length first, so that the last token of a span keeps its target; then each rank sums over its
+    own targets and the sum of all is divided by what transformers divides by: the number of targets in the whole batch,
+    or `num_items_in_batch`. The result is the same on every rank, and NaN where transformers' is. Raises IndexError on
     every rank for a target that is no token, as cross entropy does.
     """
 
-    # It looks at values, so a compiled model runs it as it is.
-    require_tokens = torch.compiler.disable(_require_tokens)
+    def sum_in_tiles(targets: Tensor, ignore_index: int) -> Tensor:
+        found = held()
+        assert found is not None
+        return found.loss(targets, ignore_index)
+
+    # A compiled model runs these as they are: they look at values, and call the head.
+    require_tokens, in_tiles = torch.compiler.disable(_require_tokens), torch.compiler.disable(sum_in_tiles)
 
     def loss(
         logits: Tensor,
@@ -32,7 +41,7 @@ def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """logits [B, S | s, V], labels and shift_labels [B, S] int64 → a float32 scalar."""
+        """logits [B, S | s | 0, V], labels and shift_labels [B, S] int64 → a float32 scalar."""
         targets = shift_labels if shift_labels is not None else labels
         if targets is None or logits.shape[1] == targets.shape[1]:
             return whole(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
@@ -42,12 +51,12 @@ def sharded_causal_loss(whole: Callable[..., Tensor], peers: Peers) -> Callable[
         require_tokens(targets, vocab_size, ignore_index)
         count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         span = peers.span(targets.shape[1])
-        mine = F.cross_entropy(
-            logits.float().reshape(-1, vocab_size),
-            targets[:, span.start : span.stop].reshape(-1),
-            ignore_index=ignore_index,
-            reduction="sum",
-        )
+        targets = targets[:, span.start : span.stop]
+        if logits.shape[1]:
+            rows = logits.float().reshape(-1, vocab_size)
+            mine = F.cross_entropy(rows, targets.reshape(-1), ignore_index=ignore_index, reduction="sum")
+        else:
+            mine = in_tiles(targets, ignore_index)
         return sum_over_ranks(mine, peers) / (count.to(mine.device) if isinstance(count, Tensor) else count)
 
     return loss

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from sp_attention.cache import Heads
 from sp_attention.dims import Dims
 from sp_attention.masks import DOCUMENTS
+from sp_attention.tiling import Head
 from sp_attention.trees import Path, tensors
 
 # What transformers hands down through the layers although only the loss uses it.
@@ -88,6 +89,9 @@ class Region:
     implementation: the key under which transformers knows our attention, None when the model attends on its own.
     sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
     before_loss: the stack whose hidden states stay sharded for that loss.
+    head: what makes logits of them in tiles, or why all logits are made at once.
+    pieces: the parts of layers that are given some tokens at a time, at most `piece` of them.
+    offloads: what checkpoints of layers keep for backward is in CPU memory until then.
     arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
     random: in training the model draws random numbers (dropout).
     no_caches: why key/value caches are refused, None where they are not. caches: what they hold, as text for people.
@@ -99,6 +103,10 @@ class Region:
     implementation: str | None
     sharded_loss: Callable[..., Tensor] | str
     before_loss: str | None = None
+    head: Head | str = "logits are whole"
+    pieces: tuple[nn.Module, ...] = ()
+    piece: int = 1
+    offloads: bool = False
     random: bool = False
     no_caches: str | None = None
     caches: str = "are taken to work: nothing was rehearsed"

@@ -9,15 +9,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import signature
-from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from sp_attention import randomness
@@ -27,20 +22,16 @@ from sp_attention.continuing import prove_caches
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import mean_over_ranks
-from sp_attention.logits import ShardedLogits
-from sp_attention.loss import sharded_causal_loss
 from sp_attention.masks import describe_for_layers
 from sp_attention.plan import Region
-from sp_attention.recording import Attended, Run, same, same_buffers, undisturbed
-from sp_attention.region import TOKENS, Forward, Hooks
+from sp_attention.recording import Attended, Run, require_same, same, same_buffers, undisturbed, with_slopes
+from sp_attention.region import Forward, Hooks
 from sp_attention.registry import usable
 from sp_attention.rehearsal import EVERYTHING, Findings, Found, explore
+from sp_attention.sparing import LossTile, cut_parts, shard_loss
 from sp_attention.specimens import Specimen, specimens
 from sp_attention.trees import Path, tensors
 from sp_attention.ulysses import UlyssesAttention
-
-# Numbers in the gradients that are compared.
-_SLOPES = 2**18
 
 _UNPROVEN = "enable(rehearse=False) did not prove that the loss can be computed from a part of the logits"
 
@@ -52,6 +43,8 @@ def install(
     undo: ExitStack,
     rehearse: bool,
     whole_logits: bool,
+    loss_tile: LossTile,
+    mlp_tile: int | None,
 ) -> tuple[Findings, Hooks]:
     """Find, prove and hook the region of a model; whatever is put in place can be undone by `undo`.
 
@@ -86,7 +79,14 @@ def install(
         if whole_logits:
             hooks.region = replace(hooks.region, sharded_loss="enable(whole_logits=True)")
         elif rehearse and not draws.after:
-            _shard_loss(model, hooks, findings, pairs[0][0], undo)
+            shard_loss(model, hooks, findings, pairs[0][0], undo, loss_tile)
+        if isinstance(loss_tile, int) and isinstance(why := hooks.region.head, str):
+            loss = hooks.region.sharded_loss
+            raise UnsupportedError(
+                f"loss_tile={loss_tile}: {f'{why}: {loss}' if isinstance(loss, str) else why}; leave it out"
+            )
+        if mlp_tile is not None:
+            findings = cut_parts(model, hooks, findings, pairs[0][0], mlp_tile)
     return findings, hooks
 
 
@@ -127,7 +127,7 @@ def _draws(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]
     before = randomness.states(model.device)
     try:
         with same_buffers(model):
-            result = _with_slopes(model, inputs)
+            result = with_slopes(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -139,7 +139,7 @@ def _draws(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]
     gaps = [(one, other) for one, other in zip(seen[1::2], seen[2::2], strict=False) if one[0] == other[0]]
     between = frozenset(str(one[0]) for one, other in gaps if not randomness.are_equal(one[1], other[1]))
     draws = Draws(True, between, not seen or not randomness.are_equal(seen[-1][1], after))
-    return draws, _with_slopes(model, inputs)
+    return draws, with_slopes(model, inputs)
 
 
 def _place(
@@ -210,12 +210,12 @@ def _prove(
         def compare() -> None:
             model.eval()
             for run in runs[:-1]:
-                _require_same(model(**run.specimen.inputs), run.output, f"{type(model).__name__} sharded")
+                require_same(model(**run.specimen.inputs), run.output, f"{type(model).__name__} sharded")
             model.train(trains)
-            output, slopes = _with_slopes(model, runs[-1].specimen.inputs)
-            _require_same(output, last[0], f"{type(model).__name__} sharded")
+            output, slopes = with_slopes(model, runs[-1].specimen.inputs)
+            require_same(output, last[0], f"{type(model).__name__} sharded")
             slopes = mean_over_ranks(slopes, hooks.peers)
-            _require_same(slopes, last[1], f"the backward of {type(model).__name__} sharded")
+            require_same(slopes, last[1], f"the backward of {type(model).__name__} sharded")
 
         return attempted(compare, hooks.peers, model.device)[0]
 
@@ -247,31 +247,6 @@ def _prove(
     raise UnsupportedError(f"{reason}; nothing of it can be shared out exactly")
 
 
-def _with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
-    """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
-
-    Small, so that they take no memory, while the path to them leads through all of the model. There are none where an
-    engine shards the parameters, since backward would set the engine to work.
-    """
-    parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
-    ordered = sorted(parameters, key=Tensor.numel)
-    totals = accumulate(map(Tensor.numel, ordered))
-    small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= _SLOPES]
-    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
-    if not small or sharded or model.device.type == "meta":
-        return model(**inputs), torch.zeros(0, device=model.device)
-    with torch.enable_grad():
-        output = model(**inputs)
-        number = torch.zeros((), dtype=torch.float64, device=model.device)
-        for _, tensor in tensors(output):
-            if tensor.requires_grad:
-                weights = torch.arange(tensor.numel(), device=tensor.device).cos().view(tensor.shape)
-                number = number + torch.where(tensor.isfinite(), tensor, 0).mul(weights).double().sum()
-        slopes = torch.autograd.grad(number, small, allow_unused=True)
-    found = [torch.zeros_like(one) if slope is None else slope for one, slope in zip(small, slopes, strict=True)]
-    return output, torch.cat([one.detach().to(model.dtype).flatten() for one in found])
-
-
 def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
     """The layer with as much gathered as it needs to give alone, sharded, what it gave in the rehearsal."""
     for gathers in range(found.gathers, EVERYTHING + 1):
@@ -289,48 +264,13 @@ def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
                     hooks.forward = Forward(hooks.region.models[0], None, unseen=True)
                     hooks.current.is_known = True
                     args, kwargs = called.inputs
-                    _require_same(layer.module(*args, **kwargs), called.output, layer.name)
+                    require_same(layer.module(*args, **kwargs), called.output, layer.name)
 
         reason, _ = attempted(compare, hooks.peers, hooks.region.models[0].device)
         hooks.forward, hooks.current.call, hooks.current.is_known = None, None, False
         if reason is None:
             break
     return found
-
-
-def _shard_loss(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen: Specimen, undo: ExitStack) -> None:
-    """Let logits stay sharded in training if all that follows the last stack works with a part of the sequence."""
-    before = [name for name, extent in findings.extents.items() if extent == specimen.extent]
-    if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters or not before:
-        return
-    name = next((name for name in TOKENS if name in specimen.inputs), None)
-    if name is None:
-        return
-    ids = specimen.inputs[name]
-    padding = specimen.inputs.get(name.replace("input_ids", "attention_mask"))
-    labels = ids if padding is None or padding.shape != ids.shape else ids.masked_fill(padding == 0, -100)
-    batch = {**specimen.inputs, "labels": labels}
-    _, whole = attempted(lambda: model(**batch), hooks.peers)
-    if whole is None:
-        return  # Such a model wants other labels.
-    loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers)
-    own = vars(model).get("_loss_function")
-    model.loss_function = loss
-    undo.callback(lambda: delattr(model, "_loss_function") if own is None else setattr(model, "loss_function", own))
-    hooks.region = replace(hooks.region, sharded_loss=loss, before_loss=before[-1])
-    span = hooks.peers.span(specimen.extent.length)
-
-    def compare() -> None:
-        output = model(**batch)
-        mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
-        if not isinstance(output["logits"], ShardedLogits):
-            raise UnsupportedError("each layer gathers what it returns")
-        if not same({"loss": output["loss"], "logits": output["logits"].part}, mine):
-            raise UnsupportedError("the model computes another loss from a part of the sequence")
-
-    reason, _ = attempted(compare, hooks.peers, model.device)
-    whole_because = reason and f"computed from a part of the sequence: {reason}"
-    hooks.region = replace(hooks.region, sharded_loss=whole_because or loss)
 
 
 def _is_right(output: Any, specimen: Specimen) -> bool:
@@ -363,8 +303,3 @@ def _of_real_tokens(output: Any, specimen: Specimen) -> dict[Path, Tensor]:
                 if tensor.shape[:2] == padding.shape:
                     found[path] = tensor * padding.view(*padding.shape, *[1] * (tensor.dim() - 2)).to(tensor.dtype)
     return found
-
-
-def _require_same(output: Any, expected: Any, what: str) -> None:
-    if not same(output, expected):
-        raise UnsupportedError(f"{what} gives other numbers than the model on its own")

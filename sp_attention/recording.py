@@ -4,12 +4,16 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from sp_attention.errors import UnsupportedError
 from sp_attention.specimens import Specimen
 from sp_attention.trees import tensors
 
@@ -17,6 +21,9 @@ from sp_attention.trees import tensors
 # differs, and models compute parts in float32 whatever their dtype.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _LOW_PRECISION_TOLERANCE = 5e-2
+
+# Numbers in the gradients that are compared.
+_SLOPES = 2**18
 
 
 @dataclass(frozen=True)
@@ -149,3 +156,33 @@ def _close(left: Tensor, right: Tensor) -> bool:
     tolerance = _TOLERANCE.get(right.dtype, _LOW_PRECISION_TOLERANCE)
     left, right = left[finite].double(), right[finite].double()
     return bool((left - right).abs().max() <= tolerance * right.abs().max())
+
+
+def require_same(output: Any, expected: Any, what: str) -> None:
+    if not same(output, expected):
+        raise UnsupportedError(f"{what} gives other numbers than the model on its own")
+
+
+def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
+
+    Small, so that they take no memory, while the path to them leads through all of the model. There are none where an
+    engine shards the parameters, since backward would set the engine to work.
+    """
+    parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
+    ordered = sorted(parameters, key=Tensor.numel)
+    totals = accumulate(map(Tensor.numel, ordered))
+    small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= _SLOPES]
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    if not small or sharded or model.device.type == "meta":
+        return model(**inputs), torch.zeros(0, device=model.device)
+    with torch.enable_grad():
+        output = model(**inputs)
+        number = torch.zeros((), dtype=torch.float64, device=model.device)
+        for _, tensor in tensors(output):
+            if tensor.requires_grad:
+                weights = torch.arange(tensor.numel(), device=tensor.device).cos().view(tensor.shape)
+                number = number + torch.where(tensor.isfinite(), tensor, 0).mul(weights).double().sum()
+        slopes = torch.autograd.grad(number, small, allow_unused=True)
+    found = [torch.zeros_like(one) if slope is None else slope for one, slope in zip(small, slopes, strict=True)]
+    return output, torch.cat([one.detach().to(model.dtype).flatten() for one in found])

@@ -6,13 +6,15 @@ whole tensors, and my span of what it returns goes on.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -32,7 +34,9 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
 from sp_attention.masks import DOCUMENTS, Described
+from sp_attention.piecewise import hook_pieces
 from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
+from sp_attention.tiling import Head, Held, hold
 from sp_attention.trees import Path, leaf_at, leaves, map_leaves, tensors
 
 # The arguments that are the tokens of the stack before the loss.
@@ -50,6 +54,7 @@ class Forward:
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
     caches: key/value caches are filled.
+    held: what the head was given, where the loss makes logits in tiles.
     records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
     calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
     embedded: my span of the embeddings, on the way to the first layer.
@@ -65,6 +70,7 @@ class Forward:
     inside: set[str] = field(default_factory=set)
     embedded: Looked | None = None
     caches: bool = False
+    held: Held | None = None
     records: bool = False
     parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
 
@@ -78,16 +84,16 @@ class Forward:
 class Hooks:
     """The hooks of one enabled model, and its forward in progress, if any.
 
-    `current` is shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
+    `current` is shared with the model's attention function.
     """
 
     region: Region
     peers: Peers
     current: Current
     forward: Forward | None = None
-    only_loss: bool = False
     handles: list[RemovableHandle] = field(default_factory=list)
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    _only_loss: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
@@ -104,6 +110,19 @@ class Hooks:
                 self._hook_layer(stack, layer)
                 for part in layer.parts:
                     self._hook_part(part)
+        if isinstance(self.region.head, Head):
+            self._hook_head(self.region.head)
+        for module in self.region.pieces:
+            self.handles += hook_pieces(module, self._pieces, self.region.random)
+
+    @contextmanager
+    def only_loss(self) -> Iterator[None]:
+        """Within it nobody looks at logits, in evaluation either."""
+        before, self._only_loss = self._only_loss, True
+        try:
+            yield
+        finally:
+            self._only_loss = before
 
     def hook_instead(self, stacks: tuple[Stack, ...]) -> None:
         """Hook these stacks in place of the region's."""
@@ -142,7 +161,7 @@ class Hooks:
         mode: dict[str, Any] = {
             "(training)": model.training,
             "(gradients)": torch.is_grad_enabled(),
-            "(only the loss)": self.only_loss,
+            "(only the loss)": self._only_loss,
             "(tokens in the cache)": max(map(cached_length, caches), default=0),
         }
         if (caches or given.get("use_cache")) and not torch.is_grad_enabled():
@@ -175,7 +194,9 @@ class Hooks:
 
         Most models make one whenever they are not told otherwise, and nobody looks at it where it is for a loss.
         """
-        return is_given or bool(given.get("use_cache", not (model.training or self.only_loss or self.region.no_caches)))
+        return is_given or bool(
+            given.get("use_cache", not (model.training or self._only_loss or self.region.no_caches))
+        )
 
     def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
         """S if our loss, and nothing but it, will see the logits."""
@@ -184,7 +205,7 @@ class Hooks:
         labels = [given[name] for name in ("labels", "shift_labels") if name in given]
         stays = (
             model is self.region.models[0]
-            and (model.training or self.only_loss)
+            and (model.training or self._only_loss)
             and "labels" in given
             and tokens is not None
             and all(isinstance(one, Tensor) and one.shape == tokens.shape[:2] for one in labels)
@@ -241,17 +262,20 @@ class Hooks:
                     "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
                     "before enable()"
                 )
-        call = forward.calls.get(self.region.before_loss or "")
-        if call is not None and not (call.stays_sharded and call.is_shared):
-            call = None
+        call = self._call_before_loss(forward)
         if isinstance(output, dict):
             for name in [name for name in output if "hidden_states" in name or "router" in name]:
                 output[name] = map_leaves(lambda _, leaf: self._recorded(leaf, forward), output[name])
         if forward.model is not model:
             return output
         if call is not None:
-            output = _with_sharded_logits(output, call)
+            output = _with_sharded_logits(output, call, forward.held)
         return output if forward.caches else _without_cache(output)
+
+    def _call_before_loss(self, forward: Forward) -> Call | None:
+        """The call whose hidden states stay sharded for the loss, None if there is none."""
+        call = forward.calls.get(self.region.before_loss or "")
+        return call if call is not None and call.stays_sharded and call.is_shared else None
 
     def _recorded(self, value: Any, forward: Forward) -> Any:
         """What transformers recorded inside of the layers, as the user may see it: whole."""
@@ -305,6 +329,34 @@ class Hooks:
                 return False
         return can_look_up(embedding, ids, self.peers.size)
 
+    # The head
+
+    def _hook_head(self, head: Head) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            forward = self.forward
+            call = None if forward is None or forward.held is not None else self._call_before_loss(forward)
+            tokens = 0 if call is None else call.extent.batch * -(-call.extent.length // self.peers.size)
+            if forward is None or head.tiles(tokens) < 2:
+                return None
+            # A module that was put in its place since may do more than call it, as an adapter does.
+            if len(args) != 1 or kwargs or forward.model.get_submodule(head.name) is not module:
+                return None
+            forward.held = hold(head, module, args[0], tokens)
+            return (args[0][:, :0],), kwargs
+
+        hook = torch.compiler.disable(before)
+        self.handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _pieces(self, module: nn.Module, given: Tensor) -> int:
+        """How many a part of a layer is given its tokens in: as many on every rank, as engines may gather for each."""
+        if not (module.training or self._only_loss):
+            return 1
+        call, length = self.current.call, given.shape[-2]
+        rows = given.shape[:-2].numel()
+        if call is not None and call.is_shared:
+            length = -(-call.extent.length // self.peers.size) * (call.extent.batch // rows)
+        return -(-length // max(1, self.region.piece // rows))
+
     # Layers
 
     def _hook_layer(self, stack: Stack, layer: Layer) -> None:
@@ -330,7 +382,11 @@ class Hooks:
             self.current.call = call if mine or (call.fills and not layer.gathered) else None
             if self.forward is not None and self.forward.records and call.is_shared:
                 self.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], call)
-            self._bind(checkpointed)
+            if not self._bind(checkpointed) and self.region.offloads and module.training and torch.is_grad_enabled():
+                raise UnsupportedError(
+                    f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
+                    "call model.gradient_checkpointing_enable() before you train, or leave offload out"
+                )
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -413,11 +469,14 @@ class Hooks:
         seed = randomness.derived(call.seed, name, *([self.peers.rank] if mine else []))
         return randomness.forked(seed, self.region.models[0].device)
 
-    def _bind(self, checkpointed: list[tuple[nn.Module, str]]) -> None:
+    def _bind(self, checkpointed: list[tuple[nn.Module, str]]) -> bool:
         """Tie this call to what a checkpoint inside these hooks recomputes in backward, when it is no longer current.
 
-        checkpointed: modules that may recompute, and the attribute that holds the function that does it.
+        checkpointed: modules that may recompute, and the attribute that holds the function that does it. Returns
+        whether one does.
         """
+        device = self.region.models[0].device.type
+        keeping = partial(save_on_cpu, pin_memory=True, device_type=device) if self.region.offloads else nullcontext
         for module, name in checkpointed:
             if name == _CHECKPOINTS[0] and not (module.gradient_checkpointing and module.training):
                 continue
@@ -428,10 +487,12 @@ class Hooks:
                     with self.current.set_to(now):
                         return function(*args, **kwargs)
 
-                return checkpoint(within, *args, **options)
+                with keeping():
+                    return checkpoint(within, *args, **options)
 
             setattr(module, name, bound)
             self._bound.append((module, name, checkpoint))
+        return bool(self._bound)
 
     def _unbind(self) -> None:
         for module, name, checkpoint in self._bound:
@@ -512,12 +573,15 @@ def _outside(name: str) -> str:
     )
 
 
-def _with_sharded_logits(output: Any, call: Call) -> Any:
+def _with_sharded_logits(output: Any, call: Call, held: Held | None) -> Any:
     """A causal model's output, a dict or (loss, logits, ...), with logits that cannot be taken for the whole."""
+    part = output["logits"] if isinstance(output, dict) else output[1]
+    shape, compute = (part.shape, lambda: part) if held is None else (held.shape, held.logits)
+    logits = ShardedLogits(shape, call.extent.length, call.peers, compute)
     if isinstance(output, dict):
-        output["logits"] = ShardedLogits(output["logits"], call.extent.length, call.peers)
+        output["logits"] = logits
         return output
-    return (output[0], ShardedLogits(output[1], call.extent.length, call.peers), *output[2:])
+    return (output[0], logits, *output[2:])
 
 
 def _without_cache(output: Any) -> Any:

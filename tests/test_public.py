@@ -35,7 +35,8 @@ def test_arguments() -> None:
         return list(inspect.signature(function).parameters)
 
     assert arguments(sp_attention.enable) == [
-        "model", "backend", "group", "sp_size", "rehearse", "whole_logits",
+        "model", "backend", "group", "sp_size", "rehearse", "whole_logits", "loss_tile", "mlp_tile",
+        "offload",
     ]  # fmt: skip
     assert arguments(sp_attention.average_gradients) == ["model", "group"]
     assert arguments(sp_attention.Backend) == [

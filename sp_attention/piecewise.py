@@ -1,0 +1,52 @@
+"""Parts of layers that treat each token alone, given some tokens at a time: less of what they compute exists at once.
+
+A part, such as an MLP, is given no tokens when its layer calls it, and then some at a time, again in backward.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from sp_attention.trees import tensors
+
+
+def fits(inputs: Any, output: Any) -> bool:
+    """Whether a module was given a tensor [..., tokens, E] and nothing else, and returned [..., tokens, E']."""
+    given = dict(tensors(inputs))
+    if given.keys() != {(0, 0)} or not isinstance(output, Tensor):
+        return False
+    return given[0, 0].dim() in (2, 3) and output.shape[:-1] == given[0, 0].shape[:-1]
+
+
+def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module, Tensor], int], draws: bool) -> list[RemovableHandle]:
+    """Give a module that `fits` its tokens in so many pieces as `pieces` tells for what it is given.
+
+    Nothing of a piece is kept for backward but its tokens: the module computes it again. `draws`: random numbers too.
+    """
+    entered: list[tuple[Tensor, int]] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entered.append((args[0], pieces(module, args[0])))
+        return None if entered[-1][1] < 2 else ((args[0].narrow(-2, 0, 0), *args[1:]), kwargs)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given, count = entered.pop() if entered else (None, 1)
+        if given is None or output is None or count < 2:
+            return None
+        # Not the module, whose hooks were called.
+        compute = partial(module.forward, **kwargs)
+        if torch.is_grad_enabled():
+            compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=draws)
+        return torch.cat([compute(piece, *args[1:]) for piece in given.tensor_split(count, -2)], -2)
+
+    before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        # First, so that an engine still has the weights, and always, so that an error leaves nothing behind.
+        module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
+    ]

@@ -1,0 +1,196 @@
+"""Spare memory where it is proven to change no number: sharded logits, losses in tiles, parts of layers in pieces."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from sp_attention.agreement import attempted
+from sp_attention.errors import UnsupportedError
+from sp_attention.logits import ShardedLogits
+from sp_attention.loss import sharded_causal_loss
+from sp_attention.recording import require_same, same, with_slopes
+from sp_attention.region import TOKENS, Hooks
+from sp_attention.rehearsal import EVERYTHING, Findings, Found
+from sp_attention.specimens import Specimen
+from sp_attention.tiling import Head, liger_does, tile_for
+from sp_attention.trees import tensors
+
+# Tokens whose logits the loss makes at a time: None for all.
+LossTile = int | Literal["auto"] | None
+
+
+def shard_loss(
+    model: PreTrainedModel,
+    hooks: Hooks,
+    findings: Findings,
+    specimen: Specimen,
+    undo: ExitStack,
+    loss_tile: LossTile,
+) -> None:
+    """Let logits stay sharded in training if all that follows the last stack works with a part of the sequence."""
+    before = [name for name, extent in findings.extents.items() if extent == specimen.extent]
+    if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters or not before:
+        return
+    name = next((name for name in TOKENS if name in specimen.inputs), None)
+    if name is None:
+        return
+    ids = specimen.inputs[name]
+    padding = specimen.inputs.get(name.replace("input_ids", "attention_mask"))
+    labels = ids if padding is None or padding.shape != ids.shape else ids.masked_fill(padding == 0, -100)
+    batch = {**specimen.inputs, "labels": labels}
+    _, whole = attempted(lambda: model(**batch), hooks.peers)
+    if whole is None:
+        return  # Such a model wants other labels.
+    loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers, lambda: hooks.forward.held if hooks.forward else None)
+    own = vars(model).get("_loss_function")
+    model.loss_function = loss
+    undo.callback(lambda: delattr(model, "_loss_function") if own is None else setattr(model, "loss_function", own))
+    hooks.region = replace(hooks.region, sharded_loss=loss, before_loss=before[-1])
+    span = hooks.peers.span(specimen.extent.length)
+
+    def compare() -> None:
+        output = model(**batch)
+        mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
+        if not isinstance(output["logits"], ShardedLogits):
+            raise UnsupportedError("each layer gathers what it returns")
+        if not same({"loss": output["loss"], "logits": output["logits"].part}, mine):
+            raise UnsupportedError("the model computes another loss from a part of the sequence")
+
+    with hooks.only_loss():  # The model may be in evaluation, so that it draws no random numbers.
+        reason, _ = attempted(compare, hooks.peers, model.device)
+        whole_because = reason and f"computed from a part of the sequence: {reason}"
+        hooks.region = replace(hooks.region, sharded_loss=whole_because or loss)
+        if reason is None:
+            _tile_loss(model, hooks, batch, loss_tile)
+
+
+def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], tile: LossTile) -> None:
+    """Let the loss make logits in tiles, if nothing comes between the head and it, and the numbers are the same."""
+    if tile is None:
+        hooks.region = replace(hooks.region, head="enable(loss_tile=None)")
+        return
+
+    def computed() -> dict[str, Tensor]:
+        output, slopes = with_slopes(model, batch)
+        return {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
+
+    reason, found = attempted(lambda: (*_head_of(model, batch), computed()), hooks.peers, model.device)
+    if found is not None:
+        module, vocabulary, expected = found
+        names = {one: name for name, one in model.named_modules()}
+        tiled = Head(module, names[module], vocabulary, tile_for(vocabulary) if tile == "auto" else tile)
+
+        def compare() -> None:
+            require_same(computed(), expected, f"{type(model).__name__} with its loss in tiles")
+
+        for liger in (True, False) if liger_does(module) else (False,):
+            hooks.region = replace(hooks.region, head=replace(tiled, liger=liger, tile=2))
+            hooks.hook_instead(hooks.region.stacks)
+            reason, _ = attempted(compare, hooks.peers, model.device)
+            hooks.region = replace(hooks.region, head=replace(tiled, liger=liger))
+            if reason is None:
+                break
+    if reason is not None:
+        hooks.region = replace(hooks.region, head=reason)
+    hooks.hook_instead(hooks.region.stacks)
+
+
+def _head_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    """The outermost module whose result is what the loss is given, but for its dtype, and V."""
+    loss, given = model.loss_function, list[Tensor]()
+    calls: list[tuple[nn.Module, Any, Any]] = []
+
+    def noted(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append(logits)
+        return loss(logits, *args, **kwargs)
+
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, kwargs, result: calls.append((module, (args, kwargs), result)), with_kwargs=True
+        )
+        for module in model.modules()
+    ]
+    model.loss_function = noted
+    try:
+        model(**batch)
+    finally:
+        model.loss_function = loss
+        for handle in handles:
+            handle.remove()
+    if len(given) != 1:
+        raise UnsupportedError("the loss is not computed once")
+    heads = [(module, inputs) for module, inputs, result in calls if _is_but_for_dtype(result, given[0])]
+    if not heads:
+        raise UnsupportedError("the model computes with what its head returns, before the loss")
+    head, inputs = heads[-1]
+    before = dict(tensors(inputs))
+    if [one for one, *_ in calls].count(head) != 1 or before.keys() != {(0, 0)} or before[0, 0].dim() != 3:
+        raise UnsupportedError(f"{type(head).__name__} is not called once, with hidden states and nothing else")
+    return head, given[0].shape[-1]
+
+
+def _is_but_for_dtype(result: Any, logits: Tensor) -> bool:
+    """Whether logits are the result of a module: not only equal, since a softcap may change small numbers hardly."""
+    if not isinstance(result, Tensor) or result.shape != logits.shape or logits.dim() != 3:
+        return False
+    return result is logits or (result.dtype != logits.dtype and torch.equal(result.to(logits.dtype), logits))
+
+
+def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen: Specimen, tile: int) -> Findings:
+    """The findings with what is said of the parts that are given some tokens at a time, now that they are.
+
+    Raises UnsupportedError where there are none, or the model gives other numbers so.
+    """
+    recorded = _recorded(model)
+    cut: list[nn.Module] = []
+
+    def told(found: Found) -> Found:
+        kinds = dict(found.kinds)
+        for name, module in found.piecewise.items() if found.gathers != EVERYTHING else ():
+            if any(recorded(*one) for one in module.named_modules(prefix=name)):
+                kinds[name] += ", all tokens at a time, since transformers records what its parts return"
+            else:
+                kinds[name] += f", {tile} tokens at a time in training"
+                cut.append(module)
+        return replace(found, kinds=kinds)
+
+    stacks = {name: tuple(map(told, layers)) for name, layers in findings.stacks.items()}
+    if not cut:
+        raise UnsupportedError(
+            f"mlp_tile={tile}: no part of a layer of {type(model).__name__} can be given some tokens at a time: it "
+            "has to be a module beside attention with several matrices, that is given hidden states and returns hidden "
+            "states, and of which transformers records nothing. Leave mlp_tile out"
+        )
+
+    def compare() -> None:
+        require_same(with_slopes(model, specimen.inputs), expected, f"mlp_tile={tile}: {type(model).__name__} with it")
+
+    with hooks.only_loss():  # The model may be in evaluation, so that it draws no random numbers.
+        expected = with_slopes(model, specimen.inputs)
+        hooks.region = replace(hooks.region, pieces=tuple(cut), piece=2)
+        hooks.hook_instead(hooks.region.stacks)
+        reason, _ = attempted(compare, hooks.peers, model.device)
+    hooks.region = replace(hooks.region, piece=tile)
+    if reason is not None:
+        raise UnsupportedError(reason)
+    return replace(findings, stacks=stacks)
+
+
+def _recorded(model: PreTrainedModel) -> Callable[[str, nn.Module], bool]:
+    """Whether transformers may record what a module of that name returns, call by call, such as a router's logits."""
+    kinds: list[Any] = []
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel):
+            for specs in inner.can_record_outputs.values():
+                for one in specs if isinstance(specs, list) else [specs]:
+                    kinds += [getattr(one, "target_class", one), getattr(one, "class_name", None)]
+    classes = tuple(kind for kind in kinds if isinstance(kind, type))
+    endings = tuple(kind for kind in kinds if isinstance(kind, str))
+    return lambda name, module: isinstance(module, classes) or name.endswith(endings)
