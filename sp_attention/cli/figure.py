@@ -1,9 +1,11 @@
-"""The plot of the demo: loss curves and memory."""
+"""Plots: the demo's loss curves and memory, and ratios of the benchmarks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sp_attention.cli.benchmarks.ratios import Ratio
     from sp_attention.cli.training import Trained
 
 
@@ -30,5 +32,29 @@ def draw(file: Path, alone: "Trained", ranks: "list[Trained]") -> None:
     memory.bar_label(bars, labels=[f"{size:.0f}" for size in own], label_type="center")
     memory.set(title="peak resident memory", ylabel="MiB")
     memory.legend(loc="lower right")
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_ratios(file: Path, title: str, axis: str, groups: "Mapping[str, Mapping[str, Ratio]]") -> None:
+    """Write a PNG of bars in groups, one for each contender, with a line where nothing is lost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    figure, axes = pyplot.subplots(figsize=(3 + 0.25 * len(groups) * len(names), 5), layout="constrained")
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        here = [(place, group[name]) for place, group in enumerate(groups.values()) if name in group]
+        places = [place + (number - (len(names) - 1) / 2) * width for place, _ in here]
+        heights = [one.middle for _, one in here]
+        spread = [[one.middle - one.low for _, one in here], [one.high - one.middle for _, one in here]]
+        axes.bar(places, heights, width, yerr=spread, label=name, error_kw={"linewidth": 0.8})
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
+    axes.set(title=title, ylabel=axis)
+    axes.legend()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
