@@ -65,6 +65,7 @@ def test_commands_and_options() -> None:
         "backends": ["--json"],
         "bench": [],
         "bench exchange": ["--ranks", "--rounds", "--quick", "--out", "--json"],
+        "bench layer": ["--ranks", "--rounds", "--quick", "--out", "--json"],
         "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],
         "doctor": ["--run", "--json"],
         "generate": [

@@ -75,7 +75,26 @@ def exchange(ranks: tuple[int, ...], rounds: int, quick: bool, out: Path | None,
     16 query heads of 64 and 4 or 16 key heads, 2,048 or 8,192 tokens, bfloat16 and float32, forward and backward.
     Beside it the exchanges of veomni, ms-swift, yunchang, deepspeed and verl, as far as they are installed.
     """
+    _need_to_divide_heads(ranks)
+    _run("exchange", out, as_json, ranks=ranks, rounds=rounds, quick=quick)
+
+
+@bench.command()
+@_ranks(2, 4)
+@_rounds(15)
+@click.option("--quick", is_flag=True, help="The first case only.")
+@_answers
+def layer(ranks: tuple[int, ...], rounds: int, quick: bool, out: Path | None, as_json: bool) -> None:
+    """One layer's attention, over the all-to-all calls and the kernel that it cannot do without.
+
+    torch's scaled_dot_product_attention, causal, in float32, 2,048 tokens, 16 query heads of 64 and 4 or 16 key heads,
+    forward and backward. Beside it the same kernel in the exchanges of the others that are installed.
+    """
+    _need_to_divide_heads(ranks)
+    _run("layer", out, as_json, ranks=ranks, rounds=rounds, quick=quick)
+
+
+def _need_to_divide_heads(ranks: tuple[int, ...]) -> None:
     for size in ranks:
         if 4 % size:
             raise click.UsageError(f"--ranks {size}: the 4 key heads are shared evenly here, by 2 or by 4")
-    _run("exchange", out, as_json, ranks=ranks, rounds=rounds, quick=quick)

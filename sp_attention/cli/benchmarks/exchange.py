@@ -129,12 +129,25 @@ def _timed(case: Case, rounds: int, others: list[str], report: Report) -> Second
     peers = Peers(dist.group.WORLD, dist.get_rank(), case.ranks)  # type: ignore[arg-type]  # there is one
     work = _Work(case, peers)
     exchanges = {OURS: ours(case.length, peers)} | {name: OTHERS[name][1](work.mine) for name in others}
-    contenders: dict[str, Callable[[], object]] = {LIMIT: work.limit()}
+    contenders: dict[str, Callable[[], object]] = {
+        LIMIT: all_to_all(sum(t.numel() for t in work.given), work.given[0].numel(), work.dtype)
+    }
     for name, exchange in exchanges.items():
         work.check(name, exchange)
         contenders[name] = work.step(exchange)
     interleaved(contenders, 1, 1, lambda number: None)
     return interleaved(contenders, rounds, TOKENS // case.length, report)
+
+
+def all_to_all(there: int, back: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The calls of a forward and a backward, of so many numbers there and back, on buffers that stay."""
+    sent, received = ([torch.ones(size, dtype=dtype) for size in (there, back)] for _ in range(2))
+
+    def move() -> None:
+        for which in (0, 1, 1, 0):
+            dist.all_to_all_single(received[which], sent[which])
+
+    return move
 
 
 def ours(length: int, peers: Peers) -> Exchange:
@@ -170,17 +183,6 @@ class _Work:
         arriving = [grad[:, :, cut].clone() for grad, cut in zip(grads, my_heads, strict=True)]
         # The queries that arrive have none besides that of the output, which they are.
         self.grads = [self.expected[0], *arriving[1:]]
-
-    def limit(self) -> Callable[[], None]:
-        """Two all-to-all calls and their gradients'."""
-        there = [torch.ones(sum(tensor.numel() for tensor in self.given), dtype=self.dtype) for _ in range(2)]
-        back = [torch.ones(self.given[0].numel(), dtype=self.dtype) for _ in range(2)]
-
-        def move() -> None:
-            for received, sent in (there, back, back, there):
-                dist.all_to_all_single(received, sent)
-
-        return move
 
     def step(self, exchange: Exchange) -> Callable[[], tuple[Tensor, ...]]:
         """Forward and backward, to the gradients of what was given."""

@@ -158,6 +158,20 @@ def _of_one(to_heads: Callable[[Tensor], Tensor], to_seq: Callable[[Tensor], Ten
     return exchange
 
 
+def context_parallel() -> str | None:
+    """Why torch's own context parallelism cannot attend here. Needs a process group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel as shared
+
+    one = torch.zeros(1, 1, 2 * dist.get_world_size(), 8)
+    try:
+        with shared(init_device_mesh("cpu", (dist.get_world_size(),)), buffers=[one], buffer_seq_dims=[2]):
+            torch.nn.functional.scaled_dot_product_attention(one, one, one, is_causal=True)
+    except Exception as error:  # a prototype, which says so itself
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return "attends here; this benchmark does not know how yet, since it did not when it was written"
+
+
 def quieten() -> None:
     """Let what the others print and log go to standard error, and no more than errors; standard output is the answer's.
 
