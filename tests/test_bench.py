@@ -5,6 +5,9 @@ from pathlib import Path
 
 from test_cli import run
 
+from sp_attention.cli.benchmarks import exchange
+from sp_attention.cli.benchmarks.record import markdown
+
 
 def test_exchange_measures_ours_over_the_limit(tmp_path: Path) -> None:
     ran = run("bench", "exchange", "--quick", "--ranks", "2", "--rounds", "3", "--out", str(tmp_path), "--json")
@@ -19,3 +22,33 @@ def test_exchange_measures_ours_over_the_limit(tmp_path: Path) -> None:
         "all-to-all", "sp-attention", "veomni", "ms-swift", "yunchang", "deepspeed", "verl",
     }  # fmt: skip
     assert (tmp_path / "exchange.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scale_tells_what_a_layer_costs_one_of_many_ranks() -> None:
+    ran = run("bench", "scale", "--ranks", "8", "--rounds", "1", "--json")
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)
+    for one, heads in zip(record["cases"], ((1024, 1024, 8), (128, 8, 128)), strict=True):
+        query, kv, size = heads
+        # All that is exchanged but the eighth that stays, in float32; queries, keys, values and output, and gradients.
+        assert one["sent"] == one["received"] == 2 * 2 * (query + kv) * size * 4 * 7 / 8
+        assert one["collectives"] == ["alltoall_base"] * 4
+
+
+def test_the_table_shows_ratios_and_who_is_absent() -> None:
+    record = {
+        "rounds": 3,
+        "absent": {"verl": "not installed: pip install verl"},
+        "cases": [
+            {
+                "case": {"ranks": 2, "dtype": "bfloat16", "length": 2048, "kv_heads": kv_heads},
+                "seconds": {"all-to-all": [0.1, 0.2, 0.3], "sp-attention": [0.2, 0.4, 0.6]},
+            }
+            for kv_heads in (4, 16)
+        ],
+    }
+    means, each = exchange.tables(record)
+    assert means.rows == (("sp-attention", "2.00", "2.00 to 2.00"),)
+    assert means.notes == ("verl: not installed: pip install verl",)
+    assert each.rows[0] == ("P 2, bfloat16, S 2048, Hkv 4", "200.0 ms", "2.00 (1.50 to 2.50)")
+    assert markdown(each).splitlines()[2:4] == ["|  | all-to-all | sp-attention |", "| --- | --- | --- |"]

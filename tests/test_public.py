@@ -66,6 +66,7 @@ def test_commands_and_options() -> None:
         "bench": [],
         "bench exchange": ["--ranks", "--rounds", "--quick", "--out", "--json"],
         "bench layer": ["--ranks", "--rounds", "--quick", "--out", "--json"],
+        "bench scale": ["--ranks", "--rounds", "--out", "--json"],
         "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],
         "doctor": ["--run", "--json"],
         "generate": [

@@ -98,3 +98,16 @@ def _need_to_divide_heads(ranks: tuple[int, ...]) -> None:
     for size in ranks:
         if 4 % size:
             raise click.UsageError(f"--ranks {size}: the 4 key heads are shared evenly here, by 2 or by 4")
+
+
+@bench.command()
+@_ranks(8, 16, 32, 64, 128, 256, 512, 1024)
+@_rounds(15)
+@_answers
+def scale(ranks: tuple[int, ...], rounds: int, out: Path | None, as_json: bool) -> None:
+    """What a layer costs one of very many ranks: bytes, collectives, and the time of Python.
+
+    One process is one of the ranks of a group that torch fakes. A small model with 1,024 heads, and one with 128 heads
+    and 8 key heads, run with an attention that does nothing, enabled and plain.
+    """
+    _run("scale", out, as_json, ranks=ranks, rounds=rounds)

@@ -58,3 +58,23 @@ def draw_ratios(file: Path, title: str, axis: str, groups: "Mapping[str, Mapping
     axes.legend()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
+
+
+def draw_lines(file: Path, title: str, x: str, y: str, lines: Mapping[str, list[tuple[float, float]]]) -> None:
+    """Write a PNG of lines through points, over an axis on which each step is as far as it is many times more."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    places = sorted({place for points in lines.values() for place, _ in points})
+    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
