@@ -94,10 +94,46 @@ def layer(ranks: tuple[int, ...], rounds: int, quick: bool, out: Path | None, as
     _run("layer", out, as_json, ranks=ranks, rounds=rounds, quick=quick)
 
 
-def _need_to_divide_heads(ranks: tuple[int, ...]) -> None:
-    for size in ranks:
-        if 4 % size:
-            raise click.UsageError(f"--ranks {size}: the 4 key heads are shared evenly here, by 2 or by 4")
+@bench.command()
+@_ranks(2)
+@click.option("--length", type=click.IntRange(16), default=8192, show_default=True, help="Tokens of the sequence.")
+@_rounds(5)
+@_answers
+def model(ranks: tuple[int, ...], length: int, rounds: int, out: Path | None, as_json: bool) -> None:
+    """Training steps of a Llama of 49 M parameters, in tokens a second.
+
+    8 layers, a width of 512, 8 heads and 4 key heads, in float32. Beside it DeepSpeed's UlyssesSPAttentionHF.
+    """
+    _need_to_divide_heads(ranks)
+    _need_to_divide(length, ranks)
+    _run("model", out, as_json, ranks=ranks, length=length, rounds=rounds)
+
+
+@bench.command()
+@_ranks(2)
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(16),
+    multiple=True,
+    default=(8192,),
+    show_default=True,
+    help="Repeatable.",
+)
+@click.option("--limit", type=click.FloatRange(0, min_open=True), help="Also find the longest sequence in so many GiB.")
+@_answers
+def memory(
+    ranks: tuple[int, ...], lengths: tuple[int, ...], limit: float | None, out: Path | None, as_json: bool
+) -> None:
+    """Peak resident memory of training steps of that model, of a rank and of one process.
+
+    Beside it DeepSpeed's UlyssesSPAttentionHF. With --limit also the longest sequence that trains on the first number
+    of ranks, with checkpointing, beside DeepSpeed's with checkpointing and with MLP and loss in tiles.
+    """
+    _need_to_divide_heads(ranks)
+    for length in lengths:
+        _need_to_divide(length, ranks)
+    _run("memory", out, as_json, ranks=ranks, lengths=lengths, limit=limit)
 
 
 @bench.command()
@@ -111,3 +147,15 @@ def scale(ranks: tuple[int, ...], rounds: int, out: Path | None, as_json: bool) 
     and 8 key heads, run with an attention that does nothing, enabled and plain.
     """
     _run("scale", out, as_json, ranks=ranks, rounds=rounds)
+
+
+def _need_to_divide(length: int, ranks: tuple[int, ...]) -> None:
+    for size in ranks:
+        if length % size:
+            raise click.UsageError(f"--length {length}: others want the {size} ranks to have equal parts of it")
+
+
+def _need_to_divide_heads(ranks: tuple[int, ...]) -> None:
+    for size in ranks:
+        if 4 % size:
+            raise click.UsageError(f"--ranks {size}: the 4 key heads are shared evenly here, by 2 or by 4")

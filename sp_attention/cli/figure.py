@@ -37,22 +37,38 @@ def draw(file: Path, alone: "Trained", ranks: "list[Trained]") -> None:
 
 
 def draw_ratios(file: Path, title: str, axis: str, groups: "Mapping[str, Mapping[str, Ratio]]") -> None:
-    """Write a PNG of bars in groups, one for each contender, with a line where nothing is lost."""
+    """Write a PNG of bars in groups, with quartiles, and a line where nothing is lost."""
+    middles = {group: {name: one.middle for name, one in bars.items()} for group, bars in groups.items()}
+    spread = {group: {name: (one.low, one.high) for name, one in bars.items()} for group, bars in groups.items()}
+    draw_bars(file, title, axis, middles, spread, line=1.0)
+
+
+def draw_bars(
+    file: Path,
+    title: str,
+    axis: str,
+    groups: Mapping[str, Mapping[str, float]],
+    spread: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    line: float | None = None,
+) -> None:
+    """Write a PNG of bars in groups, one for each contender; `spread` has the ends of the lines through them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    figure, axes = pyplot.subplots(figsize=(3 + 0.25 * len(groups) * len(names), 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(4 + 0.25 * len(groups) * len(names), 5), layout="constrained")
     width = 0.8 / len(names)
     for number, name in enumerate(names):
-        here = [(place, group[name]) for place, group in enumerate(groups.values()) if name in group]
-        places = [place + (number - (len(names) - 1) / 2) * width for place, _ in here]
-        heights = [one.middle for _, one in here]
-        spread = [[one.middle - one.low for _, one in here], [one.high - one.middle for _, one in here]]
-        axes.bar(places, heights, width, yerr=spread, label=name, error_kw={"linewidth": 0.8})
-    axes.axhline(1.0, color="black", linewidth=0.8)
+        here = [(place, group, bars[name]) for place, (group, bars) in enumerate(groups.items()) if name in bars]
+        places = [place + (number - (len(names) - 1) / 2) * width for place, _, _ in here]
+        axes.bar(places, [height for _, _, height in here], width, label=name)
+        for place, (_, group, _) in zip(places, here, strict=True):
+            if spread is not None:
+                axes.plot([place, place], spread[group][name], color="black", linewidth=0.8)
+    if line is not None:
+        axes.axhline(line, color="black", linewidth=0.8)
     axes.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
     axes.set(title=title, ylabel=axis)
     axes.legend()
