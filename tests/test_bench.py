@@ -3,10 +3,36 @@
 import json
 from pathlib import Path
 
+import pytest
+import torch
 from test_cli import run
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from sp_attention.cli.benchmarks import exchange
+import sp_attention
+from sp_attention.cli.benchmarks import exchange, memory, training
 from sp_attention.cli.benchmarks.record import markdown
+from sp_attention.launch import run_ranks
+
+
+def gradients(name: str) -> tuple[float, dict[str, Tensor]]:
+    """The loss of the first forward of a contender, in a small model, and the gradients of the whole sequence."""
+    torch.manual_seed(0)
+    sizes = training.MODEL | {"vocab_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).train()
+    ids = torch.randint(128, (1, 64))
+    loss = training.LOSSES[name](model, ids)()
+    sp_attention.average_gradients(model)
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", [training.OURS, training.OURS_LONG])
+def test_a_training_step_of_ours_is_that_of_one_process(name: str) -> None:
+    ((loss, expected),) = run_ranks(1, gradients, training.ALONE)
+    for other, got in run_ranks(2, gradients, name):
+        assert other == pytest.approx(loss, rel=1e-5)
+        for parameter, grad in expected.items():
+            torch.testing.assert_close(got[parameter], grad, rtol=0, atol=1e-5 * grad.abs().max().item())
 
 
 def test_exchange_measures_ours_over_the_limit(tmp_path: Path) -> None:
@@ -52,3 +78,22 @@ def test_the_table_shows_ratios_and_who_is_absent() -> None:
     assert means.notes == ("verl: not installed: pip install verl",)
     assert each.rows[0] == ("P 2, bfloat16, S 2048, Hkv 4", "200.0 ms", "2.00 (1.50 to 2.50)")
     assert markdown(each).splitlines()[2:4] == ["|  | all-to-all | sp-attention |", "| --- | --- | --- |"]
+
+
+@pytest.mark.parametrize("limit", [0, 900, 5000, 40_000, 123_456, 1_000_000])
+@pytest.mark.parametrize("bend", [0, 1e-6, 1e-4])
+def test_the_longest_sequence_is_found_in_a_few_tries(limit: int, bend: float) -> None:
+    def needs(length: int) -> int:
+        return int(500 + length / 2 + bend * length**2)
+
+    tries = []
+
+    def peak(length: int) -> int | None:
+        tries.append(length)
+        return needs(length) if needs(length) <= limit else None
+
+    found = memory.longest(peak, limit)
+    assert found == 0 or needs(found) <= limit
+    assert needs(found + max(memory.GRAIN, found // memory.FINE)) > limit
+    assert len(tries) <= 12
+    assert len(set(tries)) == len(tries)

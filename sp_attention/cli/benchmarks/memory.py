@@ -24,8 +24,8 @@ from sp_attention.launch import RanksError, run_ranks
 
 # The exit status of a rank that needs more than it may, and how often it looks, in seconds.
 TOO_MUCH, WATCH = 77, 0.05
-# Lengths of the search are multiples of it, and it ends when the answer is known to a part in FINE.
-GRAIN, FINE = 256, 16
+# Where the search begins; its lengths are multiples of GRAIN, and it ends when the answer is known to a part in FINE.
+START, GRAIN, FINE = 4096, 256, 16
 GIB = 2**30
 
 
@@ -62,25 +62,43 @@ def benchmark(
         assert limit is not None
         trials: list[Record] = []
 
-        def fits(length: int, name: str = name, trials: list[Record] = trials) -> bool:
+        def tried(length: int, name: str = name, trials: list[Record] = trials) -> int | None:
             peaks = peaks_of(name, ranks[0], length, int(limit * GIB))
             trials.append({"length": length, "peak": None if peaks is None else max(one.peak for one in peaks)})
-            return peaks is not None
+            found: int | None = trials[-1]["peak"]
+            return found
 
-        record["longest"].append({"name": name, "ranks": ranks[0], "length": longest(fits), "trials": trials})
+        length = longest(tried, int(limit * GIB))
+        record["longest"].append({"name": name, "ranks": ranks[0], "length": length, "trials": trials})
         report((len(runs) + 8 * (number + 1)) / of)
     return record
 
 
-def longest(fits: Callable[[int], bool]) -> int:
-    """The longest length that fits, a multiple of GRAIN, to a part in FINE; 0 if none does."""
-    low, high = 0, 4096
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(GRAIN, high // FINE):
-        middle = (low + high) // 2 // GRAIN * GRAIN
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def longest(peak: Callable[[int], int | None], limit: int) -> int:
+    """The longest length whose `peak` is no more than `limit`, where it is None; to a part in FINE; 0 if none is.
+
+    Each try is where the last two that fitted say that the limit is, so a few tries do.
+    """
+    fitting: list[tuple[int, int]] = [(0, 0)]
+    length, high = START, None
+    while True:
+        found = peak(length)
+        if found is None:
+            high = length
+        else:
+            fitting.append((length, found))
+        low, most = fitting[-1]
+        grain = max(GRAIN, low // FINE // GRAIN * GRAIN)
+        if high is not None and high - low <= grain:
+            return low
+        if len(fitting) > 2:
+            before, less = fitting[-2]
+            length = low + int((limit - most) * (low - before) / max(most - less, 1)) // GRAIN * GRAIN
+        else:
+            length = 2 * low
+        length = max(length, low + grain)
+        if high is not None and length >= high:
+            length = low + max((high - low) // 2 // GRAIN * GRAIN, GRAIN)
 
 
 def peaks_of(name: str, ranks: int, length: int, limit: int | None) -> list[Peak] | None:

@@ -45,7 +45,7 @@ def make_step(name: str, length: int) -> Step:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**MODEL, max_position_embeddings=length)).train()
     ids = torch.randint(MODEL["vocab_size"], (1, length))
-    loss = _LOSSES[name](model, ids)
+    loss = LOSSES[name](model, ids)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
 
     def step() -> float:
@@ -151,7 +151,8 @@ def _deepspeed_part(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor
     return mine, positions, targets
 
 
-_LOSSES: dict[str, Callable[[PreTrainedModel, Tensor], Step]] = {
+# By contender, what makes of a model and the whole tokens a forward and backward, with this rank's gradients.
+LOSSES: dict[str, Callable[[PreTrainedModel, Tensor], Step]] = {
     ALONE: _alone,
     OURS: _ours,
     OURS_LONG: _ours_long,
