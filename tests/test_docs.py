@@ -69,3 +69,8 @@ def test_the_table_of_a_long_prompt_is_of_the_raw_numbers() -> None:
     table = runpy.run_path(str(ROOT / "bench" / "generation.py"))["table"]
     record = json.loads((ROOT / "docs" / "data" / "generation.json").read_text())
     assert table(record) in (ROOT / "docs" / "generation.md").read_text()
+
+
+def test_the_page_of_speed_is_of_the_raw_numbers() -> None:
+    speed = runpy.run_path(str(ROOT / "bench" / "speed.py"))
+    assert speed["page"](speed["measured"]()) == (ROOT / "docs" / "speed.md").read_text()

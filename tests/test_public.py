@@ -7,6 +7,7 @@ import click
 import sp_attention
 from sp_attention import testing
 from sp_attention.cli import cli
+from sp_attention.cli.bench import bench
 
 
 def test_public_names() -> None:
@@ -56,12 +57,19 @@ def test_arguments() -> None:
 
 
 def test_commands_and_options() -> None:
+    commands = cli.commands | {f"bench {name}": command for name, command in bench.commands.items()}
     options = {
         name: [parameter.opts[0] for parameter in command.params if isinstance(parameter, click.Option)]
-        for name, command in cli.commands.items()
+        for name, command in commands.items()
     }
     assert options == {
         "backends": ["--json"],
+        "bench": [],
+        "bench exchange": ["--ranks", "--rounds", "--quick", "--out", "--json"],
+        "bench layer": ["--ranks", "--rounds", "--quick", "--out", "--json"],
+        "bench memory": ["--ranks", "--length", "--limit", "--out", "--json"],
+        "bench model": ["--ranks", "--length", "--rounds", "--out", "--json"],
+        "bench scale": ["--ranks", "--rounds", "--out", "--json"],
         "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],
         "doctor": ["--run", "--json"],
         "generate": [

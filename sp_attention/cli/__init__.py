@@ -5,6 +5,7 @@ import sys
 import click
 
 from sp_attention.cli.backends import backends
+from sp_attention.cli.bench import bench
 from sp_attention.cli.demo import demo
 from sp_attention.cli.doctor import doctor
 from sp_attention.cli.generate import generate
@@ -21,6 +22,7 @@ def cli(context: click.Context) -> None:
 
 
 cli.add_command(backends)
+cli.add_command(bench)
 cli.add_command(demo)
 cli.add_command(doctor)
 cli.add_command(generate)

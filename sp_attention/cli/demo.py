@@ -5,18 +5,15 @@ import os
 import platform
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from multiprocessing.queues import SimpleQueue
+from sp_attention.cli.reporting import Report, run_reporting
 
+if TYPE_CHECKING:
     from rich.console import Console
 
     from sp_attention.cli.training import Trained, Training
@@ -131,33 +128,11 @@ def _compare_here(training: "Training", size: int, text: Path | None, console: "
         return _compared(run(1, alone)[0], run(size, together))
 
 
-def _run(ranks: int, training: "Training", report: Callable[[int], None]) -> "list[Trained]":
+def _run(ranks: int, training: "Training", report: Report) -> "list[Trained]":
     """Train on new processes; `report` is told of rank 0's steps while they run."""
-    from sp_attention.launch import RanksError, run_ranks
-
-    steps: SimpleQueue[int | None] = get_context("spawn").SimpleQueue()
-
-    def listen() -> None:
-        for step in iter(steps.get, None):
-            report(step)
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    try:
-        return run_ranks(ranks, _train_one, training, steps, timeout=TIMEOUT)
-    except RanksError as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        steps.put(None)
-        listener.join()
-
-
-def _train_one(training: "Training", steps: "SimpleQueue[int | None]") -> "Trained":
-    import torch.distributed as dist
-
     from sp_attention.cli.training import train
 
-    return train(training, steps.put if dist.get_rank() == 0 else lambda step: None)
+    return run_reporting(ranks, train, training, report=report, timeout=TIMEOUT)
 
 
 def _compare_under_torchrun(

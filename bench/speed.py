@@ -1,0 +1,105 @@
+"""Speed and memory on this machine, beside what else is installed: `python bench/speed.py` writes docs/speed.md.
+
+Runs every subject of `sp-attention bench` (or some: `--only exchange,scale`), leaves the raw numbers and a plot of each
+in docs/data/speed, and writes the page from all that is there. `--only ""` measures nothing and writes the page anew.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sp_attention.cli.bench import bench
+from sp_attention.cli.benchmarks.record import Record, markdown
+
+ROOT = Path(__file__).parent.parent
+DATA, PAGE = ROOT / "docs" / "data" / "speed", ROOT / "docs" / "speed.md"
+# By subject, the options that the page's numbers are measured with.
+OPTIONS: dict[str, list[str]] = {"exchange": [], "layer": [], "model": [], "memory": ["--limit", "4"], "scale": []}
+TEXTS = {
+    "exchange": """
+The exchange with an attention that does nothing, forward and backward, over four `all_to_all_single` of the bytes that
+have to move, on buffers that are there already. Everyone's results and gradients are checked first, bit for bit. Of
+veomni, ms-swift and verl, which import much that an exchange has no need of, the module that has it is loaded alone.
+""",
+    "layer": """
+One layer's attention, causal, in float32, over those all-to-all calls and torch's `scaled_dot_product_attention` of one
+rank's heads, each timed by itself. The others' exchanges are around the same kernel; outputs and gradients of all are
+compared with those of one process first.
+""",
+    "model": """
+Whole training steps: forward, loss, backward, the mean of gradients, SGD. DeepSpeed's is `UlyssesSPAttentionHF` in the
+loop of its tutorial. Both begin with the same loss.
+""",
+    "memory": """
+Physical memory of a process at most, in two such steps, in new processes. Of it for training: above what stood before
+there was a model. The longest sequence is with checkpointing; DeepSpeed ALST has `TiledMLP`, and `TiledFusedLogitsLoss`
+with 1,024 tokens a tile, too.
+""",
+    "scale": """
+One process, as rank 0 of a group that torch fakes. Python is the process' time in an enabled model less that in a plain
+one of the same span, with an attention that does nothing in both.
+""",
+}
+HEAD = """
+# Speed
+
+Written by `python bench/speed.py`, from runs of `sp-attention bench` on one machine, in which all contenders take
+turns: each once in every round, in an order that rotates, with the ranks in step. Shown are medians, and quartiles in
+brackets. The time of a round is that of the rank that took longest. A rank is a process with one thread, and gloo
+carries.
+
+```text
+sp-attention bench exchange          # and layer, model, memory, scale
+sp-attention bench exchange --quick --ranks 2
+sp-attention bench memory --length 8192 --limit 4 --json
+sp-attention bench scale --ranks 8 --ranks 1024 --out folder     # a plot, and the numbers as JSON
+pip install yunchang deepspeed       # what is installed is measured too; also veomni, ms-swift and verl
+```
+"""
+
+
+def page(records: dict[str, Record]) -> str:
+    """docs/speed.md, of the subjects that there are numbers of."""
+    parts = [HEAD.strip()]
+    for subject, text in TEXTS.items():
+        parts += [f"## {subject.capitalize()}", text.strip()]
+        if subject not in records:
+            parts.append(f"Not measured yet: `python bench/speed.py --only {subject}`.")
+            continue
+        module: Any = import_module(f"sp_attention.cli.benchmarks.{subject}")
+        parts += [markdown(table) for table in module.tables(records[subject])]
+        parts += [f"![{subject}](data/speed/{subject}.png)", _surroundings(records[subject])]
+    return "\n\n".join(parts) + "\n"
+
+
+def measured() -> dict[str, Record]:
+    """The raw numbers that there are."""
+    files = {subject: DATA / f"{subject}.json" for subject in OPTIONS}
+    return {subject: json.loads(file.read_text()) for subject, file in files.items() if file.exists()}
+
+
+def _surroundings(record: Record) -> str:
+    around = record["surroundings"]
+    versions = ", ".join(f"{name} {version}" for name, version in around["versions"].items())
+    return (
+        f"{around['date']}, {around['cores']} cores, Python {around['python']}, {versions}; raw: "
+        f"[{record['subject']}.json](data/speed/{record['subject']}.json)."
+    )
+
+
+@click.command()
+@click.option("--only", default=",".join(OPTIONS), show_default=True, help="Subjects to measure, with commas.")
+def main(only: str) -> None:
+    """Measure, and write the page."""
+    for subject in filter(None, only.split(",")):
+        bench.main(
+            [subject, *OPTIONS[subject], "--out", str(DATA)], prog_name="sp-attention bench", standalone_mode=False
+        )
+    PAGE.write_text(page(measured()))
+
+
+if __name__ == "__main__":
+    main()

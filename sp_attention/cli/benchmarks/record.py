@@ -1,0 +1,61 @@
+"""What a benchmark leaves: plain numbers for JSON, and a table of them for a terminal or a page."""
+
+import os
+import platform
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Record = dict[str, Any]
+PACKAGES = ("sp-attention", "torch", "transformers", "veomni", "ms-swift", "yunchang", "deepspeed", "verl")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words and numbers as they are shown. notes: lines below."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def surroundings() -> Record:
+    """When, on what, and with which versions."""
+    return {
+        "date": date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+    }
+
+
+def show(table: Table, console: "Console") -> None:
+    """Write it to a terminal."""
+    from rich.table import Table as Drawn
+
+    drawn = Drawn(*table.columns, title=table.title)
+    for row in table.rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+    for note in table.notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def markdown(table: Table) -> str:
+    """The same for a page."""
+    rows = [table.columns, ("---",) * len(table.columns), *table.rows]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
+    return "\n".join([f"{table.title}:", "", *lines, *notes])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

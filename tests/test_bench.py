@@ -1,0 +1,99 @@
+"""`sp-attention bench` as a user runs it, in small; no time is asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import run
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sp_attention
+from sp_attention.cli.benchmarks import exchange, memory, training
+from sp_attention.cli.benchmarks.record import markdown
+from sp_attention.launch import run_ranks
+
+
+def gradients(name: str) -> tuple[float, dict[str, Tensor]]:
+    """The loss of the first forward of a contender, in a small model, and the gradients of the whole sequence."""
+    torch.manual_seed(0)
+    sizes = training.MODEL | {"vocab_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).train()
+    ids = torch.randint(128, (1, 64))
+    loss = training.LOSSES[name](model, ids)()
+    sp_attention.average_gradients(model)
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", [training.OURS, training.OURS_LONG])
+def test_a_training_step_of_ours_is_that_of_one_process(name: str) -> None:
+    ((loss, expected),) = run_ranks(1, gradients, training.ALONE)
+    for other, got in run_ranks(2, gradients, name):
+        assert other == pytest.approx(loss, rel=1e-5)
+        for parameter, grad in expected.items():
+            torch.testing.assert_close(got[parameter], grad, rtol=0, atol=1e-5 * grad.abs().max().item())
+
+
+def test_exchange_measures_ours_over_the_limit(tmp_path: Path) -> None:
+    ran = run("bench", "exchange", "--quick", "--ranks", "2", "--rounds", "3", "--out", str(tmp_path), "--json")
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)
+    assert record == json.loads((tmp_path / "exchange.json").read_text())
+    (case,) = record["cases"]
+    assert case["case"] == {"ranks": 2, "dtype": "bfloat16", "length": 2048, "kv_heads": 4}
+    assert {"all-to-all", "sp-attention"} <= set(case["seconds"])
+    assert all(len(rounds) == 3 and min(rounds) > 0 for rounds in case["seconds"].values())
+    assert set(case["seconds"]) | set(record["absent"]) == {
+        "all-to-all", "sp-attention", "veomni", "ms-swift", "yunchang", "deepspeed", "verl",
+    }  # fmt: skip
+    assert (tmp_path / "exchange.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scale_tells_what_a_layer_costs_one_of_many_ranks() -> None:
+    ran = run("bench", "scale", "--ranks", "8", "--rounds", "1", "--json")
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)
+    for one, heads in zip(record["cases"], ((1024, 1024, 8), (128, 8, 128)), strict=True):
+        query, kv, size = heads
+        # All that is exchanged but the eighth that stays, in float32; queries, keys, values and output, and gradients.
+        assert one["sent"] == one["received"] == 2 * 2 * (query + kv) * size * 4 * 7 / 8
+        assert one["collectives"] == ["alltoall_base"] * 4
+
+
+def test_the_table_shows_ratios_and_who_is_absent() -> None:
+    record = {
+        "rounds": 3,
+        "absent": {"verl": "not installed: pip install verl"},
+        "cases": [
+            {
+                "case": {"ranks": 2, "dtype": "bfloat16", "length": 2048, "kv_heads": kv_heads},
+                "seconds": {"all-to-all": [0.1, 0.2, 0.3], "sp-attention": [0.2, 0.4, 0.6]},
+            }
+            for kv_heads in (4, 16)
+        ],
+    }
+    means, each = exchange.tables(record)
+    assert means.rows == (("sp-attention", "2.00", "2.00 to 2.00"),)
+    assert means.notes == ("verl: not installed: pip install verl",)
+    assert each.rows[0] == ("P 2, bfloat16, S 2048, Hkv 4", "200.0 ms", "2.00 (1.50 to 2.50)")
+    assert markdown(each).splitlines()[2:4] == ["|  | all-to-all | sp-attention |", "| --- | --- | --- |"]
+
+
+@pytest.mark.parametrize("limit", [0, 900, 5000, 40_000, 123_456, 1_000_000])
+@pytest.mark.parametrize("bend", [0, 1e-6, 1e-4])
+def test_the_longest_sequence_is_found_in_a_few_tries(limit: int, bend: float) -> None:
+    def needs(length: int) -> int:
+        return int(500 + length / 2 + bend * length**2)
+
+    tries = []
+
+    def peak(length: int) -> int | None:
+        tries.append(length)
+        return needs(length) if needs(length) <= limit else None
+
+    found = memory.longest(peak, limit)
+    assert found == 0 or needs(found) <= limit
+    assert needs(found + max(memory.GRAIN, found // memory.FINE)) > limit
+    assert len(tries) <= 12
+    assert len(set(tries)) == len(tries)
