@@ -58,7 +58,7 @@ def draw_bars(
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    figure, axes = pyplot.subplots(figsize=(4 + 0.25 * len(groups) * len(names), 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(min(4 + 0.25 * len(groups) * len(names), 16), 5), layout="constrained")
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         here = [(place, group, bars[name]) for place, (group, bars) in enumerate(groups.items()) if name in bars]
