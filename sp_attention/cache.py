@@ -121,12 +121,13 @@ class LayersCache:
             if exchanged and call.is_part(keys, Along(2)):
                 keys, values = call.whole(keys, Along(2)), call.whole(values, Along(2))
             return keep(cache, keys, values, layer_idx, *args, **kwargs)
-        held = _Held(head_plan(queries, keys.shape[1], peers.size).stored, peers.rank)
+        plan = head_plan(queries, keys.shape[1], peers.size)
+        held = _Held(plan.stored, peers.rank)
         mine = held.mine
         _claim(cache, layer_idx, held)
         if exchanged:
             parts = one_dtype(keys.transpose(1, 2), values.transpose(1, 2))
-            arrived = to_heads(parts, (held.stored, held.stored), call.extent.length, peers)
+            arrived = to_heads(parts, plan, ("stored", "stored"), call.extent.length, peers)
             keys, values = arrived[0].transpose(1, 2), arrived[1].transpose(1, 2)
         else:
             keys, values = keys[:, mine.start : mine.stop], values[:, mine.start : mine.stop]

@@ -8,9 +8,8 @@ over ranks of the gradient of a tensor that every rank holds whole is the true o
 parallel engines take of parameter gradients then gives the single-process gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from sp_attention.layout import HeadPlan, Span, span_of, spans
 from sp_attention.memory import Memory
+from sp_attention.packing import Heads, Kind, Packing, Run, packing
 
 Result = TypeVar("Result")
 
@@ -87,22 +87,23 @@ def seq_to_head(
     whose gradient is one collective; the gradient of a KV head that several ranks hold is the sum of theirs.
     Raises ValueError, before anything is sent, when shapes, length and plan disagree.
     """
-    arrived = to_heads((query, key, value), (plan.query, plan.kv, plan.kv), length, peers)
+    arrived = to_heads((query, key, value), plan, ("query", "kv", "kv"), length, peers)
     return arrived[0], arrived[1], arrived[2]
 
 
 def to_heads(
-    tensors: tuple[Tensor, ...], heads: tuple[tuple[Span, ...], ...], length: int, peers: Peers
+    tensors: tuple[Tensor, ...], plan: HeadPlan, kinds: tuple[Kind, ...], length: int, peers: Peers
 ) -> tuple[Tensor, ...]:
-    """[B, s, H, D] each → [B, S, h, D] each: `seq_to_head` for any tensors, of each of which `heads` has the ranks'."""
+    """[B, s, H, D] each → [B, S, h, D] each: `seq_to_head` for any tensors, of these kinds of the plan's heads."""
     mine = len(peers.span(length))
-    for tensor, spread in zip(tensors, heads, strict=True):
-        if tensor.shape[1:3] != (mine, spread[-1].stop) or tensor.dtype != tensors[0].dtype:
+    for tensor, kind in zip(tensors, kinds, strict=True):
+        heads = getattr(plan, kind)[-1].stop
+        if tensor.shape[1:3] != (mine, heads) or tensor.dtype != tensors[0].dtype:
             raise ValueError(
                 f"a tensor {tensor.dtype} {list(tensor.shape)} does not fit {mine} of {length} tokens, "
-                f"{spread[-1].stop} heads and {tensors[0].dtype}"
+                f"{heads} heads and {tensors[0].dtype}"
             )
-    result: tuple[Tensor, ...] = _SeqToHead.apply(length, heads, peers, *tensors)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = _SeqToHead.apply(length, plan, kinds, peers, *tensors)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -135,27 +136,27 @@ def mean_over_ranks(whole: Tensor, peers: Peers) -> Tensor:
 class _SeqToHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, length: int, heads: tuple[tuple[Span, ...], ...], peers: Peers, *tensors: Tensor
+        ctx: Any, length: int, plan: HeadPlan, kinds: tuple[Kind, ...], peers: Peers, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.heads, ctx.peers = heads, peers
-        return _to_heads(tensors, heads, length, peers)
+        ctx.plan, ctx.kinds, ctx.peers = plan, kinds, peers
+        return _to_heads(tensors, plan, kinds, length, peers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_to_sequence(grads, ctx.heads, ctx.peers)
+        return None, None, None, None, *_to_sequence(grads, ctx.plan, ctx.kinds, ctx.peers)
 
 
 class _HeadToSeq(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, plan: HeadPlan, peers: Peers) -> Tensor:
         ctx.plan, ctx.peers, ctx.length = plan, peers, out.shape[1]
-        return _to_sequence((out,), (plan.query,), peers)[0]
+        return _to_sequence((out,), plan, ("query",), peers)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_to_heads((grad,), (ctx.plan.query,), ctx.length, ctx.peers), None, None)
+        return (*_to_heads((grad,), ctx.plan, ("query",), ctx.length, ctx.peers), None, None)
 
 
 class _Gather(torch.autograd.Function):
@@ -204,93 +205,98 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _to_heads(
-    tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], length: int, peers: Peers
+    tensors: Sequence[Tensor], plan: HeadPlan, kinds: tuple[Kind, ...], length: int, peers: Peers
 ) -> tuple[Tensor, ...]:
-    """[B, s, H, D] each → [B, S, h, D] each, in one all-to-all; `plans` has each rank's heads of each tensor.
+    """[B, s, H, D] each → [B, S, h, D] each, in one all-to-all.
 
     Token-major rows with all of a rank's heads side by side: what arrives is one [S, B, width] buffer in order, of
     which the results are views, so nothing is unpacked.
     """
-    batch, mine = tensors[0].shape[:2]
-    widths = _widths(tensors, plans, peers)
-    whole = peers.memory.empty((length, batch, widths[peers.rank]), tensors[0])
-    sent = _sent(length, peers)
-    in_sizes = [mine * batch * width for width in widths]
-    out_sizes = [len(span) * batch * widths[peers.rank] for span in spans(length, peers.size)]
-    if keeps := len(sent) < length:
-        in_sizes[peers.rank] = out_sizes[peers.rank] = 0
-    send = peers.memory.empty((sum(in_sizes),), tensors[0])
-    for rank, chunk in enumerate(send.split(in_sizes)):
-        kept = keeps and rank == peers.rank
-        rows = _rows(whole, peers.span(length)) if kept else chunk.view(mine, batch, widths[rank])
-        for tensor, plan, column in zip(tensors, plans, _columns(rows, tensors, plans, rank), strict=True):
-            column.copy_(tensor[:, :, plan[rank].start : plan[rank].stop])
-    peers.meet(5, length, batch, sum(widths))
-    dist.all_to_all_single(_rows(whole, sent).view(-1), send, out_sizes, in_sizes, group=peers.group)
-    return _columns(whole, tensors, plans, peers.rank)
+    batch, sizes = tensors[0].shape[0], tuple(tensor.shape[3] for tensor in tensors)
+    pack = _packing(plan, kinds, sizes, batch, length, peers.rank)
+    whole = peers.memory.empty((length, batch, pack.width), tensors[0])
+    send = peers.memory.empty((sum(pack.by_heads),), tensors[0])
+    for run, rows in _runs(send, batch, pack):
+        rows = _rows(whole, pack.mine)[None] if rows is None else rows
+        for tensor, heads, column in zip(tensors, run.heads, _columns(rows, sizes, run), strict=True):
+            column.copy_(_heads_of(tensor, heads, run.ranks))
+    peers.meet(5, length, batch, pack.all_widths)
+    dist.all_to_all_single(_rows(whole, pack.sent).view(-1), send, pack.by_tokens, pack.by_heads, group=peers.group)
+    parts = whole.split([heads * size for heads, size in zip(pack.heads, sizes, strict=True)], 2)
+    return tuple(
+        part.unflatten(2, shape).transpose(0, 1)
+        for part, shape in zip(parts, zip(pack.heads, sizes, strict=True), strict=True)
+    )
 
 
-def _to_sequence(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], peers: Peers) -> tuple[Tensor, ...]:
+def _to_sequence(
+    tensors: Sequence[Tensor], plan: HeadPlan, kinds: tuple[Kind, ...], peers: Peers
+) -> tuple[Tensor, ...]:
     """[B, S, h, D] each → [B, s, H, D] each, in one all-to-all; heads that several ranks hold are added up."""
     batch, length = tensors[0].shape[:2]
-    cut, sent = spans(length, peers.size), _sent(length, peers)
-    mine, widths = len(cut[peers.rank]), _widths(tensors, plans, peers)
-    in_sizes = [len(span) * batch * widths[peers.rank] for span in cut]
-    out_sizes = [mine * batch * width for width in widths]
-    if keeps := len(sent) < length:
-        in_sizes[peers.rank] = out_sizes[peers.rank] = 0
-    rows = [_rows(tensor.transpose(0, 1), sent) for tensor in tensors]
-    if len(rows) == 1 and rows[0].is_contiguous():
-        send = rows[0]
-    else:
-        send = peers.memory.empty((len(sent), batch, widths[peers.rank]), tensors[0])
-        for row, column in zip(rows, _columns(send, tensors, plans, peers.rank), strict=True):
-            column.copy_(row.transpose(0, 1))
-    received = peers.memory.empty((sum(out_sizes),), tensors[0])
-    peers.meet(6, length, batch, sum(widths))
-    dist.all_to_all_single(received, send.view(-1), out_sizes, in_sizes, group=peers.group)
-    shared = [any(left.stop > right.start for left, right in pairwise(plan)) for plan in plans]
+    sizes = tuple(tensor.shape[3] for tensor in tensors)
+    pack = _packing(plan, kinds, sizes, batch, length, peers.rank)
+    rows = [tensor.transpose(0, 1).flatten(2) for tensor in tensors]
+    send = _rows(rows[0], pack.sent)
+    if len(rows) > 1 or not send.is_contiguous():
+        send = peers.memory.empty((len(pack.sent), batch, pack.width), tensors[0])
+        torch.cat([_rows(row, pack.sent) for row in rows], 2, out=send)
+    received = peers.memory.empty((sum(pack.by_heads),), tensors[0])
+    peers.meet(6, length, batch, pack.all_widths)
+    dist.all_to_all_single(received, send.view(-1), pack.by_heads, pack.by_tokens, group=peers.group)
     results = tuple(
-        peers.memory.empty((batch, mine, plan[-1].stop, tensor.shape[3]), tensor)
-        for tensor, plan in zip(tensors, plans, strict=True)
+        peers.memory.empty((batch, len(pack.mine), getattr(plan, kind)[-1].stop, size), tensors[0])
+        for kind, size in zip(kinds, sizes, strict=True)
     )
-    for result, adds in zip(results, shared, strict=True):
-        if adds:
+    for result, shares in zip(results, pack.shares, strict=True):
+        if shares:
             result.zero_()
-    for rank, chunk in enumerate(received.split(out_sizes)):
-        if keeps and rank == peers.rank:
-            columns = tuple(tensor[:, cut[rank].start : cut[rank].stop] for tensor in tensors)
-        else:
-            columns = _columns(chunk.view(mine, batch, widths[rank]), tensors, plans, rank)
-        for result, plan, adds, column in zip(results, plans, shared, columns, strict=True):
-            heads = result[:, :, plan[rank].start : plan[rank].stop]
-            heads.add_(column) if adds else heads.copy_(column)
+    for run, some in _runs(received, batch, pack):
+        # What has not travelled is where it was.
+        own = [tensor[None, :, pack.mine.start : pack.mine.stop] for tensor in tensors]
+        columns = own if some is None else _columns(some, sizes, run)
+        for result, heads, shares, column in zip(results, run.heads, pack.shares, columns, strict=True):
+            if heads.same:
+                _heads_of(result, heads, 1).add_(column.sum(0, keepdim=True))
+            elif shares:
+                _heads_of(result, heads, run.ranks).add_(column)
+            else:
+                _heads_of(result, heads, run.ranks).copy_(column)
     return results
 
 
-def _sent(length: int, peers: Peers) -> Span:
-    """The tokens that an all-to-all sends or receives on this rank: all but its own, where the others are neighbours.
-
-    On other ranks its own tokens go through it too, which copies them once more.
-    """
-    mine = peers.span(length)
-    if peers.rank == 0:
-        return Span(mine.stop, length)
-    return Span(0, mine.start if peers.rank == peers.size - 1 else length)
+def _packing(*shape: Any) -> Packing:
+    # A compiler follows it, and keeps what comes of it in the graph.
+    return packing.__wrapped__(*shape) if torch.compiler.is_compiling() else packing(*shape)
 
 
 def _rows(tensor: Tensor, span: Span) -> Tensor:
     return tensor[span.start : span.stop]
 
 
-def _widths(tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], peers: Peers) -> list[int]:
-    """For each rank, the numbers that one token sends it: its heads of each tensor, side by side."""
-    pairs = list(zip(tensors, plans, strict=True))
-    return [sum(len(plan[rank]) * tensor.shape[3] for tensor, plan in pairs) for rank in range(peers.size)]
+def _runs(travelling: Tensor, batch: int, pack: Packing) -> Iterator[tuple[Run, Tensor | None]]:
+    """Each run with its rows [ranks, s, B, width] of what travels, None for this rank's own, which does not."""
+    start, mine = 0, len(pack.mine)
+    for run in pack.runs:
+        if run.is_own:
+            yield run, None
+            continue
+        stop = start + run.ranks * mine * batch * run.width
+        yield run, travelling[start:stop].view(run.ranks, mine, batch, run.width)
+        start = stop
 
 
-def _columns(rows: Tensor, tensors: Sequence[Tensor], plans: Sequence[Sequence[Span]], rank: int) -> tuple[Tensor, ...]:
-    """Views [B, n, heads, D] of rows [n, B, width]: a rank's heads of each tensor."""
-    shapes = [(len(plan[rank]), tensor.shape[3]) for tensor, plan in zip(tensors, plans, strict=True)]
-    parts = rows.split([heads * size for heads, size in shapes], 2)
-    return tuple(part.unflatten(2, shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True))
+def _columns(rows: Tensor, sizes: Sequence[int], run: Run) -> tuple[Tensor, ...]:
+    """Views [n, B, s, heads, D] of rows [n, s, B, width]: the heads that n ranks have of each tensor."""
+    shapes = [(heads.each, size) for heads, size in zip(run.heads, sizes, strict=True)]
+    parts = rows.split([heads * size for heads, size in shapes], 3)
+    return tuple(part.unflatten(3, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True))
+
+
+def _heads_of(tensor: Tensor, heads: Heads, ranks: int) -> Tensor:
+    """A view [n, B, s, heads, D] of a tensor [B, s, H, D]: the heads that n ranks have."""
+    if heads.same:
+        return tensor[:, :, heads.start : heads.start + heads.each].expand(ranks, -1, -1, -1, -1)
+    several = tensor[:, :, heads.start : heads.start + ranks * heads.each]
+    view: Tensor = several.unflatten(2, (ranks, heads.each)).movedim(2, 0)
+    return view

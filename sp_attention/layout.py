@@ -1,7 +1,7 @@
 """Who holds which tokens and who computes which heads: integers only."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 
 @dataclass(frozen=True)
@@ -15,19 +15,20 @@ class Span:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadPlan:
     """Which heads each rank computes.
 
     `query[rank]` are the query heads of a rank; together they are all heads, once each. `kv[rank]` are the key/value
-    heads those query heads attend to; a KV head whose group of query heads spans two ranks appears on both.
+    heads those query heads attend to; a KV head whose group of query heads spans two ranks appears on both. Plans are
+    made once, by `head_plan`, and so is all that follows from them.
     """
 
     query: tuple[Span, ...]
     kv: tuple[Span, ...]
     queries_per_kv: int
 
-    @property
+    @cached_property
     def stored(self) -> tuple[Span, ...]:
         """The KV heads that each rank keeps in a cache: its own, or else the last, since a cache tells its length."""
         last = self.kv[-1].stop
@@ -37,8 +38,24 @@ class HeadPlan:
         """For each of this rank's query heads, the place of its KV head among this rank's KV heads."""
         return tuple(head // self.queries_per_kv - self.kv[rank].start for head in _heads(self.query[rank]))
 
-    def is_grouped(self, rank: int) -> bool:
-        """Whether query head i uses KV head i // (h // hkv), the order that grouped-query kernels assume."""
+    @cached_property
+    def grouped(self) -> tuple[bool, ...]:
+        """For each rank, whether its query head i uses KV head i // (h // hkv), as grouped-query kernels assume."""
+        return tuple(self._is_grouped(rank) for rank in range(len(self.query)))
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[int, int, int], ...]:
+        """The numbers of query and of KV heads that kernels are given, each pair once, with the first rank that has it.
+
+        Where they are not grouped, each query head is given its KV head.
+        """
+        found: dict[tuple[int, int], int] = {}
+        for rank, (query, kv) in enumerate(zip(self.query, self.kv, strict=True)):
+            if len(query):
+                found.setdefault((len(query), len(kv) if self.grouped[rank] else len(query)), rank)
+        return tuple((queries, keys, rank) for (queries, keys), rank in found.items())
+
+    def _is_grouped(self, rank: int) -> bool:
         if not len(self.query[rank]):
             return True
         size, rest = divmod(len(self.query[rank]), len(self.kv[rank]))

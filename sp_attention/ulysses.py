@@ -128,7 +128,7 @@ class UlyssesAttention:
         self._require_done(_shares(request, plan))
         request = _of_rank(request, plan, self.peers.rank)
         if call.is_shared:
-            (query,) = to_heads((query,), (plan.query,), call.extent.length, self.peers)
+            (query,) = to_heads((query,), plan, ("query",), call.extent.length, self.peers)
         else:
             heads = plan.query[self.peers.rank]
             query = query[:, :, heads.start : heads.stop]
@@ -165,13 +165,16 @@ class UlyssesAttention:
             weights = query.transpose(1, 2) @ key[:, :, :0].permute(0, 2, 3, 1)
             out = (weights @ value[:, :, :0].transpose(1, 2)).transpose(1, 2)
         else:
-            if not plan.is_grouped(self.peers.rank):
-                order = torch.tensor(plan.kv_of_query(self.peers.rank), device=key.device)
+            if not plan.grouped[self.peers.rank]:
+                order = request.mask.once(("kv of query", plan), lambda: self._kv_of_query(plan, key.device))
                 request = replace(request, key=key.index_select(2, order), value=value.index_select(2, order))
             out, weights = self._attend(request)
         if not self.current.weights or weights is None:
             return out, None
         return out, gather(weights, plan.query[-1].stop, self.peers, 1)
+
+    def _kv_of_query(self, plan: HeadPlan, device: torch.device) -> Tensor:
+        return torch.tensor(plan.kv_of_query(self.peers.rank), device=device)
 
     def _attend(self, request: Request) -> Attended:
         if not self.current.weights:
@@ -253,10 +256,6 @@ def _shares(request: Request, plan: HeadPlan) -> list[Request]:
     def shaped(like: Tensor, length: int, heads: int) -> Tensor:
         return like.new_empty(like.shape[3]).expand(like.shape[0], length, heads, -1)
 
-    shares: dict[tuple[int, int], int] = {}
-    for rank, (query, kv) in enumerate(zip(plan.query, plan.kv, strict=True)):
-        if len(query):
-            shares.setdefault((len(query), len(kv) if plan.is_grouped(rank) else len(query)), rank)
     return [
         replace(
             _of_rank(request, plan, rank),
@@ -264,7 +263,7 @@ def _shares(request: Request, plan: HeadPlan) -> list[Request]:
             key=shaped(request.key, keys, n),
             value=shaped(request.value, keys, n),
         )
-        for (h, n), rank in shares.items()
+        for h, n, rank in plan.kinds
     ]
 
 

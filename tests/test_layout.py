@@ -54,7 +54,7 @@ def test_grouped_means_that_consecutive_query_heads_share_kv_heads_evenly(heads:
     plan = head_plan(kv_heads * group, kv_heads, ranks)
     for rank, (query, kv) in enumerate(zip(plan.query, plan.kv, strict=True)):
         even = [i * len(kv) // len(query) for i in range(len(query))] if len(query) else []
-        assert plan.is_grouped(rank) == (list(plan.kv_of_query(rank)) == even and not len(query) % max(len(kv), 1))
+        assert plan.grouped[rank] == (list(plan.kv_of_query(rank)) == even and not len(query) % max(len(kv), 1))
 
 
 def test_heads_that_do_not_share_evenly_are_an_error() -> None:
