@@ -61,7 +61,7 @@ def step_of(setting: str, length: int) -> tuple[int, float, float]:
 
 
 @click.command()
-@click.option("--length", default=8192, show_default=True, help="Tokens of the sequence that the two ranks share.")
+@click.option("--length", default=4096, show_default=True, help="Tokens of the sequence that the two ranks share.")
 def main(length: int) -> None:
     # glibc keeps freed memory for itself otherwise, and little of what a step takes is seen.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)

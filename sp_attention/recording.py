@@ -23,7 +23,7 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _LOW_PRECISION_TOLERANCE = 5e-2
 
 # Numbers in the gradients that are compared.
-_SLOPES = 2**18
+SLOPES = 2**18
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any,
     parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
     ordered = sorted(parameters, key=Tensor.numel)
     totals = accumulate(map(Tensor.numel, ordered))
-    small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= _SLOPES]
+    small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= SLOPES]
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
     if not small or sharded or model.device.type == "meta":
         return model(**inputs), torch.zeros(0, device=model.device)

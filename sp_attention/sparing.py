@@ -1,7 +1,7 @@
 """Spare memory where it is proven to change no number: sharded logits, losses in tiles, parts of layers in pieces."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from inspect import signature
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from sp_attention.agreement import attempted
 from sp_attention.errors import UnsupportedError
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
-from sp_attention.recording import require_same, same, with_slopes
+from sp_attention.recording import SLOPES, require_same, same, with_slopes
 from sp_attention.region import TOKENS, Hooks
 from sp_attention.rehearsal import EVERYTHING, Findings, Found
 from sp_attention.specimens import Specimen
@@ -93,13 +93,27 @@ def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], t
         for liger in (True, False) if liger_does(module) else (False,):
             hooks.region = replace(hooks.region, head=replace(tiled, liger=liger, tile=2))
             hooks.hook_instead(hooks.region.stacks)
-            reason, _ = attempted(compare, hooks.peers, model.device)
+            with _without_large_gradients(module):
+                reason, _ = attempted(compare, hooks.peers, model.device)
             hooks.region = replace(hooks.region, head=replace(tiled, liger=liger))
             if reason is None:
                 break
     if reason is not None:
         hooks.region = replace(hooks.region, head=reason)
     hooks.hook_instead(hooks.region.stacks)
+
+
+@contextmanager
+def _without_large_gradients(module: nn.Module) -> Iterator[None]:
+    """Within it only small weights of a module are given gradients, since only those are compared."""
+    large = [one for one in module.parameters() if one.requires_grad and one.numel() > SLOPES]
+    for parameter in large:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in large:
+            parameter.requires_grad_(True)
 
 
 def _head_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[nn.Module, int]:
