@@ -16,6 +16,9 @@ from torch import Tensor
 _LARGE = 2**17  # bytes
 # How much of a piece a tensor fills at the least.
 _FILLED = 0.8
+# Bytes that are held, by those that were in use at one time: less, and pieces of one size are given up for another's in
+# every layer.
+_HELD = 1.25
 
 
 @dataclass(eq=False)
@@ -39,7 +42,7 @@ class _Piece:
 class Memory:
     """Pieces of memory for tensors on a CPU, each of which is free again when nobody holds its tensor or a view of it.
 
-    It never holds more bytes than were in use at one time.
+    It never holds more than a quarter more bytes than were in use at one time.
     """
 
     _pieces: list[_Piece] = field(default_factory=list)
@@ -64,7 +67,7 @@ class Memory:
                 return piece.lend(size)
         in_use = self.held - sum(piece.memory.numel() for piece in free)
         self._most = max(self._most, in_use + size)
-        while self.held + size > self._most:
+        while self.held + size > self._most * _HELD:
             self._pieces.remove(free.pop())
         memory = torch.empty(size, dtype=torch.uint8)
         self._pieces.append(_Piece(memory, ref(memory.numpy())))
