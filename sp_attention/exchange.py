@@ -215,7 +215,7 @@ def _to_heads(
     batch, sizes = tensors[0].shape[0], tuple(tensor.shape[3] for tensor in tensors)
     pack = _packing(plan, kinds, sizes, batch, length, peers.rank)
     whole = peers.memory.empty((length, batch, pack.width), tensors[0])
-    send = peers.memory.empty((sum(pack.by_heads),), tensors[0])
+    send = peers.memory.empty((pack.travelling,), tensors[0])
     for run, rows in _runs(send, batch, pack):
         rows = _rows(whole, pack.mine)[None] if rows is None else rows
         for tensor, heads, column in zip(tensors, run.heads, _columns(rows, sizes, run), strict=True):
@@ -241,7 +241,7 @@ def _to_sequence(
     if len(rows) > 1 or not send.is_contiguous():
         send = peers.memory.empty((len(pack.sent), batch, pack.width), tensors[0])
         torch.cat([_rows(row, pack.sent) for row in rows], 2, out=send)
-    received = peers.memory.empty((sum(pack.by_heads),), tensors[0])
+    received = peers.memory.empty((pack.travelling,), tensors[0])
     peers.meet(6, length, batch, pack.all_widths)
     dist.all_to_all_single(received, send.view(-1), pack.by_heads, pack.by_tokens, group=peers.group)
     results = tuple(

@@ -10,6 +10,9 @@ from typing import Literal
 
 from sp_attention.layout import HeadPlan, Span, spans
 
+# More ranks send their own tokens through the all-to-all too: few of many, and equal parts need no sizes.
+_FEW = 8
+
 # Which of a plan's heads: a tensor is of query heads, of key/value heads, or of those that are kept in a cache.
 Kind = Literal["query", "kv", "stored"]
 
@@ -41,9 +44,11 @@ class Packing:
     """What one rank sends and receives when tokens [B, s] of all heads become tokens [B, S] of some, or the reverse.
 
     heads: of this rank, of each tensor. width: the numbers that they are for one token; all_widths: of all ranks.
-    mine, sent: its tokens, and those that travel: all but its own where the others are neighbours; between two others
-        its own go through the all-to-all too, and are copied once more.
-    by_heads: for each rank, the numbers of its heads and my tokens. by_tokens: those of my heads and its tokens.
+    mine, sent: its tokens, and those that travel: all but its own where the others are neighbours, and few; between two
+        others its own go through the all-to-all too, and are copied once more.
+    travelling: the numbers of all heads and my tokens, as far as they travel.
+    by_heads: for each rank, the numbers of its heads and my tokens. by_tokens: those of my heads and its tokens. None
+        where all ranks have as many of both, since the call takes time for each size.
     runs: the ranks that have any heads, in order.
     shares: for each tensor, whether ranks share heads.
     """
@@ -53,8 +58,9 @@ class Packing:
     all_widths: int
     mine: Span
     sent: Span
-    by_heads: list[int]
-    by_tokens: list[int]
+    travelling: int
+    by_heads: list[int] | None
+    by_tokens: list[int] | None
     runs: tuple[Run, ...]
     shares: tuple[bool, ...]
 
@@ -70,10 +76,11 @@ def packing(
     widths = [sum(len(heads[rank]) * size for heads, size in zip(spread, sizes, strict=True)) for rank in range(ranks)]
     by_heads = [len(mine) * batch * width for width in widths]
     by_tokens = [len(span) * batch * widths[me] for span in cut]
-    sent = Span(mine.stop, length) if me == 0 else Span(0, mine.start if me == ranks - 1 else length)
-    own = me if len(sent) < length else None
-    if own is not None:
+    sent, own = Span(0, length), None
+    if ranks <= _FEW and me in (0, ranks - 1):
+        sent, own = (Span(0, mine.start) if me else Span(mine.stop, length)), me
         by_heads[me] = by_tokens[me] = 0
+    are_equal = ranks > _FEW and len({*map(len, cut)}) == len({*widths}) == 1
     runs: list[Run] = []
     first = 0
     while first < ranks:
@@ -94,8 +101,9 @@ def packing(
         sum(widths),
         mine,
         sent,
-        by_heads,
-        by_tokens,
+        sum(by_heads),
+        None if are_equal else by_heads,
+        None if are_equal else by_tokens,
         tuple(runs),
         tuple(any(left.stop > right.start for left, right in pairwise(heads)) for heads in spread),
     )

@@ -76,6 +76,28 @@ def test_groups_that_are_not_the_world_exchange_among_themselves() -> None:
     assert all(run_ranks(4, check_places_in_groups))
 
 
+def check_many() -> bool:
+    """Of more ranks than keep their own tokens: equal shares, heads of several ranks, and ranks without heads."""
+    peers = world()
+    for length, query_heads, kv_heads in ((18, 9, 9), (18, 18, 3), (20, 9, 9), (18, 5, 1)):
+        whole = [tagged(2, length, heads, 4, part) for heads, part in ((query_heads, 0.25), (kv_heads, 0.5))]
+        plan = head_plan(query_heads, kv_heads, peers.size)
+        query, key = (cut(tensor, peers.span(length)).requires_grad_() for tensor in whole)
+        mine, keys, values = seq_to_head(query, key, key, length, plan, peers)
+        heads, kv_heads_here = plan.query[peers.rank], plan.kv[peers.rank]
+        assert torch.equal(mine, whole[0][:, :, heads.start : heads.stop])
+        assert torch.equal(keys, whole[1][:, :, kv_heads_here.start : kv_heads_here.stop])
+        (head_to_seq(mine, plan, peers).sum() + keys.sum() + values.sum()).backward()
+        holders = torch.tensor([sum(one.start <= head < one.stop for one in plan.kv) for head in range(kv_heads)])
+        assert torch.equal(query.grad, torch.ones_like(query))
+        assert torch.equal(key.grad, (2.0 * holders)[:, None].expand_as(key).to(key.dtype))
+    return True
+
+
+def test_many_ranks_exchange_alike() -> None:
+    assert all(run_ranks(9, check_many))
+
+
 class WholeOnEveryRank(torch.autograd.Function):
     """The identity on a tensor that all ranks hold, whose gradient is the mean over ranks, as for parameters."""
 

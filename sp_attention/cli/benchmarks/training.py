@@ -29,7 +29,7 @@ MODEL: dict[str, Any] = {
 }
 # What this library is asked for, in a step as it comes and where memory is short.
 ENABLE: dict[str, Any] = {"backend": "sdpa"}
-ENABLE_LONG: dict[str, Any] = {**ENABLE}
+ENABLE_LONG: dict[str, Any] = {**ENABLE, "mlp_tile": 1024}
 RATE = 1e-3
 # Tokens whose logits are there at once in DeepSpeed's tiles.
 TILE = 1024
