@@ -18,9 +18,10 @@ from sp_attention.cache import told_of
 from sp_attention.dims import Dims, Extent, dims
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import Peers
+from sp_attention.forward import TOKENS
 from sp_attention.plan import Layer, Stack, named_arguments
 from sp_attention.recording import Run, same
-from sp_attention.region import TOKENS, Hooks
+from sp_attention.region import Hooks
 from sp_attention.specimens import Inputs
 from sp_attention.trees import Path, map_leaves, tensors
 

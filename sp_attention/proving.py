@@ -22,10 +22,11 @@ from sp_attention.continuing import prove_caches
 from sp_attention.dims import Extent
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import mean_over_ranks
+from sp_attention.forward import Forward
 from sp_attention.masks import describe_for_layers
 from sp_attention.plan import Region
 from sp_attention.recording import Attended, Run, require_same, same, same_buffers, undisturbed, with_slopes
-from sp_attention.region import Forward, Hooks
+from sp_attention.region import Hooks
 from sp_attention.registry import usable
 from sp_attention.rehearsal import EVERYTHING, Findings, Found, explore
 from sp_attention.sparing import LossTile, cut_parts, shard_loss

@@ -5,8 +5,7 @@ are gathered, or stay sharded when the sharded loss follows. A part of a layer t
 whole tensors, and my span of what it returns goes on.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import TransformersKwargs
 
 from sp_attention import randomness
 from sp_attention.agreement import SAMPLING, require_same_batch
@@ -28,56 +26,28 @@ from sp_attention.attention import Mask
 from sp_attention.cache import LayersCache, cached_length
 from sp_attention.call import Call, Current
 from sp_attention.crossing import entering, leaving, text_of, users_own
-from sp_attention.dims import Along, Extent
-from sp_attention.embeddings import Looked, can_look_up, looked_up
+from sp_attention.dims import Extent
+from sp_attention.embeddings import can_look_up, looked_up
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
-from sp_attention.logits import ShardedLogits
+from sp_attention.forward import (
+    TOKENS,
+    Forward,
+    fills_caches,
+    is_on,
+    refusal,
+    stays_sharded,
+    with_sharded_logits,
+    without_cache,
+)
 from sp_attention.masks import DOCUMENTS, Described
 from sp_attention.piecewise import hook_pieces
-from sp_attention.plan import FOR_THE_LOSS, Layer, Part, Region, Stack, named_arguments, tensor_names
-from sp_attention.tiling import Head, Held, hold
+from sp_attention.plan import Layer, Part, Region, Stack, named_arguments, tensor_names
+from sp_attention.tiling import Head, hold
 from sp_attention.trees import Path, leaf_at, leaves, map_leaves, tensors
-
-# The arguments that are the tokens of the stack before the loss.
-TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 # Where transformers' layers and torch's wrapper keep the function that checkpoints.
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
-
-
-@dataclass
-class Forward:
-    """A forward in progress.
-
-    model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
-    unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
-    seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
-    caches: key/value caches are filled.
-    held: what the head was given, where the loss makes logits in tiles.
-    records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
-    calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
-    embedded: my span of the embeddings, on the way to the first layer.
-    """
-
-    model: PreTrainedModel
-    stays_sharded: int | None
-    unseen: bool
-    seed: int | None = None
-    states: list[Tensor] | None = None
-    passes: int = 0
-    calls: dict[str, Call] = field(default_factory=dict)
-    inside: set[str] = field(default_factory=set)
-    embedded: Looked | None = None
-    caches: bool = False
-    held: Held | None = None
-    records: bool = False
-    parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
-
-    def note(self, tensor: Any, along: Along | None, call: Call) -> None:
-        """Remember what a layer is given or returns: transformers may record it inside, before it is whole."""
-        if along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
-            self.parts[id(tensor)] = (tensor, along, call)
 
 
 @dataclass
@@ -155,7 +125,7 @@ class Hooks:
             self.current.given |= tensors_given
             # A model inside the one that was called.
             self.forward.unseen |= unseen
-            self.forward.records |= _is_on("output_hidden_states", model, given)
+            self.forward.records |= is_on("output_hidden_states", model, given)
             return
         caches = [value for value in given.values() if isinstance(value, Cache)]
         mode: dict[str, Any] = {
@@ -171,76 +141,23 @@ class Hooks:
         described = [(".".join(map(str, path)), leaf) for path, leaf in leaves(given) if isinstance(leaf, Described)]
         masks = {f"{name}, {part}": value for name, leaf in described for part, value in leaf.told.items()}
         require_same_batch({**given, **masks, **mode}, self.peers, model.device)
-        reason = self._refusal(model, given)
+        reason = refusal(self.region, model, given)
         if reason is not None:
             raise UnsupportedError(reason)
-        self.current.call, self.current.weights = None, _is_on("output_attentions", model, given)
+        self.current.call, self.current.weights = None, is_on("output_attentions", model, given)
         self.current.given, self.current.is_known, self.current.kept = tensors_given, True, {}
         self._unbind()
         self.forward = Forward(
             model,
-            self._stays_sharded(model, given),
+            stays_sharded(self.region, model, given, self._only_loss),
             unseen,
-            caches=self._caches(model, given, bool(caches)),
-            records=_is_on("output_hidden_states", model, given),
+            caches=fills_caches(self.region, model, given, bool(caches), self._only_loss),
+            records=is_on("output_hidden_states", model, given),
         )
         if model.training and self.region.random:
             self.forward.seed = randomness.shared_seed(model.device, self.peers)
         elif model.training:
             self.forward.states = randomness.states(model.device)
-
-    def _caches(self, model: PreTrainedModel, given: Mapping[str, Any], is_given: bool) -> bool:
-        """Whether a cache is filled: one that is given, or that the model makes. In training, only if it is asked to.
-
-        Most models make one whenever they are not told otherwise, and nobody looks at it where it is for a loss.
-        """
-        return is_given or bool(
-            given.get("use_cache", not (model.training or self._only_loss or self.region.no_caches))
-        )
-
-    def _stays_sharded(self, model: PreTrainedModel, given: Mapping[str, Any]) -> int | None:
-        """S if our loss, and nothing but it, will see the logits."""
-        kept = given.get("logits_to_keep")
-        tokens = next((given[name] for name in TOKENS if name in given), None)
-        labels = [given[name] for name in ("labels", "shift_labels") if name in given]
-        stays = (
-            model is self.region.models[0]
-            and (model.training or self._only_loss)
-            and "labels" in given
-            and tokens is not None
-            and all(isinstance(one, Tensor) and one.shape == tokens.shape[:2] for one in labels)
-            # Another argument is for code in place of the model's own forward, which may use hidden states itself.
-            and given.keys() <= _own_arguments(model)
-            and (kept is None or (isinstance(kept, int) and kept == 0))
-            and not isinstance(self.region.sharded_loss, str)
-            # Such a mask does not remember for a recomputation that the logits stayed sharded.
-            and not (isinstance(mask := given.get("attention_mask"), Tensor) and mask.dim() == 4)
-            # The user may have set another since.
-            and model.loss_function is self.region.sharded_loss
-        )
-        return tokens.shape[1] if stays and tokens is not None else None
-
-    def _refusal(self, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
-        """Why this forward cannot be exact under sequence parallelism, None when it can."""
-        key = self.region.implementation
-        if key is not None and any(inner.config._attn_implementation != key for inner in self.region.models):
-            return "the attention implementation was changed after enable(): call handle.disable() before you change it"
-        is_cached = bool(given.get("use_cache")) or any(isinstance(one, Cache) for one in given.values())
-        if self.region.no_caches and (is_cached or "past_key_values" in given):
-            return (
-                f"a key/value cache (generate(), use_cache=True, past_key_values): {self.region.no_caches}. Generate "
-                "within handle.suspended(), by the whole model on every rank, or pass use_cache=False"
-            )
-        if "past_key_values" in given and not isinstance(given["past_key_values"], Cache):
-            return f"past_key_values is a {type(given['past_key_values']).__name__}, and no Cache of transformers"
-        if {"cu_seq_lens_q", "max_length_q"} <= given.keys() and "position_ids" not in given:
-            return (
-                "cu_seq_lens_q and max_length_q without position_ids: under sequence parallelism it is positions that "
-                "start anew which say where documents begin, so pass them too"
-            )
-        if _is_on("output_hidden_states", model, given) and not _is_on("return_dict", model, given, default=True):
-            return "output_hidden_states needs return_dict=True under sequence parallelism"
-        return None
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         forward = self.forward
@@ -265,29 +182,17 @@ class Hooks:
         call = self._call_before_loss(forward)
         if isinstance(output, dict):
             for name in [name for name in output if "hidden_states" in name or "router" in name]:
-                output[name] = map_leaves(lambda _, leaf: self._recorded(leaf, forward), output[name])
+                output[name] = map_leaves(lambda _, leaf: forward.recorded(leaf), output[name])
         if forward.model is not model:
             return output
         if call is not None:
-            output = _with_sharded_logits(output, call, forward.held)
-        return output if forward.caches else _without_cache(output)
+            output = with_sharded_logits(output, call, forward.held)
+        return output if forward.caches else without_cache(output)
 
     def _call_before_loss(self, forward: Forward) -> Call | None:
         """The call whose hidden states stay sharded for the loss, None if there is none."""
         call = forward.calls.get(self.region.before_loss or "")
         return call if call is not None and call.stays_sharded and call.is_shared else None
-
-    def _recorded(self, value: Any, forward: Forward) -> Any:
-        """What transformers recorded inside of the layers, as the user may see it: whole."""
-        if id(value) in forward.parts:
-            _, along, call = forward.parts[id(value)]
-            return call.whole(value, along)
-        # Router logits [B·s, experts], of which the layers' results say nothing.
-        rows = Along(0, rows=True)
-        for call in forward.calls.values():
-            if isinstance(value, Tensor) and value.dim() == 2 and call.is_shared and call.is_part(value, rows):
-                return call.whole(value, rows)
-        return value
 
     # Embeddings
 
@@ -551,16 +456,6 @@ class Hooks:
         self._hook(part.module, before, after)
 
 
-def _is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
-    """Whether a switch of transformers is on: in the arguments of a forward, or else in the configuration."""
-    return bool(given.get(switch, getattr(model.config, switch, default)))
-
-
-def _own_arguments(model: PreTrainedModel) -> set[str]:
-    """The arguments that a model's class, and what it passes its keyword arguments on to, know."""
-    return {*inspect.signature(type(model).forward).parameters, *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
-
-
 def _outside(name: str) -> str:
     if not torch.is_grad_enabled():  # A checkpoint that recomputes in backward needs gradients.
         return (
@@ -571,23 +466,3 @@ def _outside(name: str) -> str:
         f"{name} runs outside of a forward of its model, and nothing tells what sequence it is of: to checkpoint it "
         "use model.gradient_checkpointing_enable()"
     )
-
-
-def _with_sharded_logits(output: Any, call: Call, held: Held | None) -> Any:
-    """A causal model's output, a dict or (loss, logits, ...), with logits that cannot be taken for the whole."""
-    part = output["logits"] if isinstance(output, dict) else output[1]
-    shape, compute = (part.shape, lambda: part) if held is None else (held.shape, held.logits)
-    logits = ShardedLogits(shape, call.extent.length, call.peers, compute)
-    if isinstance(output, dict):
-        output["logits"] = logits
-        return output
-    return (output[0], logits, *output[2:])
-
-
-def _without_cache(output: Any) -> Any:
-    """A model's output without the key/value cache that it made on its own and that nobody asked for; it is empty."""
-    if isinstance(output, dict) and any(isinstance(value, Cache) for value in output.values()):
-        return type(output)(**{name: value for name, value in output.items() if not isinstance(value, Cache)})
-    if isinstance(output, tuple):
-        return tuple(item for item in output if not isinstance(item, Cache))
-    return output

@@ -13,10 +13,11 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from sp_attention.agreement import attempted
 from sp_attention.errors import UnsupportedError
+from sp_attention.forward import TOKENS
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.recording import SLOPES, require_same, same, with_slopes
-from sp_attention.region import TOKENS, Hooks
+from sp_attention.region import Hooks
 from sp_attention.rehearsal import EVERYTHING, Findings, Found
 from sp_attention.specimens import Specimen
 from sp_attention.tiling import Head, liger_does, tile_for
