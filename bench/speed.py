@@ -23,6 +23,13 @@ TEXTS = {
 The exchange with an attention that does nothing, forward and backward, over four `all_to_all_single` of the bytes that
 have to move, on buffers that are there already. Everyone's results and gradients are checked first, bit for bit. Of
 veomni, ms-swift and verl, which import much that an exchange has no need of, the module that has it is loaded alone.
+
+Where ours spends what is above 1, by counters around its calls on 26 November 2026 (P 2, float32, S 8192, 16 key
+heads): of 80 ms, 40 are in the four all-to-all calls, which take 49 alone, since a rank's own tokens are left out of
+them; 40 are copies of 152 MiB by rank, packed, unpacked, or a rank's own, which memory serves at 4 GB/s to each of
+two cores. There was one page fault in a step; with buffers made anew there were 29,000, and the mean of all cases was
+2.4 where it is 1.7. Copying a rank's own tokens while the others travel changed nothing beyond the spread: two ranks
+keep two cores busy.
 """,
     "layer": """
 One layer's attention, causal, in float32, over those all-to-all calls and torch's `scaled_dot_product_attention` of one
