@@ -28,7 +28,7 @@ Where ours spends what is above 1, by counters around its calls on 26 November 2
 heads): of 80 ms, 40 are in the four all-to-all calls, which take 49 alone, since a rank's own tokens are left out of
 them; 40 are copies of 152 MiB by rank, packed, unpacked, or a rank's own, which memory serves at 4 GB/s to each of
 two cores. There was one page fault in a step; with buffers made anew there were 29,000, and the mean of all cases was
-2.4 where it is 1.7. Copying a rank's own tokens while the others travel changed nothing beyond the spread: two ranks
+2.4 to 2.8 where it is 1.8. Copying a rank's own tokens while the others travel changed nothing beyond the spread: two ranks
 keep two cores busy.
 """,
     "layer": """
@@ -44,6 +44,10 @@ loop of its tutorial. Both begin with the same loss.
 Physical memory of a process at most, in two such steps, in new processes. Of it for training: above what stood before
 there was a model. The longest sequence is with checkpointing; DeepSpeed ALST has `TiledMLP`, and `TiledFusedLogitsLoss`
 with 1,024 tokens a tile, too.
+
+On 26 November 2026 the search ran within 1.1 GiB a rank, on 2 ranks: 1,536 tokens for ours, 1,024 for ALST, in steps of
+256 ([raw](data/speed/memory-1.1GiB.json)). A token more took 0.09 MiB of ours and 0.2 MiB of ALST. Within 4 GiB it was
+not run: by that, ours would train some 36,000 tokens, whose steps take half an hour each on two cores.
 """,
     "scale": """
 One process, as rank 0 of a group that torch fakes. Python is the process' time in an enabled model less that in a plain
