@@ -28,8 +28,8 @@ Where ours spends what is above 1, by counters around its calls on 26 November 2
 heads): of 80 ms, 40 are in the four all-to-all calls, which take 49 alone, since a rank's own tokens are left out of
 them; 40 are copies of 152 MiB by rank, packed, unpacked, or a rank's own, which memory serves at 4 GB/s to each of
 two cores. There was one page fault in a step; with buffers made anew there were 29,000, and the mean of all cases was
-2.4 to 2.8 where it is 1.8. Copying a rank's own tokens while the others travel changed nothing beyond the spread: two ranks
-keep two cores busy.
+2.4 to 2.8 where it is 1.8. Copying a rank's own tokens while the others travel changed nothing beyond the spread: two
+ranks keep two cores busy.
 """,
     "layer": """
 One layer's attention, causal, in float32, over those all-to-all calls and torch's `scaled_dot_product_attention` of one
