@@ -173,7 +173,8 @@ def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any,
     ordered = sorted(parameters, key=Tensor.numel)
     totals = accumulate(map(Tensor.numel, ordered))
     small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= SLOPES]
-    sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+    # As DTensors, or by DeepSpeed's ZeRO-3, which leaves them empty and notes their size.
+    sharded = any(isinstance(one, DTensor) or one.numel() < getattr(one, "ds_numel", 0) for one in parameters)
     if not small or sharded or model.device.type == "meta":
         return model(**inputs), torch.zeros(0, device=model.device)
     with torch.enable_grad():
