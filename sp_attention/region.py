@@ -42,7 +42,7 @@ from sp_attention.forward import (
 )
 from sp_attention.masks import DOCUMENTS, Described
 from sp_attention.piecewise import hook_pieces
-from sp_attention.plan import Layer, Part, Region, Stack, named_arguments, tensor_names
+from sp_attention.plan import Embedding, Layer, Part, Region, Stack, named_arguments, tensor_names
 from sp_attention.tiling import Head, hold
 from sp_attention.trees import Path, leaf_at, leaves, map_leaves, tensors
 
@@ -75,7 +75,7 @@ class Hooks:
             self._hook(model, partial(self._before_model, self.region.arguments[model]), self._after_model)
         for stack in self.region.stacks:
             if stack.embedding is not None:
-                self._hook_embedding(stack.embedding.module, stack.layers[0].module)
+                self._hook_embedding(stack.embedding, stack.layers[0].module)
             for layer in stack.layers:
                 self._hook_layer(stack, layer)
                 for part in layer.parts:
@@ -196,12 +196,14 @@ class Hooks:
 
     # Embeddings
 
-    def _hook_embedding(self, embedding: nn.Embedding, first: nn.Module) -> None:
+    def _hook_embedding(self, embedding: Embedding, first: nn.Module) -> None:
         lengths: list[int] = []
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def before(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             ids = args[0] if len(args) == 1 and not kwargs else None
-            if ids is None or id(ids) not in self.current.given or not self._looks_up_its_own(embedding, first, ids):
+            if ids is None or id(ids) not in self.current.given:
+                return None
+            if not self._looks_up_its_own(module, embedding.name, first, ids):
                 return None
             lengths.append(ids.shape[1])
             span = self.peers.span(ids.shape[1])
@@ -216,23 +218,26 @@ class Hooks:
             self.forward.embedded = looked_up(output, length)
             return self.forward.embedded.whole
 
-        self._hook(embedding, before, after)
+        self._hook(embedding.module, before, after)
 
-    def _looks_up_its_own(self, embedding: nn.Embedding, first: nn.Module, ids: Tensor) -> bool:
+    def _looks_up_its_own(self, module: nn.Embedding, name: str, first: nn.Module, ids: Tensor) -> bool:
         """Whether only my span of the embeddings is looked up: if nobody but the first layer gets to see them.
 
-        In training, dropout would, and a checkpoint around the hooks of the first layer, which does without gradients.
+        In training, dropout would, and a checkpoint around the hooks of the first layer, which does without gradients;
+        and so would a module that was put in the place that had this name, as an adapter is.
         """
         forward = self.forward
         if forward is None or forward.unseen or forward.records or (forward.model.training and self.region.random):
+            return False
+        if not name.endswith(next((one for one, other in forward.model.named_modules() if other is module), "?")):
             return False
         if torch.is_grad_enabled():
             models: list[nn.Module] = [] if isinstance(first, GradientCheckpointingLayer) else [*self.region.models]
             if any(getattr(model, "gradient_checkpointing", False) for model in models):
                 return False
-            if any(isinstance(module, CheckpointWrapper) for module in forward.model.modules()):
+            if any(isinstance(one, CheckpointWrapper) for one in forward.model.modules()):
                 return False
-        return can_look_up(embedding, ids, self.peers.size)
+        return can_look_up(module, ids, self.peers.size)
 
     # The head
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import MODELS, Tiny, batch_of
 from test_parity import relative_error
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -58,6 +58,17 @@ def test_no_float_tensor_of_a_training_step_is_as_large_as_the_hidden_states_of_
         assert numbers < 512 * 48, operator
 
 
+class Scaled(nn.Module):
+    """Embeddings and more, as an adapter has them."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.base(ids) * 1.5
+
+
 def errors(change: str, batch: dict[str, Tensor]) -> dict[str, float]:
     """Largest relative errors of loss and gradients of a model that was changed after `enable`."""
     reference, model = LLAMA.build(), LLAMA.build()
@@ -68,6 +79,12 @@ def errors(change: str, batch: dict[str, Tensor]) -> dict[str, float]:
     if change == "a hook that scales":
         for one in (reference, model):
             one.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.5)
+        reference.zero_grad()
+        loss = reference(**batch).loss
+        loss.backward()
+    if change == "a module in its place":
+        model.set_input_embeddings(Scaled(model.get_input_embeddings()))
+        reference.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.5)
         reference.zero_grad()
         loss = reference(**batch).loss
         loss.backward()
@@ -83,12 +100,16 @@ def errors(change: str, batch: dict[str, Tensor]) -> dict[str, float]:
     ours.backward()
     sp_attention.average_gradients(model)
     theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    mine = {name.replace("_checkpoint_wrapped_module.", ""): one.grad for name, one in model.named_parameters()}
+    within = ("_checkpoint_wrapped_module.", "base.")
+    mine = {name.replace(within[0], "").replace(within[1], ""): one.grad for name, one in model.named_parameters()}
     assert mine.keys() == theirs.keys()
     return {"loss": relative_error(ours, loss)} | {name: relative_error(mine[name], theirs[name]) for name in theirs}
 
 
-@pytest.mark.parametrize("change", ["none", "a hook that scales", "re-entrant", "wrapped re-entrant"])
+CHANGES = ["none", "a hook that scales", "a module in its place", "re-entrant", "wrapped re-entrant"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_whoever_else_sees_the_embeddings_sees_all_of_them(change: str) -> None:
     for found in run_ranks(3, errors, change, batch_of("plain", 31)):
         assert max(found.values()) < 1e-5, found
