@@ -29,17 +29,12 @@ def looked_up(part: Tensor, length: int) -> Looked:
     return Looked(part, part.new_full((), torch.nan).expand(part.shape[0], length, part.shape[2]))
 
 
-def can_look_up(module: nn.Embedding, ids: Tensor, size: int) -> bool:
-    """Whether each of `size` ranks may look up its span of ids [B, S] alone.
+def can_look_up(module: nn.Embedding, ids: Tensor) -> bool:
+    """Whether each rank may look up its span of ids [B, S] alone.
 
     Not where hooks of others see the embeddings, nor where an id is in no table: then every rank has to say so.
     transformers' own hook only lets them require gradients, when a model is checkpointed.
     """
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     others = [hook for hook in hooks if getattr(hook, "__module__", None) != transformers.modeling_utils.__name__]
-    return (
-        ids.dim() == 2
-        and ids.shape[1] >= size
-        and len(others) == 2
-        and bool(((ids >= 0) & (ids < module.num_embeddings)).all())
-    )
+    return ids.dim() == 2 and len(others) == 2 and bool(((ids >= 0) & (ids < module.num_embeddings)).all())

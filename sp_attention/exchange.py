@@ -218,15 +218,11 @@ def _to_heads(
     send = peers.memory.empty((pack.travelling,), tensors[0])
     for run, rows in _runs(send, batch, pack):
         rows = _rows(whole, pack.mine)[None] if rows is None else rows
-        for tensor, heads, column in zip(tensors, run.heads, _columns(rows, sizes, run), strict=True):
+        for tensor, heads, column in zip(tensors, run.heads, _columns(rows, run.each, sizes), strict=True):
             column.copy_(_heads_of(tensor, heads, run.ranks))
     peers.meet(5, length, batch, pack.all_widths)
     dist.all_to_all_single(_rows(whole, pack.sent).view(-1), send, pack.by_tokens, pack.by_heads, group=peers.group)
-    parts = whole.split([heads * size for heads, size in zip(pack.heads, sizes, strict=True)], 2)
-    return tuple(
-        part.unflatten(2, shape).transpose(0, 1)
-        for part, shape in zip(parts, zip(pack.heads, sizes, strict=True), strict=True)
-    )
+    return tuple(column[0] for column in _columns(whole[None], pack.heads, sizes))
 
 
 def _to_sequence(
@@ -251,10 +247,10 @@ def _to_sequence(
     for result, shares in zip(results, pack.shares, strict=True):
         if shares:
             result.zero_()
+    # What has not travelled is where it was.
+    own = tuple(tensor[None, :, pack.mine.start : pack.mine.stop] for tensor in tensors)
     for run, some in _runs(received, batch, pack):
-        # What has not travelled is where it was.
-        own = [tensor[None, :, pack.mine.start : pack.mine.stop] for tensor in tensors]
-        columns = own if some is None else _columns(some, sizes, run)
+        columns = own if some is None else _columns(some, run.each, sizes)
         for result, heads, shares, column in zip(results, run.heads, pack.shares, columns, strict=True):
             if heads.same:
                 _heads_of(result, heads, 1).add_(column.sum(0, keepdim=True))
@@ -286,10 +282,10 @@ def _runs(travelling: Tensor, batch: int, pack: Packing) -> Iterator[tuple[Run, 
         start = stop
 
 
-def _columns(rows: Tensor, sizes: Sequence[int], run: Run) -> tuple[Tensor, ...]:
-    """Views [n, B, s, heads, D] of rows [n, s, B, width]: the heads that n ranks have of each tensor."""
-    shapes = [(heads.each, size) for heads, size in zip(run.heads, sizes, strict=True)]
-    parts = rows.split([heads * size for heads, size in shapes], 3)
+def _columns(rows: Tensor, heads: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Views [n, B, s, heads, D] of rows [n, s, B, width]: of each tensor so many heads of n ranks, of this size."""
+    shapes = list(zip(heads, sizes, strict=True))
+    parts = rows.split([count * size for count, size in shapes], 3)
     return tuple(part.unflatten(3, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True))
 
 

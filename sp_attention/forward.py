@@ -3,9 +3,10 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import TransformersKwargs
@@ -53,6 +54,14 @@ class Forward:
         """Remember what a layer is given or returns: transformers may record it inside, before it is whole."""
         if along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
             self.parts[id(tensor)] = (tensor, along, call)
+
+    def has_in_place(self, module: nn.Module, name: str) -> bool:
+        """Whether a module stands where it had this name, and not within one that was put there, as an adapter is."""
+        model: Any = self.model
+        parts = name.split(".")
+        # The name is of the outermost model, and one inside of it, with a part of the name, may be called alone.
+        suffixes = (parts[start:] for start in range(len(parts)))
+        return any(reduce(lambda one, part: getattr(one, part, None), some, model) is module for some in suffixes)
 
     def recorded(self, value: Any) -> Any:
         """What transformers recorded inside of the layers, as the user may see it: whole."""

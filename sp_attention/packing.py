@@ -38,6 +38,11 @@ class Run:
     width: int
     is_own: bool
 
+    @property
+    def each(self) -> tuple[int, ...]:
+        """How many heads one of them has of each tensor."""
+        return tuple(heads.each for heads in self.heads)
+
 
 @dataclass(frozen=True)
 class Packing:

@@ -25,7 +25,16 @@ from sp_attention.exchange import mean_over_ranks
 from sp_attention.forward import Forward
 from sp_attention.masks import describe_for_layers
 from sp_attention.plan import Region
-from sp_attention.recording import Attended, Run, require_same, same, same_buffers, undisturbed, with_slopes
+from sp_attention.recording import (
+    Attended,
+    Run,
+    is_partitioned,
+    require_same,
+    same,
+    same_buffers,
+    undisturbed,
+    with_slopes,
+)
 from sp_attention.region import Hooks
 from sp_attention.registry import usable
 from sp_attention.rehearsal import EVERYTHING, Findings, Found, explore
@@ -93,8 +102,7 @@ def install(
 
 def _partitioned(model: PreTrainedModel) -> str | None:
     """What to do if the model cannot run since DeepSpeed has cut up its weights, and no engine gathers them."""
-    # Where DeepSpeed keeps the size of a parameter that it left empty.
-    if not any(parameter.numel() < getattr(parameter, "ds_numel", 0) for parameter in model.parameters()):
+    if not any(map(is_partitioned, model.parameters())):
         return None
     return (
         f"the weights of this {type(model).__name__} are partitioned by DeepSpeed's ZeRO-3 and no engine gathers them "
@@ -173,6 +181,8 @@ def _place(
         raise UnsupportedError("through transformers' attention interface the model gives other numbers")
     draws, last = _draws(model, findings, narrow[-1].inputs)
     findings = replace(findings, separate=findings.separate | draws.between)
+    if draws.anywhere:
+        findings = replace(findings, embeddings={})  # Dropout may come between them and the first layer.
     region = Region(
         findings.planned(),
         findings.models,

@@ -163,6 +163,11 @@ def require_same(output: Any, expected: Any, what: str) -> None:
         raise UnsupportedError(f"{what} gives other numbers than the model on its own")
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has cut up a parameter, which it leaves empty, with its size noted."""
+    return parameter.numel() < int(getattr(parameter, "ds_numel", 0))
+
+
 def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
     """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
 
@@ -173,8 +178,7 @@ def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any,
     ordered = sorted(parameters, key=Tensor.numel)
     totals = accumulate(map(Tensor.numel, ordered))
     small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= SLOPES]
-    # As DTensors, or by DeepSpeed's ZeRO-3, which leaves them empty and notes their size.
-    sharded = any(isinstance(one, DTensor) or one.numel() < getattr(one, "ds_numel", 0) for one in parameters)
+    sharded = any(isinstance(one, DTensor) or is_partitioned(one) for one in parameters)
     if not small or sharded or model.device.type == "meta":
         return model(**inputs), torch.zeros(0, device=model.device)
     with torch.enable_grad():

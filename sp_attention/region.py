@@ -223,13 +223,13 @@ class Hooks:
     def _looks_up_its_own(self, module: nn.Embedding, name: str, first: nn.Module, ids: Tensor) -> bool:
         """Whether only my span of the embeddings is looked up: if nobody but the first layer gets to see them.
 
-        In training, dropout would, and a checkpoint around the hooks of the first layer, which does without gradients;
-        and so would a module that was put in the place that had this name, as an adapter is.
+        A checkpoint around the hooks of the first layer would, which does without gradients, and a module that was put
+        in the place that had this name.
         """
         forward = self.forward
-        if forward is None or forward.unseen or forward.records or (forward.model.training and self.region.random):
+        if forward is None or forward.unseen or forward.records or ids.shape[-1] < self.peers.size:
             return False
-        if not name.endswith(next((one for one, other in forward.model.named_modules() if other is module), "?")):
+        if not forward.has_in_place(module, name):
             return False
         if torch.is_grad_enabled():
             models: list[nn.Module] = [] if isinstance(first, GradientCheckpointingLayer) else [*self.region.models]
@@ -237,7 +237,7 @@ class Hooks:
                 return False
             if any(isinstance(one, CheckpointWrapper) for one in forward.model.modules()):
                 return False
-        return can_look_up(module, ids, self.peers.size)
+        return can_look_up(module, ids)
 
     # The head
 
@@ -248,8 +248,7 @@ class Hooks:
             tokens = 0 if call is None else call.extent.batch * -(-call.extent.length // self.peers.size)
             if forward is None or head.tiles(tokens) < 2:
                 return None
-            # A module that was put in its place since may do more than call it, as an adapter does.
-            if len(args) != 1 or kwargs or forward.model.get_submodule(head.name) is not module:
+            if len(args) != 1 or kwargs or not forward.has_in_place(module, head.name):
                 return None
             forward.held = hold(head, module, args[0], tokens)
             return (args[0][:, :0],), kwargs

@@ -168,7 +168,7 @@ def explore(
         tuple(models),
         {one: frozenset().union(*(_given(one, run) for pair in runs for run in pair)) for one in models},
         frozenset(module for draft in drafts for module, mode in draft.modes.items() if mode == "over memory"),
-        _embeddings(drafts, runs, names) if proves else {},
+        _embeddings([draft for draft in drafts if draft.name in stacks], runs, names) if proves else {},
     )
     return findings, runs
 

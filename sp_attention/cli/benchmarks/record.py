@@ -4,8 +4,9 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from sp_attention.cli.machine import installed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,7 @@ def surroundings() -> Record:
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": {name: found for name in PACKAGES if (found := installed(name)) is not None},
     }
 
 
@@ -52,10 +53,3 @@ def markdown(table: Table) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
     return "\n".join([f"{table.title}:", "", *lines, *notes])
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

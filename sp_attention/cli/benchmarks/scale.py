@@ -50,7 +50,6 @@ class Heads:
 
 # As many as there are ranks at most, and those of the largest Llama.
 SHAPES = (Heads(1024, 1024, 8), Heads(128, 8, 128))
-WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
