@@ -10,7 +10,8 @@ from sp_attention.launch import run_ranks
 from sp_attention.layout import HeadPlan, Span, head_plan
 
 # (query heads, KV heads): even, uneven, groups that span ranks, one KV head, fewer heads than ranks.
-HEADS = [(4, 4), (6, 3), (7, 7), (5, 1), (8, 2), (2, 1)]
+# Of the last, on four ranks, neighbours share one of their two key heads.
+HEADS = [(4, 4), (6, 3), (7, 7), (5, 1), (8, 2), (2, 1), (12, 6)]
 
 
 def world() -> Peers:
