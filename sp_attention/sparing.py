@@ -6,7 +6,6 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -14,6 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from sp_attention.agreement import attempted
 from sp_attention.errors import UnsupportedError
 from sp_attention.forward import TOKENS
+from sp_attention.heads import logits_of
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
 from sp_attention.recording import SLOPES, require_same, same, with_slopes
@@ -21,7 +21,6 @@ from sp_attention.region import Hooks
 from sp_attention.rehearsal import EVERYTHING, Findings, Found
 from sp_attention.specimens import Specimen
 from sp_attention.tiling import Head, liger_does, tile_for
-from sp_attention.trees import tensors
 
 # Tokens whose logits the loss makes at a time: None for all.
 LossTile = int | Literal["auto"] | None
@@ -73,7 +72,7 @@ def shard_loss(
 
 
 def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], tile: LossTile) -> None:
-    """Let the loss make logits in tiles, if nothing comes between the head and it, and the numbers are the same."""
+    """Let the loss make logits in tiles, if little comes between the head and it, and the numbers are the same."""
     if tile is None:
         hooks.region = replace(hooks.region, head="enable(loss_tile=None)")
         return
@@ -82,16 +81,18 @@ def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], t
         output, slopes = with_slopes(model, batch)
         return {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
 
-    reason, found = attempted(lambda: (*_head_of(model, batch), computed()), hooks.peers, model.device)
+    reason, found = attempted(lambda: (logits_of(model, batch), computed()), hooks.peers, model.device)
     if found is not None:
-        module, vocabulary, expected = found
+        logits, expected = found
+        module, vocabulary = logits.module, logits.tensor.shape[2]
         names = {one: name for name, one in model.named_modules()}
-        tiled = Head(module, names[module], vocabulary, tile_for(vocabulary) if tile == "auto" else tile)
+        tokens = tile_for(vocabulary) if tile == "auto" else tile
+        tiled = Head(module, names[module], logits.steps, vocabulary, tokens)
 
         def compare() -> None:
             require_same(computed(), expected, f"{type(model).__name__} with its loss in tiles")
 
-        for liger in (True, False) if liger_does(module) else (False,):
+        for liger in (True, False) if liger_does(tiled) else (False,):
             hooks.region = replace(hooks.region, head=replace(tiled, liger=liger, tile=2))
             hooks.hook_instead(hooks.region.stacks)
             with _without_large_gradients(module):
@@ -115,47 +116,6 @@ def _without_large_gradients(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in large:
             parameter.requires_grad_(True)
-
-
-def _head_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[nn.Module, int]:
-    """The outermost module whose result is what the loss is given, but for its dtype, and V."""
-    loss, given = model.loss_function, list[Tensor]()
-    calls: list[tuple[nn.Module, Any, Any]] = []
-
-    def noted(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given.append(logits)
-        return loss(logits, *args, **kwargs)
-
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, kwargs, result: calls.append((module, (args, kwargs), result)), with_kwargs=True
-        )
-        for module in model.modules()
-    ]
-    model.loss_function = noted
-    try:
-        model(**batch)
-    finally:
-        model.loss_function = loss
-        for handle in handles:
-            handle.remove()
-    if len(given) != 1:
-        raise UnsupportedError("the loss is not computed once")
-    heads = [(module, inputs) for module, inputs, result in calls if _is_but_for_dtype(result, given[0])]
-    if not heads:
-        raise UnsupportedError("the model computes with what its head returns, before the loss")
-    head, inputs = heads[-1]
-    before = dict(tensors(inputs))
-    if [one for one, *_ in calls].count(head) != 1 or before.keys() != {(0, 0)} or before[0, 0].dim() != 3:
-        raise UnsupportedError(f"{type(head).__name__} is not called once, with hidden states and nothing else")
-    return head, given[0].shape[-1]
-
-
-def _is_but_for_dtype(result: Any, logits: Tensor) -> bool:
-    """Whether logits are the result of a module: not only equal, since a softcap may change small numbers hardly."""
-    if not isinstance(result, Tensor) or result.shape != logits.shape or logits.dim() != 3:
-        return False
-    return result is logits or (result.dtype != logits.dtype and torch.equal(result.to(logits.dtype), logits))
 
 
 def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen: Specimen, tile: int) -> Findings:

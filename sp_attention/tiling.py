@@ -23,14 +23,15 @@ _LOGITS, _TOKENS = 2**24, 512
 
 @dataclass(frozen=True)
 class Head:
-    """A module that makes logits [B, s, V] of hidden states [B, s, E], and nothing comes between it and the loss.
+    """A module that makes logits [B, s, V] of hidden states [B, s, E], and the steps that come between it and the loss.
 
-    name: of the module in its model. tile: the number of tokens that it is given at a time. liger: Liger's kernel does
-    the loss and the head in one.
+    name: of the module in its model. vocabulary: V, after the steps. tile: the number of tokens that it is given at a
+    time. liger: Liger's kernel does the loss and the head in one.
     """
 
     module: nn.Module
     name: str
+    steps: tuple[Callable[[Tensor], Tensor], ...]
     vocabulary: int
     tile: int
     liger: bool = False
@@ -83,6 +84,8 @@ class Held:
     def _logits(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(hidden.device.type, self.autocast, enabled=self.autocast is not None):
             logits: Tensor = functional_call(self.module, dict(weights), hidden)
+            for step in self.head.steps:
+                logits = step(logits)
         return logits
 
     def _loss(self, ignore_index: int, weights: Mapping[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
@@ -113,9 +116,10 @@ def hold(head: Head, module: nn.Module, hidden: Tensor, tokens: int) -> Held:
     return Held(head, module, hidden, head.tiles(tokens), autocast)
 
 
-def liger_does(module: nn.Module) -> bool:
-    """Whether Liger's kernel is there, and can do this head: one matrix, on a GPU."""
-    if type(module) is not nn.Linear or "forward" in vars(module) or module._forward_hooks:
+def liger_does(head: Head) -> bool:
+    """Whether Liger's kernel is there, and can do this head: one matrix, and nothing after it, on a GPU."""
+    module = head.module
+    if type(module) is not nn.Linear or "forward" in vars(module) or module._forward_hooks or head.steps:
         return False
     return module.weight.is_cuda and module.weight.dtype != torch.float64 and find_spec("liger_kernel") is not None
 

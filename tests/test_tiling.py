@@ -22,7 +22,8 @@ from sp_attention import region
 from sp_attention.launch import run_ranks
 
 TILE = 5
-SOFTCAP = Tiny("Gemma2ForCausalLM", {"attn_logit_softcapping": None})
+SOFTCAP = Tiny("Gemma2ForCausalLM", {"attn_logit_softcapping": None, "final_logit_softcapping": 2.0})
+GRANITE = Tiny("GraniteForCausalLM", {"logits_scaling": 3.0})
 LLAMA = MODELS["llama-6q3kv"]
 Batch = Mapping[str, Any]
 
@@ -109,6 +110,9 @@ CASES: dict[str, Case] = {
     "tied": (MODELS["llama-tied"], as_it_is, as_it_is, "plain", loss_of),
     "a bias in the head": (Tiny("PhiForCausalLM"), as_it_is, as_it_is, "plain", loss_of),
     "experts": (MODELS["mixtral"], as_it_is, as_it_is, "plain", loss_of),
+    "logits capped": (SOFTCAP, as_it_is, as_it_is, "plain", with_logits),
+    "logits scaled": (GRANITE, as_it_is, as_it_is, "left-padded", loss_of),
+    "logits scaled, fsdp2": (GRANITE, as_it_is, partial(fsdp, apart="lm_head"), "plain", loss_of),
     "num_items_in_batch": (LLAMA, as_it_is, as_it_is, "right-padded", counted),
     "shift_labels": (LLAMA, as_it_is, as_it_is, "plain", shifted),
     "logits": (LLAMA, as_it_is, as_it_is, "plain", with_logits),
@@ -272,6 +276,20 @@ def test_inputs_of_checkpointed_layers_are_saved_elsewhere() -> None:
             assert saved == [(2, 17 - rank, 48)] * 2 + [(2, 10, 48)] * 2
 
 
+def scaled_by(scale: Any) -> nn.Module:
+    model = Tiny("CohereForCausalLM").build()
+    model.logit_scale = scale
+    return model
+
+
+class WrittenTo:
+    """A scale that writes to the logits."""
+
+    def __rmul__(self, logits: Tensor) -> Tensor:
+        logits[..., 5:] = 0
+        return 2 * logits
+
+
 def refused() -> list[str]:
     texts = []
     for options in (
@@ -285,14 +303,21 @@ def refused() -> list[str]:
         with pytest.raises(ValueError, match=r"leave|number") as error:
             sp_attention.enable(LLAMA.build(), backend="sdpa", **options)
         texts.append(str(error.value))
-    for tiny, options in ((SOFTCAP, {"loss_tile": 5}), (MODELS["mixtral"], {"mlp_tile": 5})):
+    for model, options in (
+        (scaled_by(torch.tensor(3.0)), {"loss_tile": 5}),
+        (scaled_by(WrittenTo()), {"loss_tile": 5}),
+        (MODELS["mixtral"].build(), {"mlp_tile": 5}),
+    ):
         with pytest.raises(sp_attention.UnsupportedError) as error:
-            sp_attention.enable(tiny.build(), **options)
+            sp_attention.enable(model, **options)
         texts.append(str(error.value))
-    texts += sp_attention.enable(SOFTCAP.build()).report().splitlines()[-2:-1]
+    texts += sp_attention.enable(scaled_by(torch.tensor(3.0))).report().splitlines()[-2:-1]
     texts += sp_attention.enable(LLAMA.build()).report().splitlines()[-2:-1]
     texts += sp_attention.enable(LLAMA.build(), loss_tile=None).report().splitlines()[-2:-1]
     return texts
+
+
+MORE = "the model does more with what its head returns than to scale or to cap it, before the loss"
 
 
 def test_what_cannot_be_done_is_refused_or_said() -> None:
@@ -304,11 +329,12 @@ def test_what_cannot_be_done_is_refused_or_said() -> None:
             "loss_tile=5 has to be proven for this model, and rehearse=False proves nothing: leave one out",
             "loss_tile=5 makes logits in tiles, and whole_logits=True all at once: leave one out",
             "offload=True keeps tensors of a device in CPU memory, and this model is on the CPU: leave it out",
-            "loss_tile=5: the model computes with what its head returns, before the loss; leave it out",
+            f"loss_tile=5: {MORE}; leave it out",
+            f"loss_tile=5: {MORE}; leave it out",
             "mlp_tile=5: no part of a layer of MixtralForCausalLM can be given some tokens at a time: it has to be a "
             "module beside attention with several matrices, that is given hidden states and returns hidden states, and "
             "of which transformers records nothing. Leave mlp_tile out",
-            "  the loss is given all of them at once: the model computes with what its head returns, before the loss",
+            f"  the loss is given all of them at once: {MORE}",
             f"  the loss makes those of {2**24 // 97} tokens at a time",
             "  the loss is given all of them at once: enable(loss_tile=None)",
         ]
