@@ -67,6 +67,17 @@ def attempted(
     return reason, None if reason is not None else result
 
 
+def require_same_options(options: Mapping[str, Any], peers: Peers) -> None:
+    """Raise ValueError on every rank unless all ranks gave `enable` these options alike."""
+    everyone: list[Mapping[str, Any]] = [{}] * peers.size
+    dist.all_gather_object(everyone, dict(options), group=peers.group)
+    for name in options:
+        values = [given[name] for given in everyone]
+        if any(value != values[0] for value in values):
+            each = ", ".join(f"{name}={value!r} on rank {rank}" for rank, value in enumerate(values))
+            raise ValueError(f"the ranks of this group call enable() with {each}: give every rank the same")
+
+
 def require_same_batch(arguments: Mapping[str, Any], peers: Peers, device: torch.device) -> None:
     """Raise BatchError on every rank unless all ranks were given equal `arguments`: shapes, dtypes and every value.
 

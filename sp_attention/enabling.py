@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from sp_attention.agreement import share_problem
+from sp_attention.agreement import require_same_options, share_problem
 from sp_attention.attending import Own, attend_as, configs, own_attention
 from sp_attention.attention import Backend
 from sp_attention.call import Current
@@ -182,6 +182,8 @@ def enable(
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
+    options = {"rehearse": rehearse, "whole_logits": whole_logits, "loss_tile": loss_tile, "mlp_tile": mlp_tile}
+    require_same_options({**options, "offload": offload}, peers)
     names = {id(module): name for name, module in inner.named_modules()}
     passed_over: dict[str, str] = {}
     own = own_attention(inner)

@@ -386,6 +386,27 @@ def chosen_kernels() -> dict[str, str]:
     return found
 
 
+def different_options() -> list[str]:
+    texts = []
+    for name, values in {"loss_tile": ("auto", 5), "mlp_tile": (None, 4), "rehearse": (True, False)}.items():
+        model = LLAMA.build()
+        with pytest.raises(ValueError, match="give every rank the same") as error:
+            sp_attention.enable(model, backend="sdpa", **{name: values[dist.get_rank()]})
+        sp_attention.enable(model, backend="sdpa").disable()
+        texts.append(str(error.value))
+    return texts
+
+
+def test_different_options_are_an_error_on_every_rank() -> None:
+    for texts in run_ranks(2, different_options):
+        assert texts[0] == (
+            "the ranks of this group call enable() with loss_tile='auto' on rank 0, loss_tile=5 on rank 1: give every "
+            "rank the same"
+        )
+        assert "mlp_tile=None on rank 0, mlp_tile=4 on rank 1" in texts[1]
+        assert "rehearse=True on rank 0, rehearse=False on rank 1" in texts[2]
+
+
 def test_auto_is_the_best_kernel_that_does_what_the_model_asks() -> None:
     first, second = run_ranks(2, chosen_kernels)
     assert first == second

@@ -31,14 +31,17 @@ def targets(batches: list[dict[str, Tensor]]) -> int:
     return sum(int((F.pad(each["labels"], (0, 1), value=-100)[:, 1:] != -100).sum()) for each in batches)
 
 
-# Whether enable() comes before the engine; whether each batch counts alike, or each token; where the optimizer is.
+# Whether enable() comes before the engine; whether each batch counts alike, or each token; what there is besides.
+OFFLOADED, TILES = "optimizer offloaded", "loss and MLP in tiles"
 WAYS = [
-    ("before", "tokens", "here"),
-    ("after", "tokens", "here"),
-    ("before", "batches", "here"),
-    ("before", "tokens", "offloaded"),
+    ("before", "tokens", ""),
+    ("after", "tokens", ""),
+    ("before", "batches", ""),
+    ("before", "tokens", OFFLOADED),
+    ("before", "tokens", TILES),
+    ("after", "batches", TILES),
 ]
-CASES = [case for case in product(STAGES, (1, 3), WAYS) if case[0] or case[2][2] == "here"]
+CASES = [case for case in product(STAGES, (1, 3), WAYS) if case[0] or case[2][2] != OFFLOADED]
 
 
 @cache
@@ -71,11 +74,12 @@ def engines(sp_size: int) -> dict[Any, Any]:
     groups, group = ranks_of_group(sp_size)
     found = {}
     for stage, accumulation, way in CASES:
-        when, weighs, where = way
+        when, weighs, besides = way
         model = TINY.build(dtype_of(stage))
-        start = zero(stage, accumulation, **({} if where == "here" else {"offload_optimizer": {"device": "cpu"}}))
+        start = zero(stage, accumulation, **({"offload_optimizer": {"device": "cpu"}} if besides == OFFLOADED else {}))
         engine = None if when == "before" else start(model)
-        handle = sp_attention.enable(model if engine is None else engine, backend="sdpa", sp_size=sp_size)
+        tiles: dict[str, Any] = {"loss_tile": 5, "mlp_tile": 4} if besides == TILES else {}
+        handle = sp_attention.enable(engine or model, backend="sdpa", sp_size=sp_size, **tiles)
         engine = engine or start(model)
         losses, norms, after = [], [], []
         for step in range(STEPS):
@@ -122,6 +126,7 @@ def test_steps_are_those_of_one_process(groups: int, stage: int, accumulation: i
             torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
         assert torch.equal(its_weights[-1], found[0][2][-1])
         assert "logits stay sharded" in report
+        assert [f"{tile} tokens at a time" in report for tile in (4, 5)] == [way[2] == TILES] * 2
         assert "cuts and gathers on its own" not in report
 
 
