@@ -1,7 +1,7 @@
 """Speed and memory on this machine, beside what else is installed: `python bench/speed.py` writes docs/speed.md.
 
-Runs every subject of `sp-attention bench` (or some: `--only exchange,scale`), leaves the raw numbers and a plot of each
-in docs/data/speed, and writes the page from all that is there. `--only ""` measures nothing and writes the page anew.
+Makes every run of `sp-attention bench` (or some: `--only exchange,scale`), leaves the raw numbers and a plot of each in
+docs/data/speed, and writes the page from all that is there. `--only ""` measures nothing and writes the page anew.
 """
 
 import json
@@ -16,10 +16,22 @@ from sp_attention.cli.benchmarks.record import Record, markdown
 
 ROOT = Path(__file__).parent.parent
 DATA, PAGE = ROOT / "docs" / "data" / "speed", ROOT / "docs" / "speed.md"
-# By subject, the options that the page's numbers are measured with.
-OPTIONS: dict[str, list[str]] = {"exchange": [], "layer": [], "model": [], "memory": ["--limit", "4"], "scale": []}
+# The runs that the page's numbers are from: the arguments of `sp-attention bench`, by the folder of what comes out.
+RUNS = {
+    "exchange": "exchange",
+    "layer": "layer",
+    "model": "model --rounds 3",
+    "memory": "memory --length 4096 --length 8192 --ranks 2 --ranks 4 --limit 4",
+    "long": (
+        "memory --model 1M --ranks 2 --ranks 4 --length 4096 --length 8192 --length 16384 --length 32768 --length 65536"
+    ),
+    "scale": "scale",
+}
+# Of each run, a title and what it is about.
 TEXTS = {
-    "exchange": """
+    "exchange": (
+        "Exchange",
+        """
 The exchange with an attention that does nothing, forward and backward, over four `all_to_all_single` of the bytes that
 have to move, on buffers that are there already. Everyone's results and gradients are checked first, bit for bit. Of
 veomni, ms-swift and verl, which import much that an exchange has no need of, the module that has it is loaded alone.
@@ -31,16 +43,25 @@ two cores. There was one page fault in a step; with buffers made anew there were
 2.4 to 2.8 where it is 1.8. Copying a rank's own tokens while the others travel changed nothing beyond the spread: two
 ranks keep two cores busy.
 """,
-    "layer": """
+    ),
+    "layer": (
+        "Layer",
+        """
 One layer's attention, causal, in float32, over those all-to-all calls and torch's `scaled_dot_product_attention` of one
 rank's heads, each timed by itself. The others' exchanges are around the same kernel; outputs and gradients of all are
 compared with those of one process first.
 """,
-    "model": """
+    ),
+    "model": (
+        "Model",
+        """
 Whole training steps: forward, loss, backward, the mean of gradients, SGD. DeepSpeed's is `UlyssesSPAttentionHF` in the
 loop of its tutorial. Both begin with the same loss.
 """,
-    "memory": """
+    ),
+    "memory": (
+        "Memory",
+        """
 Physical memory of a process at most, in two such steps, in new processes. Of it for training: above what stood before
 there was a model. The longest sequence is with checkpointing; DeepSpeed ALST has `TiledMLP`, and `TiledFusedLogitsLoss`
 with 1,024 tokens a tile, too.
@@ -49,10 +70,14 @@ On 26 November 2026 the search ran within 1.1 GiB a rank, on 2 ranks: 1,536 toke
 256 ([raw](data/speed/memory-1.1GiB.json)). A token more took 0.09 MiB of ours and 0.2 MiB of ALST. Within 4 GiB it was
 not run: by that, ours would train some 36,000 tokens, whose steps take half an hour each on two cores.
 """,
-    "scale": """
+    ),
+    "scale": (
+        "Scale",
+        """
 One process, as rank 0 of a group that torch fakes. Python is the process' time in an enabled model less that in a plain
 one of the same span, with an attention that does nothing in both.
 """,
+    ),
 }
 HEAD = """
 # Speed
@@ -73,42 +98,39 @@ pip install yunchang deepspeed       # what is installed is measured too; also v
 
 
 def page(records: dict[str, Record]) -> str:
-    """docs/speed.md, of the subjects that there are numbers of."""
+    """docs/speed.md, of the runs that there are numbers of."""
     parts = [HEAD.strip()]
-    for subject, text in TEXTS.items():
-        parts += [f"## {subject.capitalize()}", text.strip()]
-        if subject not in records:
-            parts.append(f"Not measured yet: `python bench/speed.py --only {subject}`.")
+    for run, (title, text) in TEXTS.items():
+        parts += [f"## {title}", text.strip()]
+        if run not in records:
+            parts.append(f"Not measured yet: `python bench/speed.py --only {run}`.")
             continue
-        module: Any = import_module(f"sp_attention.cli.benchmarks.{subject}")
-        parts += [markdown(table) for table in module.tables(records[subject])]
-        parts += [f"![{subject}](data/speed/{subject}.png)", _surroundings(records[subject])]
+        record = records[run]
+        module: Any = import_module(f"sp_attention.cli.benchmarks.{record['subject']}")
+        parts += [markdown(table) for table in module.tables(record)]
+        files = f"data/speed/{run}/{record['subject']}"
+        parts += [f"![{title}]({files}.png)", f"{_surroundings(record)}; raw: [{files}.json]({files}.json)."]
     return "\n\n".join(parts) + "\n"
 
 
 def measured() -> dict[str, Record]:
-    """The raw numbers that there are."""
-    files = {subject: DATA / f"{subject}.json" for subject in OPTIONS}
-    return {subject: json.loads(file.read_text()) for subject, file in files.items() if file.exists()}
+    """The raw numbers that there are, by run."""
+    return {run: json.loads(file.read_text()) for run in RUNS for file in (DATA / run).glob("*.json")}
 
 
 def _surroundings(record: Record) -> str:
     around = record["surroundings"]
     versions = ", ".join(f"{name} {version}" for name, version in around["versions"].items())
-    return (
-        f"{around['date']}, {around['cores']} cores, Python {around['python']}, {versions}; raw: "
-        f"[{record['subject']}.json](data/speed/{record['subject']}.json)."
-    )
+    return f"{around['date']}, {around['cores']} cores, Python {around['python']}, {versions}"
 
 
 @click.command()
-@click.option("--only", default=",".join(OPTIONS), show_default=True, help="Subjects to measure, with commas.")
+@click.option("--only", default=",".join(RUNS), show_default=True, help="Runs to make, with commas.")
 def main(only: str) -> None:
     """Measure, and write the page."""
-    for subject in filter(None, only.split(",")):
-        bench.main(
-            [subject, *OPTIONS[subject], "--out", str(DATA)], prog_name="sp-attention bench", standalone_mode=False
-        )
+    for run in filter(None, only.split(",")):
+        arguments = [*RUNS[run].split(), "--out", str(DATA / run)]
+        bench.main(arguments, prog_name="sp-attention bench", standalone_mode=False)
     PAGE.write_text(page(measured()))
 
 

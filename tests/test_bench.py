@@ -50,6 +50,19 @@ def test_exchange_measures_ours_over_the_limit(tmp_path: Path) -> None:
     assert (tmp_path / "exchange.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_memory_measures_each_rank_and_one_process() -> None:
+    ran = run("bench", "memory", "--model", "1M", "--length", "1024", "--ranks", "2", "--json")
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)
+    peaks = {(one["name"], one["ranks"]): one["each"] for one in record["peaks"]}
+    assert {("one process", 1), ("sp-attention", 2)} <= set(peaks)
+    assert all(len(each) == ranks for (_, ranks), each in peaks.items())
+    assert all(0 < one["start"] < one["peak"] for each in peaks.values() for one in each)
+    (table,) = memory.tables(record)
+    assert table.title == "Peak resident memory of training, a Llama of 1M parameters, float32"
+    assert table.rows[0][4] == "1.00"
+
+
 def test_scale_tells_what_a_layer_costs_one_of_many_ranks() -> None:
     ran = run("bench", "scale", "--ranks", "8", "--rounds", "1", "--json")
     assert ran.returncode == 0, ran.stderr

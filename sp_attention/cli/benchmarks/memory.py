@@ -16,7 +16,7 @@ import transformers
 from sp_attention.cli.benchmarks.model import TIMEOUT
 from sp_attention.cli.benchmarks.others import quieten
 from sp_attention.cli.benchmarks.record import Record, Table
-from sp_attention.cli.benchmarks.training import ALONE, ALST, DEEPSPEED, MODEL, OURS, OURS_LONG, make_step
+from sp_attention.cli.benchmarks.training import ALONE, ALST, DEEPSPEED, MODELS, OURS, OURS_LONG, make_step
 from sp_attention.cli.figure import draw_bars
 from sp_attention.cli.machine import installed
 from sp_attention.cli.memory import resident_memory
@@ -38,39 +38,42 @@ class Peak:
 
 
 def benchmark(
-    ranks: Sequence[int], lengths: Sequence[int], limit: float | None, report: Callable[[float], None]
+    ranks: Sequence[int], lengths: Sequence[int], size: str, limit: float | None, report: Callable[[float], None]
 ) -> Record:
-    """Measure the peaks by length, and the longest sequence within `limit` GiB a rank on the first number of ranks."""
+    """Measure the peaks by length, and the longest sequence within `limit` GiB a rank on the first number of ranks.
+
+    size: which of MODELS.
+    """
     others = installed("deepspeed") is not None
     runs = [
-        (name, size, length)
+        (name, number, length)
         for length in lengths
-        for name, sizes in {ALONE: [1], OURS: ranks, **({DEEPSPEED: ranks} if others else {})}.items()
-        for size in sizes
+        for name, numbers in {ALONE: [1], OURS: ranks, **({DEEPSPEED: ranks} if others else {})}.items()
+        for number in numbers
     ]
-    record: Record = {"model": MODEL, "limit": limit, "peaks": [], "longest": [], "absent": {}}
+    record: Record = {"model": MODELS[size], "limit": limit, "peaks": [], "longest": [], "absent": {}}
     if not others:
         record["absent"] = {DEEPSPEED: "not installed: pip install deepspeed"}
     searches = [] if limit is None else [OURS_LONG, *([ALST] if others else [])]
     of = len(runs) + 8 * len(searches)
-    for number, (name, size, length) in enumerate(runs):
-        peaks = peaks_of(name, size, length, None)
+    for done, (name, number, length) in enumerate(runs):
+        peaks = peaks_of(name, number, length, size, None)
         assert peaks is not None
-        record["peaks"].append({"name": name, "ranks": size, "length": length, "each": [asdict(one) for one in peaks]})
-        report((number + 1) / of)
-    for number, name in enumerate(searches):
+        record["peaks"].append({"name": name, "ranks": number, "length": length, "each": [asdict(p) for p in peaks]})
+        report((done + 1) / of)
+    for done, name in enumerate(searches):
         assert limit is not None
         trials: list[Record] = []
 
         def tried(length: int, name: str = name, trials: list[Record] = trials) -> int | None:
-            peaks = peaks_of(name, ranks[0], length, int(limit * GIB))
+            peaks = peaks_of(name, ranks[0], length, size, int(limit * GIB))
             trials.append({"length": length, "peak": None if peaks is None else max(one.peak for one in peaks)})
             found: int | None = trials[-1]["peak"]
             return found
 
         length = longest(tried, int(limit * GIB))
         record["longest"].append({"name": name, "ranks": ranks[0], "length": length, "trials": trials})
-        report((len(runs) + 8 * (number + 1)) / of)
+        report((len(runs) + 8 * (done + 1)) / of)
     return record
 
 
@@ -101,10 +104,10 @@ def longest(peak: Callable[[int], int | None], limit: int) -> int:
             length = low + max((high - low) // 2 // GRAIN * GRAIN, GRAIN)
 
 
-def peaks_of(name: str, ranks: int, length: int, limit: int | None) -> list[Peak] | None:
+def peaks_of(name: str, ranks: int, length: int, size: str, limit: int | None) -> list[Peak] | None:
     """Those of each rank in two steps; None if a rank needs more than `limit` bytes."""
     try:
-        found: list[Peak] = run_ranks(ranks, _peak, name, length, limit, timeout=TIMEOUT)
+        found: list[Peak] = run_ranks(ranks, _peak, name, length, size, limit, timeout=TIMEOUT)
     except RanksError as error:
         if limit is not None and f"exited with code {TOO_MUCH}" in str(error):
             return None
@@ -125,9 +128,9 @@ def tables(record: Record) -> list[Table]:
         rows.append((str(one["length"]), one["name"], str(one["ranks"]), *cells))
     columns = ("S", "", "ranks", "peak of a rank", "÷ one process", "of it for training", "÷ one process")
     absent = tuple(f"{name}: {reason}" for name, reason in record["absent"].items())
-    found = [
-        Table("Peak resident memory of training, a Llama of 49 M parameters, float32", columns, tuple(rows), absent)
-    ]
+    size = next(size for size, sizes in MODELS.items() if sizes == record["model"])
+    title = f"Peak resident memory of training, a Llama of {size} parameters, float32"
+    found = [Table(title, columns, tuple(rows), absent)]
     if record["longest"]:
         title = f"The longest sequence that trains within {record['limit']:g} GiB a rank"
         lengths = tuple((one["name"], str(one["ranks"]), str(one["length"])) for one in record["longest"])
@@ -149,13 +152,13 @@ def _most(one: Record) -> tuple[int, int]:
     return max(each["peak"] for each in one["each"]), max(each["peak"] - each["start"] for each in one["each"])
 
 
-def _peak(name: str, length: int, limit: int | None) -> Peak:
+def _peak(name: str, length: int, size: str, limit: int | None) -> Peak:
     quieten()
     transformers.logging.set_verbosity_error()
     start = resident_memory("VmRSS")
     if limit is not None:
         threading.Thread(target=_watch, args=(limit,), daemon=True).start()
-    step = make_step(name, length)
+    step = make_step(name, length, MODELS[size])
     for _ in range(2):  # Gradients and what torch keeps are there from the second on.
         step()
     peak = resident_memory("VmHWM")

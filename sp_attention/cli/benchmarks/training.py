@@ -6,7 +6,7 @@ the same model and the same tokens, as the guide of each says.
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -17,16 +17,28 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sp_attention
 
-# 49 M parameters.
-MODEL: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": True,
+# By their parameters. The small one has long sequences that end in minutes.
+MODELS: dict[str, dict[str, Any]] = {
+    "49M": {
+        "vocab_size": 49152,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "1M": {
+        "vocab_size": 8192,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
 }
+MODEL = MODELS["49M"]
 # What this library is asked for, in a step as it comes and where memory is short.
 ENABLE: dict[str, Any] = {"backend": "sdpa"}
 ENABLE_LONG: dict[str, Any] = {**ENABLE, "mlp_tile": 1024}
@@ -40,11 +52,11 @@ OURS_LONG = "sp-attention, checkpointing"
 Step = Callable[[], float]
 
 
-def make_step(name: str, length: int) -> Step:
+def make_step(name: str, length: int, sizes: Mapping[str, Any] = MODEL) -> Step:
     """The step of a contender on every rank of the default process group, which is one for ALONE."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**MODEL, max_position_embeddings=length)).train()
-    ids = torch.randint(MODEL["vocab_size"], (1, length))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=length)).train()
+    ids = torch.randint(sizes["vocab_size"], (1, length))
     loss = LOSSES[name](model, ids)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
 
