@@ -6,14 +6,13 @@ whole tensors, and my span of what it returns goes on.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -25,6 +24,7 @@ from sp_attention.agreement import SAMPLING, require_same_batch
 from sp_attention.attention import Mask
 from sp_attention.cache import LayersCache, cached_length
 from sp_attention.call import Call, Current
+from sp_attention.checkpoints import Checkpoints, checkpoints_in
 from sp_attention.crossing import entering, leaving, text_of, users_own
 from sp_attention.dims import Extent
 from sp_attention.embeddings import can_look_up, looked_up
@@ -46,9 +46,6 @@ from sp_attention.plan import Embedding, Layer, Part, Region, Stack, named_argum
 from sp_attention.tiling import Head, hold
 from sp_attention.trees import Path, leaf_at, leaves, map_leaves, tensors
 
-# Where transformers' layers and torch's wrapper keep the function that checkpoints.
-_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
-
 
 @dataclass
 class Hooks:
@@ -62,8 +59,11 @@ class Hooks:
     current: Current
     forward: Forward | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
-    _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    checkpoints: Checkpoints = field(init=False)
     _only_loss: bool = False
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.current)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
@@ -146,7 +146,7 @@ class Hooks:
             raise UnsupportedError(reason)
         self.current.call, self.current.weights = None, is_on("output_attentions", model, given)
         self.current.given, self.current.is_known, self.current.kept = tensors_given, True, {}
-        self._unbind()
+        self.checkpoints.unbind()
         self.forward = Forward(
             model,
             stays_sharded(self.region, model, given, self._only_loss),
@@ -269,12 +269,7 @@ class Hooks:
     # Layers
 
     def _hook_layer(self, stack: Stack, layer: Layer) -> None:
-        checkpointed = [
-            (one, name)
-            for one in layer.module.modules()
-            for name, kind in zip(_CHECKPOINTS, (GradientCheckpointingLayer, CheckpointWrapper), strict=True)
-            if isinstance(one, kind)
-        ]
+        checkpoints = checkpoints_in(layer.module)
         entered: list[tuple[Call, Call | None, Callable[[], None]]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,7 +286,9 @@ class Hooks:
             self.current.call = call if mine or (call.fills and not layer.gathered) else None
             if self.forward is not None and self.forward.records and call.is_shared:
                 self.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], call)
-            if not self._bind(checkpointed) and self.region.offloads and module.training and torch.is_grad_enabled():
+            offloads_from = self.region.models[0].device.type if self.region.offloads else None
+            runs_again = self.checkpoints.bind(checkpoints, offloads_from)
+            if self.region.offloads and not runs_again and module.training and torch.is_grad_enabled():
                 raise UnsupportedError(
                     f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
                     "call model.gradient_checkpointing_enable() before you train, or leave offload out"
@@ -299,7 +296,7 @@ class Hooks:
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            self._unbind()
+            self.checkpoints.unbind()
             if not entered:
                 return None  # An error before this layer began.
             call, self.current.call, restore = entered.pop()
@@ -377,36 +374,6 @@ class Hooks:
             return lambda: None
         seed = randomness.derived(call.seed, name, *([self.peers.rank] if mine else []))
         return randomness.forked(seed, self.region.models[0].device)
-
-    def _bind(self, checkpointed: list[tuple[nn.Module, str]]) -> bool:
-        """Tie this call to what a checkpoint inside these hooks recomputes in backward, when it is no longer current.
-
-        checkpointed: modules that may recompute, and the attribute that holds the function that does it. Returns
-        whether one does.
-        """
-        device = self.region.models[0].device.type
-        keeping = partial(save_on_cpu, pin_memory=True, device_type=device) if self.region.offloads else nullcontext
-        for module, name in checkpointed:
-            if name == _CHECKPOINTS[0] and not (module.gradient_checkpointing and module.training):
-                continue
-            checkpoint, now = getattr(module, name), replace(self.current)
-
-            def bound(function: Any, *args: Any, checkpoint: Any = checkpoint, now: Any = now, **options: Any) -> Any:
-                def within(*args: Any, **kwargs: Any) -> Any:
-                    with self.current.set_to(now):
-                        return function(*args, **kwargs)
-
-                with keeping():
-                    return checkpoint(within, *args, **options)
-
-            setattr(module, name, bound)
-            self._bound.append((module, name, checkpoint))
-        return bool(self._bound)
-
-    def _unbind(self) -> None:
-        for module, name, checkpoint in self._bound:
-            setattr(module, name, checkpoint)
-        self._bound.clear()
 
     # Parts
 

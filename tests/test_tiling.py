@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sp_attention
-from sp_attention import region
+from sp_attention import checkpoints
 from sp_attention.launch import run_ranks
 
 TILE = 5
@@ -249,7 +249,7 @@ class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
 
 
 def offloaded() -> dict[str, tuple[float, list[torch.Size]]]:
-    region.save_on_cpu = Elsewhere
+    checkpoints.save_on_cpu = Elsewhere
     found = {}
     for name in ("checkpointed", "checkpointed, re-entrant", "fsdp2, checkpointed"):
         Elsewhere.saved.clear()
