@@ -110,7 +110,8 @@ class Handle:
         lines += report(self.findings)
         loss = self.hooks.region.sharded_loss
         logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
-        lines.append(f"  logits {logits}")
+        cut = ", of hidden states that are whole before the head" if self.hooks.region.cut else ""
+        lines.append(f"  logits {logits}{cut}")
         if not isinstance(loss, str):
             lines.append(f"  the loss {_tiles(self.hooks.region.head)}")
         refused = self.hooks.region.no_caches

@@ -14,6 +14,7 @@ from transformers.utils.generic import TransformersKwargs
 from sp_attention.call import Call
 from sp_attention.dims import Along
 from sp_attention.embeddings import Looked
+from sp_attention.exchange import Peers
 from sp_attention.logits import ShardedLogits
 from sp_attention.plan import FOR_THE_LOSS, Region
 from sp_attention.tiling import Held
@@ -26,7 +27,8 @@ TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_emb
 class Forward:
     """A forward in progress.
 
-    model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss.
+    model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss, or are
+        cut for it. cut: then, S, once they are.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
     caches: key/value caches are filled.
@@ -46,9 +48,15 @@ class Forward:
     inside: set[str] = field(default_factory=set)
     embedded: Looked | None = None
     caches: bool = False
+    cut: int | None = None
     held: Held | None = None
     records: bool = False
     parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
+
+    def sharded(self, region: Region) -> int | None:
+        """S if logits are made of my span of hidden states; None if of all of them."""
+        call = self.calls.get(region.before_loss or "")
+        return call.extent.length if call is not None and call.stays_sharded and call.is_shared else self.cut
 
     def note(self, tensor: Any, along: Along | None, call: Call) -> None:
         """Remember what a layer is given or returns: transformers may record it inside, before it is whole."""
@@ -142,11 +150,11 @@ def _own_arguments(model: PreTrainedModel) -> set[str]:
     return {*inspect.signature(type(model).forward).parameters, *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
 
 
-def with_sharded_logits(output: Any, call: Call, held: Held | None) -> Any:
+def with_sharded_logits(output: Any, length: int, peers: Peers, held: Held | None) -> Any:
     """A causal model's output, a dict or (loss, logits, ...), with logits that cannot be taken for the whole."""
     part = output["logits"] if isinstance(output, dict) else output[1]
     shape, compute = (part.shape, lambda: part) if held is None else (held.shape, held.logits)
-    logits = ShardedLogits(shape, call.extent.length, call.peers, compute)
+    logits = ShardedLogits(shape, length, peers, compute)
     if isinstance(output, dict):
         output["logits"] = logits
         return output

@@ -71,7 +71,7 @@ def logits_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> Logits:
 _HERE = object()
 # The names of torch's functions that may be steps where they are given no other tensor: they do the same to each token,
 # and in training as in evaluation.
-_STEPS = {"add", "sub", "mul", "div", "mul_", "div_", "tanh", "to", "float", "__getitem__"}
+_STEPS = {"add", "sub", "mul", "div", "mul_", "div_", "tanh", "to", "float", "contiguous", "__getitem__"}
 
 
 class _Follow(TorchFunctionMode):

@@ -83,12 +83,20 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A module, the head, that is given my span of hidden states in place of all of them, so that logits are of it."""
+
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
 class Region:
     """What is hooked: the stacks, and the models around them, outermost first.
 
     implementation: the key under which transformers knows our attention, None when the model attends on its own.
     sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
-    before_loss: the stack whose hidden states stay sharded for that loss.
+    before_loss: the stack whose hidden states stay sharded for that loss. cut: where whole ones are cut for it instead.
     head: what makes logits of them in tiles, or why all logits are made at once.
     pieces: the parts of layers that are given some tokens at a time, at most `piece` of them.
     offloads: what checkpoints of layers keep for backward is in CPU memory until then.
@@ -103,6 +111,7 @@ class Region:
     implementation: str | None
     sharded_loss: Callable[..., Tensor] | str
     before_loss: str | None = None
+    cut: Cut | None = None
     head: Head | str = "logits are whole"
     pieces: tuple[nn.Module, ...] = ()
     piece: int = 1

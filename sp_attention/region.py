@@ -80,8 +80,9 @@ class Hooks:
                 self._hook_layer(stack, layer)
                 for part in layer.parts:
                     self._hook_part(part)
-        if isinstance(self.region.head, Head):
-            self._hook_head(self.region.head)
+        head = self.region.cut or self.region.head
+        if not isinstance(head, str):
+            self._hook_head(head.module, head.name)
         for module in self.region.pieces:
             self.handles += hook_pieces(module, self._pieces, self.region.random)
 
@@ -179,20 +180,15 @@ class Hooks:
                     "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
                     "before enable()"
                 )
-        call = self._call_before_loss(forward)
         if isinstance(output, dict):
             for name in [name for name in output if "hidden_states" in name or "router" in name]:
                 output[name] = map_leaves(lambda _, leaf: forward.recorded(leaf), output[name])
         if forward.model is not model:
             return output
-        if call is not None:
-            output = with_sharded_logits(output, call, forward.held)
+        length = forward.sharded(self.region)
+        if length is not None:
+            output = with_sharded_logits(output, length, self.peers, forward.held)
         return output if forward.caches else without_cache(output)
-
-    def _call_before_loss(self, forward: Forward) -> Call | None:
-        """The call whose hidden states stay sharded for the loss, None if there is none."""
-        call = forward.calls.get(self.region.before_loss or "")
-        return call if call is not None and call.stays_sharded and call.is_shared else None
 
     # Embeddings
 
@@ -241,20 +237,25 @@ class Hooks:
 
     # The head
 
-    def _hook_head(self, head: Head) -> None:
+    def _hook_head(self, module: nn.Module, name: str) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            forward = self.forward
-            call = None if forward is None or forward.held is not None else self._call_before_loss(forward)
-            tokens = 0 if call is None else call.extent.batch * -(-call.extent.length // self.peers.size)
-            if forward is None or head.tiles(tokens) < 2:
+            forward, head = self.forward, self.region.head
+            if forward is None or len(args) != 1 or kwargs or not forward.has_in_place(module, name):
                 return None
-            if len(args) != 1 or kwargs or not forward.has_in_place(module, head.name):
-                return None
-            forward.held = hold(head, module, args[0], tokens)
-            return (args[0][:, :0],), kwargs
+            hidden, size = args[0], self.peers.size
+            if self.region.cut is not None and size <= hidden.shape[1] == forward.stays_sharded and not forward.cut:
+                forward.cut, span = hidden.shape[1], self.peers.span(hidden.shape[1])
+                hidden = hidden[:, span.start : span.stop]
+            length = forward.sharded(self.region)
+            if length is not None and forward.held is None and isinstance(head, Head):
+                tokens = hidden.shape[0] * -(-length // size)
+                if head.tiles(tokens) > 1:
+                    forward.held = hold(head, module, hidden, tokens)
+                    hidden = hidden[:, :0]
+            return (hidden,), kwargs
 
         hook = torch.compiler.disable(before)
-        self.handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=True))
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _pieces(self, module: nn.Module, given: Tensor) -> int:
         """How many a part of a layer is given its tokens in: as many on every rank, as engines may gather for each."""

@@ -16,6 +16,7 @@ from sp_attention.forward import TOKENS
 from sp_attention.heads import logits_of
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
+from sp_attention.plan import Cut
 from sp_attention.recording import SLOPES, require_same, same, with_slopes
 from sp_attention.region import Hooks
 from sp_attention.rehearsal import EVERYTHING, Findings, Found
@@ -65,10 +66,33 @@ def shard_loss(
 
     with hooks.only_loss():  # The model may be in evaluation, so that it draws no random numbers.
         reason, _ = attempted(compare, hooks.peers, model.device)
-        whole_because = reason and f"computed from a part of the sequence: {reason}"
-        hooks.region = replace(hooks.region, sharded_loss=whole_because or loss)
-        if reason is None:
-            _tile_loss(model, hooks, batch, loss_tile)
+        if reason is not None:
+            hooks.region = replace(hooks.region, sharded_loss=f"computed from a part of the sequence: {reason}")
+            if not _cut_at_head(model, hooks, batch, loss, compare):
+                return
+        _tile_loss(model, hooks, batch, loss_tile)
+
+
+def _cut_at_head(
+    model: PreTrainedModel,
+    hooks: Hooks,
+    batch: Mapping[str, Any],
+    loss: Callable[..., Tensor],
+    compare: Callable[[], None],
+) -> bool:
+    """Let hidden states be whole after the last stack, and cut them before the head; False if that differs too."""
+    _, logits = attempted(lambda: logits_of(model, batch), hooks.peers, model.device)
+    if logits is None:
+        return False
+    name = next(name for name, one in model.named_modules() if one is logits.module)
+    whole = replace(hooks.region, before_loss=None)
+    hooks.region = replace(whole, sharded_loss=loss, cut=Cut(name, logits.module))
+    hooks.hook_instead(hooks.region.stacks)
+    reason, _ = attempted(compare, hooks.peers, model.device)
+    if reason is not None:
+        hooks.region = whole
+        hooks.hook_instead(hooks.region.stacks)
+    return reason is None
 
 
 def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], tile: LossTile) -> None:

@@ -60,6 +60,8 @@ MODELS = {
     "phi3": Tiny("Phi3ForCausalLM"),
     "glm": Tiny("GlmForCausalLM"),
     "glm4": Tiny("Glm4ForCausalLM"),
+    # Its hidden states get their shape from the tokens, so they are whole before its head.
+    "gpt2": Tiny("GPT2LMHeadModel", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "mixtral": Tiny("MixtralForCausalLM", {"num_local_experts": 4, "experts_implementation": "eager"}, tolerance=1e-3),
 }
 
