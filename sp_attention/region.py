@@ -243,7 +243,8 @@ class Hooks:
             if forward is None or len(args) != 1 or kwargs or not forward.has_in_place(module, name):
                 return None
             hidden, size = args[0], self.peers.size
-            if self.region.cut is not None and size <= hidden.shape[1] == forward.stays_sharded and not forward.cut:
+            as_rehearsed = not (forward.unseen or forward.records or forward.cut)
+            if self.region.cut is not None and as_rehearsed and size <= hidden.shape[1] == forward.stays_sharded:
                 forward.cut, span = hidden.shape[1], self.peers.span(hidden.shape[1])
                 hidden = hidden[:, span.start : span.stop]
             length = forward.sharded(self.region)
