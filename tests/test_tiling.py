@@ -114,6 +114,13 @@ CASES: dict[str, Case] = {
     "cut at the head": (MODELS["gpt2"], as_it_is, as_it_is, "left-padded", with_logits),
     "cut at the head, two forwards": (MODELS["gpt2"], as_it_is, as_it_is, "plain", losses_of_two),
     "cut at the head, a rank without targets": (MODELS["gpt2"], as_it_is, ddp, "prompt-masked", loss_of),
+    "cut at the head, a region around every layer": (
+        Tiny("GraniteSWAForCausalLM", {"sliding_window": 5, "logits_scaling": 3.0}),
+        as_it_is,
+        as_it_is,
+        "plain",
+        with_logits,
+    ),
     "logits scaled": (GRANITE, as_it_is, as_it_is, "left-padded", loss_of),
     "logits scaled, fsdp2": (GRANITE, as_it_is, partial(fsdp, apart="lm_head"), "plain", loss_of),
     "num_items_in_batch": (LLAMA, as_it_is, as_it_is, "right-padded", counted),
