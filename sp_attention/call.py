@@ -21,6 +21,7 @@ class Call:
     extent: B and S of the whole batch, of its new tokens where a cache holds others. fills: its layers fill a cache.
     is_separate: each layer cuts its arguments and gathers its results. is_replicated: every rank does all of it, but
     for heads that it keeps. stays_sharded: nothing is gathered after the last layer.
+    pieces: how many parts of its layers are given their tokens in.
     seed: of the random numbers that are drawn in it. embedded: my span of what its first layer is given, if that is all
     that was looked up.
     """
@@ -31,6 +32,7 @@ class Call:
     is_separate: bool = False
     is_replicated: bool = False
     stays_sharded: bool = False
+    pieces: int = 1
     seed: int | None = None
     embedded: Looked | None = None
     _parts: dict[tuple[int, Along], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -99,13 +101,15 @@ class Call:
 class Current:
     """What the running code belongs to.
 
-    call: None outside of the stacks and in what is given whole tensors. weights: the user wants attention weights.
+    call: None outside of the stacks and in what is given whole tensors. pieces: how many parts of layers are given
+    their tokens in. weights: the user wants attention weights.
     given: the ids of the tensors that the models around the stacks were given. is_known: False outside of forwards, and
     of those recomputations in backward that are tied to theirs; then nothing tells what runs.
     kept: by id, the keys that caches gave out, of the heads that this rank keeps of so many.
     """
 
     call: Call | None = None
+    pieces: int = 1
     weights: bool = False
     given: frozenset[int] = frozenset()
     is_known: bool = False

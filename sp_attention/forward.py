@@ -32,6 +32,8 @@ class Forward:
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
     caches: key/value caches are filled.
+    counts: in how many pieces parts of layers, and in how many tiles the head, are given tokens by all ranks of an
+        engine; None where there is none, and each group of ranks counts its own.
     held: what the head was given, where the loss makes logits in tiles.
     records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
     calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
@@ -48,6 +50,7 @@ class Forward:
     inside: set[str] = field(default_factory=set)
     embedded: Looked | None = None
     caches: bool = False
+    counts: tuple[int, int] | None = None
     cut: int | None = None
     held: Held | None = None
     records: bool = False

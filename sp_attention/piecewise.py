@@ -23,15 +23,15 @@ def fits(inputs: Any, output: Any) -> bool:
     return given[0, 0].dim() in (2, 3) and output.shape[:-1] == given[0, 0].shape[:-1]
 
 
-def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module, Tensor], int], draws: bool) -> list[RemovableHandle]:
-    """Give a module that `fits` its tokens in so many pieces as `pieces` tells for what it is given.
+def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module], int], draws: bool) -> list[RemovableHandle]:
+    """Give a module that `fits` its tokens in so many pieces as `pieces` tells for each call.
 
     Nothing of a piece is kept for backward but its tokens: the module computes it again. `draws`: random numbers too.
     """
     entered: list[tuple[Tensor, int]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        entered.append((args[0], pieces(module, args[0])))
+        entered.append((args[0], pieces(module)))
         return None if entered[-1][1] < 2 else ((args[0].narrow(-2, 0, 0), *args[1:]), kwargs)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

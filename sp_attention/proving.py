@@ -20,6 +20,7 @@ from sp_attention.agreement import attempted
 from sp_attention.attending import Masks, attend_by, own_attention, register, release
 from sp_attention.continuing import prove_caches
 from sp_attention.dims import Extent
+from sp_attention.engines import is_partitioned
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.exchange import mean_over_ranks
 from sp_attention.forward import Forward
@@ -28,7 +29,6 @@ from sp_attention.plan import Region
 from sp_attention.recording import (
     Attended,
     Run,
-    is_partitioned,
     require_same,
     same,
     same_buffers,

@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from sp_attention.engines import is_partitioned
 from sp_attention.errors import UnsupportedError
 from sp_attention.specimens import Specimen
 from sp_attention.trees import tensors
@@ -161,11 +162,6 @@ def _close(left: Tensor, right: Tensor) -> bool:
 def require_same(output: Any, expected: Any, what: str) -> None:
     if not same(output, expected):
         raise UnsupportedError(f"{what} gives other numbers than the model on its own")
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has cut up a parameter, which it leaves empty, with its size noted."""
-    return parameter.numel() < int(getattr(parameter, "ds_numel", 0))
 
 
 def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:

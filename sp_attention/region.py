@@ -28,6 +28,7 @@ from sp_attention.checkpoints import Checkpoints, checkpoints_in
 from sp_attention.crossing import entering, leaving, text_of, users_own
 from sp_attention.dims import Extent
 from sp_attention.embeddings import can_look_up, looked_up
+from sp_attention.engines import most_of_engine
 from sp_attention.errors import UnsupportedError
 from sp_attention.exchange import Peers
 from sp_attention.forward import (
@@ -155,6 +156,8 @@ class Hooks:
             caches=fills_caches(self.region, model, given, bool(caches), self._only_loss),
             records=is_on("output_hidden_states", model, given),
         )
+        if model.training or self._only_loss:
+            self.forward.counts = self._counts_of_engine(self.forward, given)
         if model.training and self.region.random:
             self.forward.seed = randomness.shared_seed(model.device, self.peers)
         elif model.training:
@@ -249,30 +252,48 @@ class Hooks:
                 hidden = hidden[:, span.start : span.stop]
             length = forward.sharded(self.region)
             if length is not None and forward.held is None and isinstance(head, Head):
-                tokens = hidden.shape[0] * -(-length // size)
-                if head.tiles(tokens) > 1:
-                    forward.held = hold(head, module, hidden, tokens)
+                _, tiles = forward.counts or self._counts(hidden.shape[0], length)
+                if tiles > 1:
+                    forward.held = hold(head, module, hidden, tiles)
                     hidden = hidden[:, :0]
             return (hidden,), kwargs
 
         hook = torch.compiler.disable(before)
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _pieces(self, module: nn.Module, given: Tensor) -> int:
-        """How many a part of a layer is given its tokens in: as many on every rank, as engines may gather for each."""
-        if not (module.training or self._only_loss):
-            return 1
-        call, length = self.current.call, given.shape[-2]
-        rows = given.shape[:-2].numel()
-        if call is not None and call.is_shared:
-            length = -(-call.extent.length // self.peers.size) * (call.extent.batch // rows)
-        return -(-length // max(1, self.region.piece // rows))
+    # How many at a time
+
+    def _counts(self, rows: int, length: int) -> tuple[int, int]:
+        """In how many pieces parts of layers, and in how many tiles the head, are given this batch in training.
+
+        As many on every rank: those of the longest span.
+        """
+        longest = length if length < self.peers.size else -(-length // self.peers.size)
+        pieces = -(-longest // max(1, self.region.piece // rows)) if self.region.pieces else 1
+        return pieces, self.region.head.tiles(rows * longest) if isinstance(self.region.head, Head) else 1
+
+    def _counts_of_engine(self, forward: Forward, given: dict[str, Any]) -> tuple[int, int] | None:
+        """Those of the longest of the sequences that all ranks of an engine have, None where there is no engine.
+
+        If the logits of one are whole, those of none are in tiles.
+        """
+        if not self.region.pieces and isinstance(self.region.head, str):
+            return None
+        tokens = [given[name] for name in (*TOKENS, "labels") if isinstance(given.get(name), Tensor)]
+        pieces, tiles = zip((1, 1), *(self._counts(*one.shape[:2]) for one in tokens), strict=True)
+        is_sharded = (forward.stays_sharded or 0) >= self.peers.size and not (forward.unseen or forward.records)
+        counts = [max(pieces), max(tiles), not is_sharded]
+        most = most_of_engine(counts, forward.model.parameters(), forward.model.device)
+        return None if most is None else (most[0], 1 if most[2] else most[1])
+
+    def _pieces(self, module: nn.Module) -> int:
+        return self.current.pieces if module.training or self._only_loss else 1
 
     # Layers
 
     def _hook_layer(self, stack: Stack, layer: Layer) -> None:
         checkpoints = checkpoints_in(layer.module)
-        entered: list[tuple[Call, Call | None, Callable[[], None]]] = []
+        entered: list[tuple[Call, Call | None, int, Callable[[], None]]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call_of(stack, layer, (args, kwargs))
@@ -284,7 +305,8 @@ class Hooks:
 
             given = map_leaves(given_instead, (args, kwargs))
             mine = call.is_shared and not layer.gathered
-            entered.append((call, self.current.call, self._drawing(call, layer.name, mine)))
+            entered.append((call, self.current.call, self.current.pieces, self._drawing(call, layer.name, mine)))
+            self.current.pieces = call.pieces
             self.current.call = call if mine or (call.fills and not layer.gathered) else None
             if self.forward is not None and self.forward.records and call.is_shared:
                 self.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], call)
@@ -301,7 +323,7 @@ class Hooks:
             self.checkpoints.unbind()
             if not entered:
                 return None  # An error before this layer began.
-            call, self.current.call, restore = entered.pop()
+            call, self.current.call, self.current.pieces, restore = entered.pop()
             restore()
             is_last = layer is stack.layers[-1]
             if is_last and self.forward is not None:
@@ -339,6 +361,7 @@ class Hooks:
                 stays_sharded=not is_separate
                 and stack.name == self.region.before_loss
                 and self.forward.stays_sharded == extent.length,
+                pieces=(self.forward.counts or self._counts(extent.batch, extent.length))[0],
                 seed=randomness.derived(self.forward.seed, self.forward.passes) if self.forward.seed else None,
             )
             if stack.embedding is not None and self.forward.embedded is not None:

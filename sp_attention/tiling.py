@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from sp_attention.engines import belongs_to_engine
 
 # A tile is of tokens whose logits are 64 MiB in float32, and of enough of them to keep matrix products fast.
 _LOGITS, _TOKENS = 2**24, 512
@@ -68,7 +69,7 @@ class Held:
         """targets [B, s] → the sum of their losses, a float32 scalar. Its gradients need no logits later."""
         hidden, targets = self.hidden.flatten(0, 1), targets.flatten()
         # The engine follows the calls of the module, and of no other function of its weights.
-        engine = any(map(_belongs_to_engine, self.module.parameters()))
+        engine = any(map(belongs_to_engine, self.module.parameters()))
         by_liger = self.head.liger and not engine
         loss_of = partial(self._by_liger if by_liger else self._loss, ignore_index)
         tiles = partial(_cut, 1 if by_liger else self.tiles)
@@ -109,11 +110,11 @@ def tile_for(vocabulary: int) -> int:
     return max(_TOKENS, _LOGITS // vocabulary)
 
 
-def hold(head: Head, module: nn.Module, hidden: Tensor, tokens: int) -> Held:
-    """Keep what `module`, the head or its copy, was given; `tokens` are those of the rank that has the most."""
+def hold(head: Head, module: nn.Module, hidden: Tensor, tiles: int) -> Held:
+    """Keep what `module`, the head or its copy, was given."""
     device = hidden.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return Held(head, module, hidden, head.tiles(tokens), autocast)
+    return Held(head, module, hidden, tiles, autocast)
 
 
 def liger_does(head: Head) -> bool:
@@ -122,11 +123,6 @@ def liger_does(head: Head) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module) or module._forward_hooks or head.steps:
         return False
     return module.weight.is_cuda and module.weight.dtype != torch.float64 and find_spec("liger_kernel") is not None
-
-
-def _belongs_to_engine(parameter: Tensor) -> bool:
-    """Whether an engine has cut it up by now, or may at any time: FSDP2, or ZeRO-3, which notes its size in it."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_numel")
 
 
 def _cut(count: int, *several: Tensor) -> list[tuple[Tensor, ...]]:

@@ -381,6 +381,34 @@ def test_a_head_that_is_adapted_after_enable_is_given_all_tokens() -> None:
     assert max(run_ranks(2, adapted_later)) < 1e-6
 
 
+def groups_of_other_lengths() -> list[tuple[float, int]]:
+    """Two groups of two ranks in one engine, whose batches have other numbers of tiles and pieces, in turns."""
+    group = dist.get_rank() // 2
+    found = []
+    for apart in ("mlp", "lm_head"):
+        reference, model = LLAMA.build(), LLAMA.build()
+        sp_attention.enable(model, backend="sdpa", sp_size=2, loss_tile=TILE, mlp_tile=4)
+        sizes = sizes_given(model.model.layers[0].mlp.act_fn)
+        model = fsdp(checkpointed(model, reentrant=False), apart)
+        for lengths in ((33, 9), (9, 33)):
+            mine = [loss_of(reference, batch_of("plain", length)) for length in lengths]
+            ours = loss_of(model, batch_of("plain", lengths[group]))
+            (sum(mine) / 2).backward()
+            ours.backward()
+            errors = [relative_error(ours.detach(), mine[group].detach())]
+            for parameter, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+                errors.append(relative_error(parameter.grad.full_tensor(), theirs.grad))
+            model.zero_grad()
+            reference.zero_grad()
+            found.append((max(errors), max(sizes)))
+    return found
+
+
+def test_groups_of_other_lengths_share_an_engine() -> None:
+    for found in run_ranks(4, groups_of_other_lengths, timeout=200):
+        assert all(error < 1e-6 and tokens <= 4 for error, tokens in found)
+
+
 def numbers_saved(**options: Any) -> int:
     """How many numbers a forward keeps for backward, but for parameters."""
     model, saved = LLAMA.build(), dict[int, int]()
