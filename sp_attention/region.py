@@ -269,7 +269,7 @@ class Hooks:
         As many on every rank: those of the longest span.
         """
         longest = length if length < self.peers.size else -(-length // self.peers.size)
-        pieces = -(-longest // max(1, self.region.piece // rows)) if self.region.pieces else 1
+        pieces = -(-longest // max(1, self.region.piece // max(1, rows))) if self.region.pieces else 1
         return pieces, self.region.head.tiles(rows * longest) if isinstance(self.region.head, Head) else 1
 
     def _counts_of_engine(self, forward: Forward, given: dict[str, Any]) -> tuple[int, int] | None:
@@ -279,8 +279,8 @@ class Hooks:
         """
         if not self.region.pieces and isinstance(self.region.head, str):
             return None
-        tokens = [given[name] for name in (*TOKENS, "labels") if isinstance(given.get(name), Tensor)]
-        pieces, tiles = zip((1, 1), *(self._counts(*one.shape[:2]) for one in tokens), strict=True)
+        shapes = [given[name].shape[:2] for name in TOKENS if isinstance(given.get(name), Tensor)]
+        pieces, tiles = zip((1, 1), *(self._counts(*shape) for shape in shapes if len(shape) == 2), strict=True)
         is_sharded = (forward.stays_sharded or 0) >= self.peers.size and not (forward.unseen or forward.records)
         counts = [max(pieces), max(tiles), not is_sharded]
         most = most_of_engine(counts, forward.model.parameters(), forward.model.device)

@@ -60,6 +60,10 @@ def with_logits(model: nn.Module, batch: Batch) -> Tensor:
     return output.loss + F.cross_entropy(logits[:, 16], torch.arange(2))
 
 
+def classified(model: nn.Module, batch: Batch) -> Tensor:
+    return model(input_ids=batch["input_ids"], labels=torch.tensor([0, 1])).loss
+
+
 def as_it_is(model: nn.Module) -> nn.Module:
     return model
 
@@ -163,7 +167,7 @@ def error_of(
         loss = computed(each, batch_of(kind, 33))
         loss.backward()
         losses.append(loss.detach())
-    if not isinstance(whole, DistributedDataParallel) and not isinstance(model.lm_head.weight, DTensor):
+    if not isinstance(whole, DistributedDataParallel) and not isinstance(next(model.parameters()), DTensor):
         sp_attention.average_gradients(model)
     errors = [relative_error(losses[1], losses[0])]
     theirs = dict(reference.named_parameters())
@@ -220,6 +224,7 @@ PIECES = {
     ),
     "fsdp2, MLP apart": (LLAMA, as_it_is, partial(fsdp, apart="mlp"), "plain", loss_of),
     "fsdp2, checkpointed": CASES["fsdp2, checkpointed"],
+    "labels of sequences": (Tiny("LlamaForSequenceClassification"), as_it_is, as_it_is, "plain", classified),
 }
 
 
