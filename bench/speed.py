@@ -21,7 +21,8 @@ RUNS = {
     "exchange": "exchange",
     "layer": "layer",
     "model": "model --rounds 3",
-    "memory": "memory --length 4096 --length 8192 --ranks 2 --ranks 4 --limit 4",
+    "memory": "memory --length 4096 --length 8192 --ranks 2 --ranks 4",
+    "limit": "memory --limit 4 --length 16384 --length 20480 --length 30720",
     "long": (
         "memory --model 1M --ranks 2 --ranks 4 --length 4096 --length 8192 --length 16384 --length 32768 --length 65536"
     ),

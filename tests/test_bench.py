@@ -93,20 +93,17 @@ def test_the_table_shows_ratios_and_who_is_absent() -> None:
     assert markdown(each).splitlines()[2:4] == ["|  | all-to-all | sp-attention |", "| --- | --- | --- |"]
 
 
-@pytest.mark.parametrize("limit", [0, 900, 5000, 40_000, 123_456, 1_000_000])
-@pytest.mark.parametrize("bend", [0, 1e-6, 1e-4])
-def test_the_longest_sequence_is_found_in_a_few_tries(limit: int, bend: float) -> None:
-    def needs(length: int) -> int:
-        return int(500 + length / 2 + bend * length**2)
-
-    tries = []
-
-    def peak(length: int) -> int | None:
-        tries.append(length)
-        return needs(length) if needs(length) <= limit else None
-
-    found = memory.longest(peak, limit)
-    assert found == 0 or needs(found) <= limit
-    assert needs(found + max(memory.GRAIN, found // memory.FINE)) > limit
-    assert len(tries) <= 12
-    assert len(set(tries)) == len(tries)
+def test_memory_finds_the_longest_sequence_within_a_limit() -> None:
+    lengths = [argument for length in (256, 1024, 65536) for argument in ("--length", str(length))]
+    ran = run("bench", "memory", "--model", "1M", *lengths, "--limit", "0.6", "--json")
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)
+    ours = record["longest"][0]
+    assert (ours["name"], ours["ranks"], ours["length"]) == ("sp-attention, checkpointing", 2, 1024)
+    peaks = {one["length"]: one["peak"] for one in ours["trials"]}
+    assert peaks.keys() == {1024, 65536}
+    assert 2**27 < peaks[1024] < 0.6 * 2**30
+    assert peaks[65536] is None
+    (table,) = memory.tables(record)
+    assert table.rows[0][2] == "1024"
+    assert table.rows[0][3].endswith(" MiB, 65536: more")

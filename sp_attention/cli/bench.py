@@ -128,15 +128,15 @@ def model(ranks: tuple[int, ...], length: int, rounds: int, out: Path | None, as
     show_default=True,
     help="The Llama with so many parameters; the small one for long sequences.",
 )
-@click.option("--limit", type=click.FloatRange(0, min_open=True), help="Also find the longest sequence in so many GiB.")
+@click.option("--limit", type=click.FloatRange(0, min_open=True), help="Find the longest that trains in so many GiB.")
 @_answers
 def memory(
     ranks: tuple[int, ...], lengths: tuple[int, ...], size: str, limit: float | None, out: Path | None, as_json: bool
 ) -> None:
     """Peak resident memory of training steps of such a model, of a rank and of one process.
 
-    Beside it DeepSpeed's UlyssesSPAttentionHF. With --limit also the longest sequence that trains on the first number
-    of ranks, with checkpointing, beside DeepSpeed's with checkpointing and with MLP and loss in tiles.
+    Beside it DeepSpeed's UlyssesSPAttentionHF. With --limit, instead, the longest of these lengths that trains on the
+    first number of ranks, with checkpointing, beside DeepSpeed's with checkpointing and with MLP and loss in tiles.
     """
     _need_to_divide_heads(ranks)
     for length in lengths:

@@ -6,8 +6,9 @@ Each is measured in new processes, since a process does not give back all that i
 import os
 import threading
 import time
+from bisect import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import click
@@ -24,8 +25,6 @@ from sp_attention.launch import RanksError, run_ranks
 
 # The exit status of a rank that needs more than it may, and how often it looks, in seconds.
 TOO_MUCH, WATCH = 77, 0.05
-# Where the search begins; its lengths are multiples of GRAIN, and it ends when the answer is known to a part in FINE.
-START, GRAIN, FINE = 4096, 256, 16
 GIB = 2**30
 
 
@@ -40,68 +39,52 @@ class Peak:
 def benchmark(
     ranks: Sequence[int], lengths: Sequence[int], size: str, limit: float | None, report: Callable[[float], None]
 ) -> Record:
-    """Measure the peaks by length, and the longest sequence within `limit` GiB a rank on the first number of ranks.
+    """Measure the peaks at all lengths, or the longest of them that trains within `limit` GiB a rank.
 
-    size: which of MODELS.
+    size: which of MODELS. The longest is looked for on the first number of ranks.
     """
     others = installed("deepspeed") is not None
+    record: Record = {"model": MODELS[size], "limit": limit, "peaks": [], "longest": [], "absent": {}}
+    if not others:
+        record["absent"] = {DEEPSPEED: "not installed: pip install deepspeed"}
+    if limit is not None:
+        contenders = [OURS_LONG, *([ALST] if others else [])]
+        for done, name in enumerate(contenders):
+            fit = Fitting(name, ranks[0], size, int(limit * GIB))
+            fits = bisect(sorted(lengths), False, key=fit.is_too_long)
+            longest = sorted(lengths)[fits - 1] if fits else 0
+            record["longest"].append({"name": name, "ranks": ranks[0], "length": longest, "trials": fit.trials})
+            report((done + 1) / len(contenders))
+        return record
     runs = [
         (name, number, length)
         for length in lengths
         for name, numbers in {ALONE: [1], OURS: ranks, **({DEEPSPEED: ranks} if others else {})}.items()
         for number in numbers
     ]
-    record: Record = {"model": MODELS[size], "limit": limit, "peaks": [], "longest": [], "absent": {}}
-    if not others:
-        record["absent"] = {DEEPSPEED: "not installed: pip install deepspeed"}
-    searches = [] if limit is None else [OURS_LONG, *([ALST] if others else [])]
-    of = len(runs) + 8 * len(searches)
     for done, (name, number, length) in enumerate(runs):
         peaks = peaks_of(name, number, length, size, None)
         assert peaks is not None
         record["peaks"].append({"name": name, "ranks": number, "length": length, "each": [asdict(p) for p in peaks]})
-        report((done + 1) / of)
-    for done, name in enumerate(searches):
-        assert limit is not None
-        trials: list[Record] = []
-
-        def tried(length: int, name: str = name, trials: list[Record] = trials) -> int | None:
-            peaks = peaks_of(name, ranks[0], length, size, int(limit * GIB))
-            trials.append({"length": length, "peak": None if peaks is None else max(one.peak for one in peaks)})
-            found: int | None = trials[-1]["peak"]
-            return found
-
-        length = longest(tried, int(limit * GIB))
-        record["longest"].append({"name": name, "ranks": ranks[0], "length": length, "trials": trials})
-        report((len(runs) + 8 * (done + 1)) / of)
+        report((done + 1) / len(runs))
     return record
 
 
-def longest(peak: Callable[[int], int | None], limit: int) -> int:
-    """The longest length whose `peak` is no more than `limit`, where it is None; to a part in FINE; 0 if none is.
+@dataclass(frozen=True)
+class Fitting:
+    """Tries whether sequences train within `limit` bytes a rank; `trials` are those that were tried."""
 
-    Each try is where the last two that fitted say that the limit is, so a few tries do.
-    """
-    fitting: list[tuple[int, int]] = [(0, 0)]
-    length, high = START, None
-    while True:
-        found = peak(length)
-        if found is None:
-            high = length
-        else:
-            fitting.append((length, found))
-        low, most = fitting[-1]
-        grain = max(GRAIN, low // FINE // GRAIN * GRAIN)
-        if high is not None and high - low <= grain:
-            return low
-        if len(fitting) > 2:
-            before, less = fitting[-2]
-            length = low + int((limit - most) * (low - before) / max(most - less, 1)) // GRAIN * GRAIN
-        else:
-            length = 2 * low
-        length = max(length, low + grain)
-        if high is not None and length >= high:
-            length = low + max((high - low) // 2 // GRAIN * GRAIN, GRAIN)
+    name: str
+    ranks: int
+    size: str
+    limit: int
+    trials: list[Record] = field(default_factory=list)
+
+    def is_too_long(self, length: int) -> bool:
+        peaks = peaks_of(self.name, self.ranks, length, self.size, self.limit)
+        most = None if peaks is None else max(one.peak for one in peaks)
+        self.trials.append({"length": length, "peak": most})
+        return most is None
 
 
 def peaks_of(name: str, ranks: int, length: int, size: str, limit: int | None) -> list[Peak] | None:
@@ -116,30 +99,45 @@ def peaks_of(name: str, ranks: int, length: int, size: str, limit: int | None) -
 
 
 def tables(record: Record) -> list[Table]:
-    """Peaks over those of one process, and the longest sequences."""
+    """Peaks over those of one process, or the longest sequences."""
+    absent = tuple(f"{name}: {reason}" for name, reason in record["absent"].items())
+    size = next(size for size, sizes in MODELS.items() if sizes == record["model"])
+    if record["limit"] is not None:
+        title = f"The longest sequence tried that trains within {record['limit']:g} GiB a rank, a Llama of {size}"
+        found = [
+            (one["name"], str(one["ranks"]), str(one["length"]), _told(one["trials"])) for one in record["longest"]
+        ]
+        return [Table(title, ("", "ranks", "tokens", "peaks"), tuple(found), absent)]
     alone = {one["length"]: _most(one) for one in record["peaks"] if one["name"] == ALONE}
     rows = []
     for one in record["peaks"]:
         cells = [
             cell
-            for size, base in zip(_most(one), alone[one["length"]], strict=True)
-            for cell in (f"{size / 2**20:.0f} MiB", f"{size / base:.2f}")
+            for most, base in zip(_most(one), alone[one["length"]], strict=True)
+            for cell in (_mebibytes(most), f"{most / base:.2f}")
         ]
         rows.append((str(one["length"]), one["name"], str(one["ranks"]), *cells))
     columns = ("S", "", "ranks", "peak of a rank", "÷ one process", "of it for training", "÷ one process")
-    absent = tuple(f"{name}: {reason}" for name, reason in record["absent"].items())
-    size = next(size for size, sizes in MODELS.items() if sizes == record["model"])
     title = f"Peak resident memory of training, a Llama of {size} parameters, float32"
-    found = [Table(title, columns, tuple(rows), absent)]
-    if record["longest"]:
-        title = f"The longest sequence that trains within {record['limit']:g} GiB a rank"
-        lengths = tuple((one["name"], str(one["ranks"]), str(one["length"])) for one in record["longest"])
-        found.append(Table(title, ("", "ranks", "tokens"), lengths))
-    return found
+    return [Table(title, columns, tuple(rows), absent)]
+
+
+def _told(trials: list[Record]) -> str:
+    """What came of each length that was tried."""
+    ordered = sorted(trials, key=lambda trial: int(trial["length"]))
+    return ", ".join(f"{one['length']}: {_mebibytes(one['peak']) if one['peak'] else 'more'}" for one in ordered)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
 
 
 def draw(record: Record, file: Path) -> None:
-    """A PNG of the peaks."""
+    """A PNG of the peaks, or of the longest sequences."""
+    if record["limit"] is not None:
+        tokens = {one["name"]: float(one["length"]) for one in record["longest"]}
+        draw_bars(file, f"within {record['limit']:g} GiB a rank", "tokens", {"longest sequence": tokens})
+        return
     groups: dict[str, dict[str, float]] = {}
     for one in record["peaks"]:
         name = one["name"] if one["name"] == ALONE else f"{one['name']}, {one['ranks']} ranks"
