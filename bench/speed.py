@@ -7,12 +7,17 @@ docs/data/speed, and writes the page from all that is there. `--only ""` measure
 import json
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
 
 from sp_attention.cli.bench import bench
-from sp_attention.cli.benchmarks.record import Record, markdown
+from sp_attention.cli.benchmarks.exchange import LIMIT, OURS
+from sp_attention.cli.benchmarks.layer import KERNEL
+from sp_attention.cli.benchmarks.ratios import geometric_mean, ratio
+from sp_attention.cli.benchmarks.record import Record, Table, markdown
+from sp_attention.cli.benchmarks.training import ALONE, DEEPSPEED
 
 ROOT = Path(__file__).parent.parent
 DATA, PAGE = ROOT / "docs" / "data" / "speed", ROOT / "docs" / "speed.md"
@@ -53,6 +58,11 @@ the cache (19 ms and more in place of 17 for 24 MiB).
 One layer's attention, causal, in float32, over those all-to-all calls and torch's `scaled_dot_product_attention` of one
 rank's heads, each timed by itself. The others' exchanges are around the same kernel; outputs and gradients of all are
 compared with those of one process first.
+
+Where ours spends what is above 1, side by side on 26 November 2026 (P 2, 16 key heads, all-to-all and kernel 214 ms):
+the exchange around nothing took 4 ms more than the all-to-all calls alone, the kernel on the strided tensors that
+arrive as long as on contiguous ones; the other 5 to 9 ms are waits, since each of the four calls waits for the slower
+kernel.
 """,
     ),
     "model": (
@@ -66,12 +76,21 @@ loop of its tutorial. Both begin with the same loss.
         "Memory",
         """
 Physical memory of a process at most, in two such steps, in new processes. Of it for training: above what stood before
-there was a model. The longest sequence is with checkpointing; DeepSpeed ALST has `TiledMLP`, and `TiledFusedLogitsLoss`
-with 1,024 tokens a tile, too.
-
-On 26 November 2026 the search ran within 1.1 GiB a rank, on 2 ranks: 1,536 tokens for ours, 1,024 for ALST, in steps of
-256 ([raw](data/speed/memory-1.1GiB.json)). A token more took 0.09 MiB of ours and 0.2 MiB of ALST. Within 4 GiB it was
-not run: by that, ours would train some 36,000 tokens, whose steps take half an hour each on two cores.
+there was a model.
+""",
+    ),
+    "long": (
+        "Long sequences",
+        """
+The same of a small model, whose attention over 65,536 tokens ends in minutes.
+""",
+    ),
+    "limit": (
+        "The longest sequence",
+        """
+Which of some lengths trains within 4 GiB a rank, two such steps with checkpointing. Ours has `mlp_tile=1024`, and the
+loss in tiles as it comes; DeepSpeed ALST has `TiledMLP`, and `TiledFusedLogitsLoss` with 1,024 tokens a tile. A rank
+that needs more ends at once, and longer sequences are not tried then.
 """,
     ),
     "scale": (
@@ -93,7 +112,8 @@ carries.
 ```text
 sp-attention bench exchange          # and layer, model, memory, scale
 sp-attention bench exchange --quick --ranks 2
-sp-attention bench memory --length 8192 --limit 4 --json
+sp-attention bench memory --model 1M --length 65536 --json
+sp-attention bench memory --limit 4 --length 16384 --length 20480
 sp-attention bench scale --ranks 8 --ranks 1024 --out folder     # a plot, and the numbers as JSON
 pip install yunchang deepspeed       # what is installed is measured too; also veomni, ms-swift and verl
 ```
@@ -102,7 +122,7 @@ pip install yunchang deepspeed       # what is installed is measured too; also v
 
 def page(records: dict[str, Record]) -> str:
     """docs/speed.md, of the runs that there are numbers of."""
-    parts = [HEAD.strip()]
+    parts = [HEAD.strip(), markdown(summary(records))]
     for run, (title, text) in TEXTS.items():
         parts += [f"## {title}", text.strip()]
         if run not in records:
@@ -114,6 +134,53 @@ def page(records: dict[str, Record]) -> str:
         files = f"data/speed/{run}/{record['subject']}"
         parts += [f"![{title}]({files}.png)", f"{_surroundings(record)}; raw: [{files}.json]({files}.json)."]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(records: dict[str, Record]) -> Table:
+    """What was to be reached, and what was, as far as there are numbers of it."""
+    rows: list[tuple[str, str, str]] = []
+    if "exchange" in records:
+        cases = [case["seconds"] for case in records["exchange"]["cases"]]
+        means = {
+            name: geometric_mean(ratio(case[name], case[LIMIT]).middle for case in cases)
+            for name in cases[0]
+            if name != LIMIT
+        }
+        ours = means.pop(OURS)
+        others = f"; the others {min(means.values()):.2f} to {max(means.values()):.2f}" if means else ""
+        rows.append((f"exchange ÷ raw all-to-all, mean of {len(cases)} cases", "1.3 at most", f"{ours:.2f}{others}"))
+    if "layer" in records:
+        for ranks, goal in ((2, "1.0"), (4, "1.05")):
+            cases = [one["seconds"] for one in records["layer"]["cases"] if one["case"]["ranks"] == ranks]
+            mean = geometric_mean(median(one[OURS]) / (median(one[LIMIT]) + median(one[KERNEL])) for one in cases)
+            rows.append((f"layer ÷ (raw all-to-all + raw kernel), {ranks} ranks", f"{goal} at most", f"{mean:.2f}"))
+    if "model" in records:
+        for one in records["model"]["cases"]:
+            if DEEPSPEED in one["seconds"]:
+                faster = ratio(one["seconds"][DEEPSPEED], one["seconds"][OURS]).middle
+                goal = "1.2 at least" if one["ranks"] == 2 else ""
+                rows.append((f"tokens/s of training ÷ DeepSpeed's, {one['ranks']} ranks", goal, f"{faster:.2f}"))
+    if "memory" in records:
+        peaks = {
+            (one["name"], one["ranks"]): max(each["peak"] for each in one["each"])
+            for one in records["memory"]["peaks"]
+            if one["length"] == 8192
+        }
+        for (name, ranks), peak in peaks.items():
+            goal = "0.5 at most" if (name, ranks) == (OURS, 2) else ""
+            if name != ALONE:
+                what = f"peak of a rank ÷ one process, S 8192, {name} on {ranks} ranks"
+                rows.append((what, goal, f"{peak / peaks[ALONE, 1]:.2f}"))
+    if "limit" in records and len(records["limit"]["longest"]) > 1:
+        ours, others = (one["length"] for one in records["limit"]["longest"])
+        rows.append(("longest sequence tried ÷ DeepSpeed ALST's, 4 GiB", "1.5 at least", f"{ours} ÷ {others}"))
+    if "scale" in records:
+        heads = records["scale"]["cases"][0]["heads"]
+        layers = [one["layer"] for one in records["scale"]["cases"] if one["heads"] == heads]
+        rows.append(
+            ("hooks of a layer's forward, 8 to 1,024 ranks", "flat", f"{min(layers):.0f} to {max(layers):.0f} µs")
+        )
+    return Table("In short", ("figure", "goal", "measured"), tuple(rows))
 
 
 def measured() -> dict[str, Record]:
