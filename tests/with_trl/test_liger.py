@@ -20,7 +20,7 @@ def error_of(dtype: torch.dtype, liger: bool) -> float:
     expected = F.cross_entropy(head(given).flatten(0, 1), targets.flatten(), reduction="sum")
     slopes = torch.autograd.grad(0.37 * expected, (given, *head.parameters()))
     head, given = head.to(dtype), hidden.to(dtype).requires_grad_()
-    loss: Tensor = hold(Head(head, "", 40, 5, liger), head, given, 4).loss(targets, -100)
+    loss: Tensor = hold(Head(head, "", (), 40, 5, liger), head, given, 4).loss(targets, -100)
     assert loss.dtype == torch.float32
     (0.37 * loss).backward(retain_graph=True)
     (0.63 * loss).backward()
