@@ -90,7 +90,8 @@ The same of a small model, whose attention over 65,536 tokens ends in minutes.
         """
 Which of some lengths trains within 4 GiB a rank, two such steps with checkpointing. Ours has `mlp_tile=1024`, and the
 loss in tiles as it comes; DeepSpeed ALST has `TiledMLP`, and `TiledFusedLogitsLoss` with 1,024 tokens a tile. A rank
-that needs more ends at once, and longer sequences are not tried then.
+that needs more ends at once, and longer sequences are not tried then. On 26 November 2026 the lengths were too far
+apart to tell whether ours is 1.5 times the other: it is so if ALST ends before 25,600 tokens and ours after 38,400.
 """,
     ),
     "scale": (
@@ -172,8 +173,8 @@ def summary(records: dict[str, Record]) -> Table:
                 what = f"peak of a rank ÷ one process, S 8192, {name} on {ranks} ranks"
                 rows.append((what, goal, f"{peak / peaks[ALONE, 1]:.2f}"))
     if "limit" in records and len(records["limit"]["longest"]) > 1:
-        ours, others = (one["length"] for one in records["limit"]["longest"])
-        rows.append(("longest sequence tried ÷ DeepSpeed ALST's, 4 GiB", "1.5 at least", f"{ours} ÷ {others}"))
+        ours, others = (_between(one) for one in records["limit"]["longest"])
+        rows.append(("longest sequence within 4 GiB ÷ DeepSpeed ALST's", "1.5 at least", f"({ours}) ÷ ({others})"))
     if "scale" in records:
         heads = records["scale"]["cases"][0]["heads"]
         layers = [one["layer"] for one in records["scale"]["cases"] if one["heads"] == heads]
@@ -181,6 +182,12 @@ def summary(records: dict[str, Record]) -> Table:
             ("hooks of a layer's forward, 8 to 1,024 ranks", "flat", f"{min(layers):.0f} to {max(layers):.0f} µs")
         )
     return Table("In short", ("figure", "goal", "measured"), tuple(rows))
+
+
+def _between(one: Record) -> str:
+    """Where the longest sequence is: at least what trained, and less than what did not."""
+    too_long = [trial["length"] for trial in one["trials"] if trial["peak"] is None]
+    return f"{one['length']} {f'to {min(too_long)}' if too_long else 'or more'}"
 
 
 def measured() -> dict[str, Record]:
