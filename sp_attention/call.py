@@ -101,19 +101,19 @@ class Call:
 class Current:
     """What the running code belongs to.
 
-    call: None outside of the stacks and in what is given whole tensors. pieces: how many parts of layers are given
-    their tokens in. weights: the user wants attention weights.
+    call: None outside of the stacks and in what is given whole tensors. weights: the user wants attention weights.
     given: the ids of the tensors that the models around the stacks were given. is_known: False outside of forwards, and
     of those recomputations in backward that are tied to theirs; then nothing tells what runs.
     kept: by id, the keys that caches gave out, of the heads that this rank keeps of so many.
+    pieces: how many parts of layers are given their tokens in.
     """
 
     call: Call | None = None
-    pieces: int = 1
     weights: bool = False
     given: frozenset[int] = frozenset()
     is_known: bool = False
     kept: dict[int, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
+    pieces: int = 1
 
     def keep(self, keys: Tensor, heads: int) -> None:
         """Note that keys are of the heads that this rank keeps in a cache, of `heads` in all."""
