@@ -183,8 +183,14 @@ def enable(
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
-    options = {"rehearse": rehearse, "whole_logits": whole_logits, "loss_tile": loss_tile, "mlp_tile": mlp_tile}
-    require_same_options({**options, "offload": offload}, peers)
+    options = {
+        "rehearse": rehearse,
+        "whole_logits": whole_logits,
+        "loss_tile": loss_tile,
+        "mlp_tile": mlp_tile,
+        "offload": offload,
+    }
+    require_same_options(options, peers)
     names = {id(module): name for name, module in inner.named_modules()}
     passed_over: dict[str, str] = {}
     own = own_attention(inner)

@@ -56,6 +56,11 @@ class Forward:
     records: bool = False
     parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
 
+    @property
+    def as_rehearsed(self) -> bool:
+        """Whether nothing but the layers sees what is between them, as far as a rehearsal can tell."""
+        return not (self.unseen or self.records)
+
     def sharded(self, region: Region) -> int | None:
         """S if logits are made of my span of hidden states; None if of all of them."""
         call = self.calls.get(region.before_loss or "")

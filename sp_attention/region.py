@@ -226,7 +226,7 @@ class Hooks:
         in the place that had this name.
         """
         forward = self.forward
-        if forward is None or forward.unseen or forward.records or ids.shape[-1] < self.peers.size:
+        if forward is None or not forward.as_rehearsed or ids.shape[-1] < self.peers.size:
             return False
         if not forward.has_in_place(module, name):
             return False
@@ -246,8 +246,8 @@ class Hooks:
             if forward is None or len(args) != 1 or kwargs or not forward.has_in_place(module, name):
                 return None
             hidden, size = args[0], self.peers.size
-            as_rehearsed = not (forward.unseen or forward.records or forward.cut)
-            if self.region.cut is not None and as_rehearsed and size <= hidden.shape[1] == forward.stays_sharded:
+            cuts = self.region.cut is not None and forward.as_rehearsed and not forward.cut
+            if cuts and size <= hidden.shape[1] == forward.stays_sharded:
                 forward.cut, span = hidden.shape[1], self.peers.span(hidden.shape[1])
                 hidden = hidden[:, span.start : span.stop]
             length = forward.sharded(self.region)
@@ -281,7 +281,7 @@ class Hooks:
             return None
         shapes = [given[name].shape[:2] for name in TOKENS if isinstance(given.get(name), Tensor)]
         pieces, tiles = zip((1, 1), *(self._counts(*shape) for shape in shapes if len(shape) == 2), strict=True)
-        is_sharded = (forward.stays_sharded or 0) >= self.peers.size and not (forward.unseen or forward.records)
+        is_sharded = (forward.stays_sharded or 0) >= self.peers.size and forward.as_rehearsed
         counts = [max(pieces), max(tiles), not is_sharded]
         most = most_of_engine(counts, forward.model.parameters(), forward.model.device)
         return None if most is None else (most[0], 1 if most[2] else most[1])
@@ -348,7 +348,7 @@ class Hooks:
         hidden, along = leaf_at(given, layer.hidden), layer.arguments[layer.hidden]
         assert along is not None
         # Whatever the model does with hidden states that it collects, it does with whole ones.
-        is_separate = stack.separate or self.forward.unseen or self.forward.records
+        is_separate = stack.separate or not self.forward.as_rehearsed
         call = self.forward.calls.get(stack.name)
         if layer is stack.layers[0] or is_separate:
             extent = Extent(hidden.shape[along.dim - 1 if along.dim else 1], hidden.shape[along.dim])
