@@ -6,9 +6,8 @@ keep what is freed; there, and while torch compiles, tensors are made as ever.
 """
 
 from dataclasses import dataclass, field
-from weakref import ReferenceType, ref
+from weakref import finalize
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -16,59 +15,45 @@ from torch import Tensor
 _LARGE = 2**17  # bytes
 # How much of a piece a tensor fills at the least.
 _FILLED = 0.8
-# Bytes that are held, by those that were in use at one time: less, and pieces of one size are given up for another's in
-# every layer.
-_HELD = 1.25
-
-
-@dataclass(eq=False)
-class _Piece:
-    """Some memory, and the array that stands for it while a tensor uses it: torch lets go of that with the storage."""
-
-    memory: Tensor
-    user: ReferenceType[numpy.ndarray]
-
-    @property
-    def is_free(self) -> bool:
-        return self.user() is None
-
-    def lend(self, size: int) -> Tensor:
-        array = self.memory[:size].numpy()
-        self.user = ref(array)
-        return torch.from_numpy(array)
+# Bytes that lie ready at most. Where sequences are so long that more would be of use, attention takes far longer than
+# the system does to make pages.
+_READY = 2**28
 
 
 @dataclass(eq=False)
 class Memory:
-    """Pieces of memory for tensors on a CPU, each of which is free again when nobody holds its tensor or a view of it.
+    """Pieces of memory for tensors on a CPU, each of which lies ready when nobody holds its tensor or a view of it."""
 
-    It never holds more than a quarter more bytes than were in use at one time.
-    """
-
-    _pieces: list[_Piece] = field(default_factory=list)
-    _most: int = 0
+    _ready: dict[int, Tensor] = field(default_factory=dict)  # By address, in the order in which they were given back.
 
     @property
-    def held(self) -> int:
-        """Bytes of all pieces, free ones too."""
-        return sum(piece.memory.numel() for piece in self._pieces)
+    def ready(self) -> int:
+        """Bytes that nobody uses."""
+        return sum(piece.numel() for piece in self._ready.copy().values())
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A contiguous tensor without values, of the dtype and on the device of `like`."""
         size = torch.Size(shape).numel() * like.element_size()
         if like.device.type != "cpu" or size < _LARGE or torch.compiler.is_compiling() or type(like) is not Tensor:
             return like.new_empty(shape)
-        return self._take(size).view(like.dtype).view(shape)
+        piece = self._take(size)
+        # An array stands for the piece while a tensor uses it: torch lets go of that with the storage.
+        array = piece[:size].numpy()
+        finalize(array, self._give_back, piece).atexit = False
+        return torch.from_numpy(array).view(like.dtype).view(shape)
 
     def _take(self, size: int) -> Tensor:
-        free = sorted((piece for piece in self._pieces if piece.is_free), key=lambda piece: piece.memory.numel())
-        for piece in free:
-            if size <= piece.memory.numel() <= size / _FILLED:
-                return piece.lend(size)
-        in_use = self.held - sum(piece.memory.numel() for piece in free)
-        self._most = max(self._most, in_use + size)
-        while self.held + size > self._most * _HELD:
-            self._pieces.remove(free.pop())
-        memory = torch.empty(size, dtype=torch.uint8)
-        self._pieces.append(_Piece(memory, ref(memory.numpy())))
-        return self._pieces[-1].lend(size)
+        # Others may take and give back at any time, since any thread may let go of a tensor.
+        for place, piece in self._ready.copy().items():
+            if size <= piece.numel() <= size / _FILLED and self._ready.pop(place, None) is not None:
+                return piece
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _give_back(self, piece: Tensor) -> None:
+        if piece.numel() > _READY:
+            return
+        self._ready[piece.data_ptr()] = piece
+        for place in self._ready.copy():
+            if self.ready <= _READY:
+                break
+            self._ready.pop(place, None)

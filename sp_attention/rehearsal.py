@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sp_attention.dims import Dims, Extent, dims
 from sp_attention.errors import UnsupportedError
-from sp_attention.piecewise import fits
+from sp_attention.piecewise import fits, keeps_more
 from sp_attention.plan import Embedding, Layer, Part, Stack, named_arguments, tensor_names
 from sp_attention.recording import Attended, Called, Run, Runs, record, same
 from sp_attention.specimens import Specimen
@@ -31,7 +31,7 @@ class Found:
 
     kinds: by the name of a part, what it is. mixers: the parts that are always given whole tensors; attending: the
     children that attend, as parts to gather where sharing out their heads is not exact. piecewise: position-wise
-    parts outside of those that hold more between their matrices than goes in and out, such as MLPs.
+    parts outside of those that keep more for backward than what they are given, such as MLPs and norms.
     """
 
     layer: Layer
@@ -267,7 +267,7 @@ def _found(
             if position_wise.get(module, True):
                 kinds[names[module]] = "position-wise"
                 calls = runs[0][0].calls[module]
-                if not attends and _has_matrices(module) and all(fits(call.inputs, call.output) for call in calls):
+                if not attends and keeps_more(module) and all(fits(call.inputs, call.output) for call in calls):
                     piecewise[names[module]] = module
                 continue
             kinds[names[module]] = "gathered: mixes tokens"
@@ -277,12 +277,6 @@ def _found(
     everything |= layer.module in others
     layer = replace(layer, heads=draft.heads_in(layer.module))
     return Found(layer, kinds, tuple(mixers), tuple(attending), piecewise, EVERYTHING if everything else MIXERS)
-
-
-def _has_matrices(module: nn.Module) -> bool:
-    """Several, between which something exists; ZeRO-3 keeps the shapes of what it has cut up."""
-    shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in module.parameters()]
-    return sum(len(shape) > 1 for shape in shapes) > 1
 
 
 def _part(module: nn.Module, names: Mapping[nn.Module, str], runs: Runs, draft: Draft) -> Part | None:

@@ -16,6 +16,7 @@ from sp_attention.forward import TOKENS
 from sp_attention.heads import logits_of
 from sp_attention.logits import ShardedLogits
 from sp_attention.loss import sharded_causal_loss
+from sp_attention.piecewise import matrices_in
 from sp_attention.plan import Cut
 from sp_attention.recording import SLOPES, require_same, same, with_slopes
 from sp_attention.region import Hooks
@@ -161,7 +162,7 @@ def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen
         return replace(found, kinds=kinds)
 
     stacks = {name: tuple(map(told, layers)) for name, layers in findings.stacks.items()}
-    if not cut:
+    if not any(matrices_in(module) > 1 for module in cut):
         raise UnsupportedError(
             f"mlp_tile={tile}: no part of a layer of {type(model).__name__} can be given some tokens at a time: it "
             "has to be a module beside attention with several matrices, that is given hidden states and returns hidden "

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sp_attention.engines import belongs_to_engine
+from sp_attention.piecewise import in_parts
 
 # A tile is of tokens whose logits are 64 MiB in float32, and of enough of them to keep matrix products fast.
 _LOGITS, _TOKENS = 2**24, 512
@@ -127,7 +128,7 @@ def liger_does(head: Head) -> bool:
 
 def _cut(count: int, *several: Tensor) -> list[tuple[Tensor, ...]]:
     """Each tensor in `count` parts along its first dim, side by side."""
-    return list(zip(*(one.tensor_split(count) for one in several), strict=True))
+    return list(zip(*(in_parts(one, count, 0) for one in several), strict=True))
 
 
 class _AtOnce(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Memory that is written again: never while somebody holds it, and little more than was in use at one time."""
+"""Memory that is written again: never while somebody holds it, and little of it lies ready."""
 
 import torch
 
@@ -21,20 +21,23 @@ def test_memory_is_used_again_only_when_nobody_holds_a_view_of_it() -> None:
     assert memory.empty((400, 300), LIKE).data_ptr() != place
 
 
-def test_little_more_is_held_than_was_in_use_at_one_time() -> None:
+def test_no_more_than_256_mib_lie_ready_and_what_lay_longest_goes_first() -> None:
     memory = Memory()
-    for length in range(400, 4000, 400):
-        memory.empty((length, 500), LIKE)
-        assert length * 1000 <= memory.held <= length * 1250
-    several = [memory.empty((400, 500), LIKE) for _ in range(9)]
-    assert 9 * 400 * 1000 <= memory.held <= 9 * 400 * 1250
-    del several
-    memory.empty((3600, 500), LIKE)
-    assert 3600 * 1000 <= memory.held <= 3600 * 1250
+    places = {}
+    for size in (100, 120, 40, 80):
+        tensor = memory.empty((size * 2**19,), LIKE)
+        places[size] = tensor.data_ptr()
+        assert memory.ready <= 2**28
+        del tensor
+    assert memory.ready == (120 + 40 + 80) * 2**20
+    assert memory.empty((40 * 2**19,), LIKE).data_ptr() == places[40]
+    assert memory.ready == (120 + 40 + 80) * 2**20
+    memory.empty((257 * 2**19,), LIKE)
+    assert memory.ready == (120 + 40 + 80) * 2**20
 
 
 def test_what_is_small_or_on_another_device_is_made_as_ever() -> None:
     memory = Memory()
     memory.empty((10, 10), LIKE)
     assert memory.empty((400, 500), LIKE.to("meta")).device.type == "meta"
-    assert memory.held == 0
+    assert memory.ready == 0

@@ -67,7 +67,7 @@ def test_commands_and_options() -> None:
         "bench": [],
         "bench exchange": ["--ranks", "--rounds", "--quick", "--out", "--json"],
         "bench layer": ["--ranks", "--rounds", "--quick", "--out", "--json"],
-        "bench memory": ["--ranks", "--length", "--model", "--limit", "--out", "--json"],
+        "bench memory": ["--ranks", "--length", "--model", "--limit", "--no-attention", "--out", "--json"],
         "bench model": ["--ranks", "--length", "--rounds", "--out", "--json"],
         "bench scale": ["--ranks", "--rounds", "--out", "--json"],
         "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],

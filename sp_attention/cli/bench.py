@@ -129,9 +129,18 @@ def model(ranks: tuple[int, ...], length: int, rounds: int, out: Path | None, as
     help="The Llama with so many parameters; the small one for long sequences.",
 )
 @click.option("--limit", type=click.FloatRange(0, min_open=True), help="Find the longest that trains in so many GiB.")
+@click.option(
+    "--no-attention", is_flag=True, help="Attention takes its memory and computes nothing: in minutes, not in hours."
+)
 @_answers
 def memory(
-    ranks: tuple[int, ...], lengths: tuple[int, ...], size: str, limit: float | None, out: Path | None, as_json: bool
+    ranks: tuple[int, ...],
+    lengths: tuple[int, ...],
+    size: str,
+    limit: float | None,
+    no_attention: bool,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Peak resident memory of training steps of such a model, of a rank and of one process.
 
@@ -141,7 +150,7 @@ def memory(
     _need_to_divide_heads(ranks)
     for length in lengths:
         _need_to_divide(length, ranks)
-    _run("memory", out, as_json, ranks=ranks, lengths=lengths, size=size, limit=limit)
+    _run("memory", out, as_json, ranks=ranks, lengths=lengths, size=size, limit=limit, no_attention=no_attention)
 
 
 @bench.command()

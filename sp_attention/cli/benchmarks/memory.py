@@ -10,9 +10,14 @@ from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import click
+import torch
+import torch.nn.functional as F
 import transformers
+from torch import Tensor
 
 from sp_attention.cli.benchmarks.model import TIMEOUT
 from sp_attention.cli.benchmarks.others import quieten
@@ -37,20 +42,27 @@ class Peak:
 
 
 def benchmark(
-    ranks: Sequence[int], lengths: Sequence[int], size: str, limit: float | None, report: Callable[[float], None]
+    ranks: Sequence[int],
+    lengths: Sequence[int],
+    size: str,
+    limit: float | None,
+    no_attention: bool,
+    report: Callable[[float], None],
 ) -> Record:
     """Measure the peaks at all lengths, or the longest of them that trains within `limit` GiB a rank.
 
-    size: which of MODELS. The longest is looked for on the first number of ranks.
+    size: which of MODELS. no_attention: attention takes its memory and computes nothing. The longest is looked for on
+    the first number of ranks.
     """
     others = installed("deepspeed") is not None
-    record: Record = {"model": MODELS[size], "limit": limit, "peaks": [], "longest": [], "absent": {}}
+    record: Record = {"model": MODELS[size], "limit": limit, "no_attention": no_attention}
+    record |= {"peaks": [], "longest": [], "absent": {}}
     if not others:
         record["absent"] = {DEEPSPEED: "not installed: pip install deepspeed"}
     if limit is not None:
         contenders = [OURS_LONG, *([ALST] if others else [])]
         for done, name in enumerate(contenders):
-            fit = Fitting(name, ranks[0], size, int(limit * GIB))
+            fit = Fitting(name, ranks[0], size, no_attention, int(limit * GIB))
             fits = bisect(sorted(lengths), False, key=fit.is_too_long)
             longest = sorted(lengths)[fits - 1] if fits else 0
             record["longest"].append({"name": name, "ranks": ranks[0], "length": longest, "trials": fit.trials})
@@ -63,7 +75,7 @@ def benchmark(
         for number in numbers
     ]
     for done, (name, number, length) in enumerate(runs):
-        peaks = peaks_of(name, number, length, size, None)
+        peaks = peaks_of(name, number, length, size, no_attention, None)
         assert peaks is not None
         record["peaks"].append({"name": name, "ranks": number, "length": length, "each": [asdict(p) for p in peaks]})
         report((done + 1) / len(runs))
@@ -77,20 +89,21 @@ class Fitting:
     name: str
     ranks: int
     size: str
+    no_attention: bool
     limit: int
     trials: list[Record] = field(default_factory=list)
 
     def is_too_long(self, length: int) -> bool:
-        peaks = peaks_of(self.name, self.ranks, length, self.size, self.limit)
+        peaks = peaks_of(self.name, self.ranks, length, self.size, self.no_attention, self.limit)
         most = None if peaks is None else max(one.peak for one in peaks)
         self.trials.append({"length": length, "peak": most})
         return most is None
 
 
-def peaks_of(name: str, ranks: int, length: int, size: str, limit: int | None) -> list[Peak] | None:
+def peaks_of(name: str, ranks: int, length: int, size: str, no_attention: bool, limit: int | None) -> list[Peak] | None:
     """Those of each rank in two steps; None if a rank needs more than `limit` bytes."""
     try:
-        found: list[Peak] = run_ranks(ranks, _peak, name, length, size, limit, timeout=TIMEOUT)
+        found: list[Peak] = run_ranks(ranks, _peak, name, length, size, no_attention, limit, timeout=TIMEOUT)
     except RanksError as error:
         if limit is not None and f"exited with code {TOO_MUCH}" in str(error):
             return None
@@ -102,8 +115,11 @@ def tables(record: Record) -> list[Table]:
     """Peaks over those of one process, or the longest sequences."""
     absent = tuple(f"{name}: {reason}" for name, reason in record["absent"].items())
     size = next(size for size, sizes in MODELS.items() if sizes == record["model"])
+    subject = f"a Llama of {size} parameters, float32"
+    if record["no_attention"]:
+        subject += ", with an attention that computes nothing"
     if record["limit"] is not None:
-        title = f"The longest sequence tried that trains within {record['limit']:g} GiB a rank, a Llama of {size}"
+        title = f"The longest sequence tried that trains within {record['limit']:g} GiB a rank, {subject}"
         found = [
             (one["name"], str(one["ranks"]), str(one["length"]), _told(one["trials"])) for one in record["longest"]
         ]
@@ -118,8 +134,7 @@ def tables(record: Record) -> list[Table]:
         ]
         rows.append((str(one["length"]), one["name"], str(one["ranks"]), *cells))
     columns = ("S", "", "ranks", "peak of a rank", "÷ one process", "of it for training", "÷ one process")
-    title = f"Peak resident memory of training, a Llama of {size} parameters, float32"
-    return [Table(title, columns, tuple(rows), absent)]
+    return [Table(f"Peak resident memory of training, {subject}", columns, tuple(rows), absent)]
 
 
 def _told(trials: list[Record]) -> str:
@@ -150,15 +165,17 @@ def _most(one: Record) -> tuple[int, int]:
     return max(each["peak"] for each in one["each"]), max(each["peak"] - each["start"] for each in one["each"])
 
 
-def _peak(name: str, length: int, size: str, limit: int | None) -> Peak:
+def _peak(name: str, length: int, size: str, no_attention: bool, limit: int | None) -> Peak:
     quieten()
     transformers.logging.set_verbosity_error()
     start = resident_memory("VmRSS")
     if limit is not None:
         threading.Thread(target=_watch, args=(limit,), daemon=True).start()
     step = make_step(name, length, MODELS[size])
-    for _ in range(2):  # Gradients and what torch keeps are there from the second on.
-        step()
+    attention = _nothing if no_attention else F.scaled_dot_product_attention
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        for _ in range(2):  # Gradients and what torch keeps are there from the second on.
+            step()
     peak = resident_memory("VmHWM")
     if limit is not None and peak > limit:
         os._exit(TOO_MUCH)
@@ -169,3 +186,23 @@ def _watch(limit: int) -> None:
     while resident_memory("VmRSS") <= limit:
         time.sleep(WATCH)
     os._exit(TOO_MUCH)
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    result: Tensor = _Nothing.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return result
+
+
+class _Nothing(torch.autograd.Function):
+    """Keeps and returns what torch's attention does on a CPU, [B, H, S, D] each, all zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        batch, heads, length, size = given[0].shape
+        output = given[0].new_zeros(batch, length, heads, size).transpose(1, 2)
+        ctx.save_for_backward(*given, output, given[0].new_zeros(batch, heads, length, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(one, memory_format=torch.contiguous_format) for one in ctx.saved_tensors[:3])
