@@ -159,7 +159,7 @@ def enable(
     whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
     loss_tile: the loss makes the logits of this many tokens at a time, and again only for what is asked of
         `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
-    mlp_tile: parts of layers that treat each token alone, such as MLPs, are given this many tokens at a time in
+    mlp_tile: parts of layers that treat each token alone, MLPs and norms, are given this many tokens at a time in
         training, and compute them again in backward.
     offload: the inputs of checkpointed layers are in CPU memory between forward and backward. These three are for
         training on several ranks: on one, nothing is changed.

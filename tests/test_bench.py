@@ -63,6 +63,15 @@ def test_memory_measures_each_rank_and_one_process() -> None:
     assert table.rows[0][4] == "1.00"
 
 
+def test_memory_can_be_measured_with_an_attention_that_computes_nothing() -> None:
+    ran = run("bench", "memory", "--model", "1M", "--length", "1024", "--no-attention", "--json")
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout)
+    assert {one["name"] for one in record["peaks"]} >= {"one process", "sp-attention"}
+    (table,) = memory.tables(record)
+    assert table.title.endswith("a Llama of 1M parameters, float32, with an attention that computes nothing")
+
+
 def test_scale_tells_what_a_layer_costs_one_of_many_ranks() -> None:
     ran = run("bench", "scale", "--ranks", "8", "--rounds", "1", "--json")
     assert ran.returncode == 0, ran.stderr

@@ -188,7 +188,7 @@ def _watch(limit: int) -> None:
     os._exit(TOO_MUCH)
 
 
-def _nothing(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def _nothing(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
     result: Tensor = _Nothing.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch has no types for it
     return result
 
