@@ -3,16 +3,21 @@
 A part, such as an MLP or a norm, is given no tokens when its layer calls it, then some at a time, again in backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from sp_attention.layout import spans
+from sp_attention.engines import belongs_to_engine
+from sp_attention.slopes import Slopes, autocast_of_now, in_parts
 from sp_attention.trees import tensors
 
 
@@ -35,16 +40,6 @@ def matrices_in(module: nn.Module) -> int:
     return sum(len(getattr(one, "ds_shape", one.shape)) > 1 for one in module.parameters())
 
 
-def in_parts(tensor: Tensor, count: int, dim: int) -> tuple[Tensor, ...]:
-    """Views of `count` parts as equal as can be, some of them empty where the tensor is short.
-
-    Unlike those of `tensor_split`, gradients of the parts are put together once; there, each is made as large as the
-    tensor and added.
-    """
-    parts: tuple[Tensor, ...] = tensor.split([len(span) for span in spans(tensor.shape[dim], count)], dim)
-    return parts
-
-
 def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module], int], draws: bool) -> list[RemovableHandle]:
     """Give a module that `fits` its tokens in so many pieces as `pieces` tells for each call.
 
@@ -60,11 +55,15 @@ def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module], int], draws: bo
         given, count = entered.pop() if entered else (None, 1)
         if given is None or output is None or count < 2:
             return None
-        # Not the module, whose hooks were called.
-        compute = partial(module.forward, **kwargs)
-        if torch.is_grad_enabled():
-            compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=draws)
-        return torch.cat([compute(piece, *args[1:]) for piece in in_parts(given, count, -2)], -2)
+        learned = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        call = _Call(module, args[1:], kwargs, [*learned], autocast_of_now(given.device))
+        if not (torch.is_grad_enabled() and (given.requires_grad or learned)):
+            return call.in_turn(given, count)
+        if draws or any(map(belongs_to_engine, module.parameters())):
+            # torch's own knows about generators, and engines about its calls.
+            again = partial(checkpoint, partial(call.result, {}), use_reentrant=False, preserve_rng_state=draws)
+            return torch.cat([again(piece) for (piece,) in in_parts(count, -2, given)], -2)
+        return _InTurn.apply(call, count, given, *learned.values())  # type: ignore[no-untyped-call]  # torch has no types for it
 
     before, after = torch.compiler.disable(before), torch.compiler.disable(after)
     return [
@@ -72,3 +71,66 @@ def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module], int], draws: bo
         # First, so that an engine still has the weights, and always, so that an error leaves nothing behind.
         module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
     ]
+
+
+class _Unhooked(nn.Module):
+    """A module without its own hooks, which were called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a module, with what it was given besides hidden states; `names` are those of what it learns."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    names: list[str]
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def result(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """[..., n, E] → [..., n, E'], with these weights in place of the module's."""
+        own = {f"module.{name}": weight for name, weight in weights.items()}
+        with self.autocast():
+            result: Tensor = functional_call(_Unhooked(self.module), own, (hidden, *self.args), dict(self.kwargs))
+        return result
+
+    def in_turn(self, hidden: Tensor, count: int) -> Tensor:
+        """The result for all tokens, in so many parts, one of which exists beside it at a time."""
+        whole: Tensor | None = None
+        done = 0
+        for (part,) in in_parts(count, -2, hidden):
+            result = self.result({}, part)
+            if whole is None:
+                whole = result.new_empty(*hidden.shape[:-1], result.shape[-1])
+            whole.narrow(-2, done, part.shape[-2]).copy_(result)
+            done += part.shape[-2]
+        assert whole is not None
+        return whole
+
+
+class _InTurn(torch.autograd.Function):
+    """`_Call.in_turn` with gradients, for which each part is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, count: int, hidden: Tensor, *weights: Tensor) -> Tensor:
+        ctx.call, ctx.count = call, count
+        ctx.save_for_backward(hidden, *weights)
+        return call.in_turn(hidden, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *weights = ctx.saved_tensors
+        weights_by_name = dict(zip(ctx.call.names, weights, strict=True))
+        slopes = Slopes(hidden, -2, ctx.needs_input_grad[2], weights_by_name)
+        for part, its_grad in in_parts(ctx.count, -2, hidden, grad):
+            slopes.add(ctx.call.result, part, grad=its_grad)
+        pairs = zip(slopes.of_weights, weights, strict=True)
+        return None, None, slopes.hidden, *(None if one is None else one.to(weight.dtype) for one, weight in pairs)

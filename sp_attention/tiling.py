@@ -4,6 +4,7 @@ The head is given no tokens when the model calls it, and the loss calls it again
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sp_attention.engines import belongs_to_engine
-from sp_attention.piecewise import in_parts
+from sp_attention.slopes import Slopes, autocast_of_now, in_parts
 
 # A tile is of tokens whose logits are 64 MiB in float32, and of enough of them to keep matrix products fast.
 _LOGITS, _TOKENS = 2**24, 512
@@ -48,14 +49,14 @@ class Held:
     """What a head was given in a forward: hidden states [B, s, E] of which logits are made later.
 
     tiles: how many, the same number on every rank, since engines that gather the head's weights do so for each.
-    autocast: the dtype that the head was to compute in, None where it was not told.
+    autocast: the context that the head was called in.
     """
 
     head: Head
     module: nn.Module
     hidden: Tensor
     tiles: int
-    autocast: torch.dtype | None
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     @property
     def shape(self) -> torch.Size:
@@ -73,7 +74,7 @@ class Held:
         engine = any(map(belongs_to_engine, self.module.parameters()))
         by_liger = self.head.liger and not engine
         loss_of = partial(self._by_liger if by_liger else self._loss, ignore_index)
-        tiles = partial(_cut, 1 if by_liger else self.tiles)
+        tiles = partial(in_parts, 1 if by_liger else self.tiles, 0)
         learned = {name: one for name, one in self.module.named_parameters() if one.requires_grad}
         if not (torch.is_grad_enabled() and (hidden.requires_grad or learned)):
             return torch.stack([loss_of({}, *tile) for tile in tiles(hidden, targets)]).sum()
@@ -84,7 +85,7 @@ class Held:
         return loss
 
     def _logits(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        with torch.autocast(hidden.device.type, self.autocast, enabled=self.autocast is not None):
+        with self.autocast():
             logits: Tensor = functional_call(self.module, dict(weights), hidden)
             for step in self.head.steps:
                 logits = step(logits)
@@ -101,7 +102,7 @@ class Held:
 
         own = {**dict(self.module.named_parameters()), **weights}
         fused = LigerFusedLinearCrossEntropyLoss(ignore_index=ignore_index, reduction="sum", accum_dtype=torch.float32)
-        with torch.autocast(hidden.device.type, self.autocast, enabled=self.autocast is not None):
+        with self.autocast():
             loss: Tensor = fused(own["weight"], hidden, targets, own.get("bias"))
         return loss.float()
 
@@ -113,9 +114,7 @@ def tile_for(vocabulary: int) -> int:
 
 def hold(head: Head, module: nn.Module, hidden: Tensor, tiles: int) -> Held:
     """Keep what `module`, the head or its copy, was given."""
-    device = hidden.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return Held(head, module, hidden, tiles, autocast)
+    return Held(head, module, hidden, tiles, autocast_of_now(hidden.device))
 
 
 def liger_does(head: Head) -> bool:
@@ -124,11 +123,6 @@ def liger_does(head: Head) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module) or module._forward_hooks or head.steps:
         return False
     return module.weight.is_cuda and module.weight.dtype != torch.float64 and find_spec("liger_kernel") is not None
-
-
-def _cut(count: int, *several: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each tensor in `count` parts along its first dim, side by side."""
-    return list(zip(*(in_parts(one, count, 0) for one in several), strict=True))
 
 
 class _AtOnce(torch.autograd.Function):
@@ -149,22 +143,9 @@ class _AtOnce(torch.autograd.Function):
         targets: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        # Copies without history, so that nobody's hooks on the weights see gradients now.
-        own = {name: weight.detach().requires_grad_() for name, weight in zip(names, weights, strict=True)}
-        losses: list[Tensor] = []
-        slope = torch.empty_like(hidden) if hidden.requires_grad else None
-        sums: list[Tensor | None] = [None] * len(own)
-        for some, some_targets, into in tiles(hidden, targets, hidden if slope is None else slope):
-            some = some.detach().requires_grad_(slope is not None)
-            with torch.enable_grad():
-                loss = loss_of(own, some, some_targets)
-            found = torch.autograd.grad(loss, [some] * (slope is not None) + [*own.values()], allow_unused=True)
-            if slope is not None:
-                into.copy_(found[0])
-                found = found[1:]
-            sums = [_added(one, other) for one, other in zip(sums, found, strict=True)]
-            losses.append(loss.detach())
-        ctx.save_for_backward(slope, *sums)
+        slopes = Slopes(hidden, 0, hidden.requires_grad, dict(zip(names, weights, strict=True)))
+        losses = [slopes.add(loss_of, *tile) for tile in tiles(hidden, targets)]
+        ctx.save_for_backward(slopes.hidden, *slopes.of_weights)
         ctx.dtypes = [weight.dtype for weight in weights]
         return torch.stack(losses).sum()
 
@@ -177,10 +158,3 @@ class _AtOnce(torch.autograd.Function):
             for one, dtype in zip(sums, ctx.dtypes, strict=True)
         ]
         return None, None, None, None if slope is None else slope * grad, None, *weights
-
-
-def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    if total is None or more is None:
-        precise = more is None or more.dtype.itemsize >= torch.float32.itemsize
-        return total if more is None else more if precise else more.float()
-    return total.add_(more)
