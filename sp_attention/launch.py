@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
@@ -97,7 +97,11 @@ def _work(
             link.send_bytes(pickle.dumps((False, traceback.format_exc())))
         sys.stdout.flush()
         sys.stderr.flush()
-        # At once: an orderly end could wait for ranks that failed, and torch's threads sometimes abort in it.
+        # At once: an orderly end could wait for ranks that failed, and torch's threads sometimes abort in it. It would
+        # have ended what this rank started, such as a loader's workers.
+        for child in active_children():
+            child.kill()
+            child.join()
         os._exit(0)
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from multiprocessing import get_context
 from time import monotonic
 
 import pytest
@@ -21,6 +22,19 @@ def rank_and_sum(number: int) -> tuple[int, int, int]:
 def test_every_rank_returns_in_order_and_computes_with_one_thread() -> None:
     assert run_ranks(3, rank_and_sum, 5) == [(0, 15, 1), (1, 15, 1), (2, 15, 1)]
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] != ""
+
+
+def starts_a_process() -> int:
+    child = get_context("spawn").Process(target=time.sleep, args=(1000,), daemon=True)
+    child.start()
+    assert child.pid is not None
+    return child.pid
+
+
+def test_what_a_rank_has_started_ends_with_it() -> None:
+    for process in run_ranks(2, starts_a_process):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
 
 
 def one_raises() -> None:
