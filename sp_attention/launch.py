@@ -90,18 +90,20 @@ def _work(
                 world_size=ranks,
                 timeout=timedelta(seconds=max(timeout * 0.7, 1.0)),
             )
-            link.send_bytes(pickle.dumps((True, function(*args))))
-            # The others may still be in a collective with this rank: wait until the parent has every answer.
-            link.poll(None)
+            succeeded, answer = True, pickle.dumps((True, function(*args)))
         except BaseException:
-            link.send_bytes(pickle.dumps((False, traceback.format_exc())))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # At once: an orderly end could wait for ranks that failed, and torch's threads sometimes abort in it. It would
-        # have ended what this rank started, such as a loader's workers.
+            succeeded, answer = False, pickle.dumps((False, traceback.format_exc()))
+        # The parent may end this process as soon as it has the answer: with it what it started, as a loader's workers.
         for child in active_children():
             child.kill()
             child.join()
+        link.send_bytes(answer)
+        if succeeded:
+            # The others may still be in a collective with this rank: wait until the parent has every answer.
+            link.poll(None)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: an orderly end could wait for ranks that failed, and torch's threads sometimes abort in it.
         os._exit(0)
 
 
