@@ -27,7 +27,7 @@ RUNS = {
     "layer": "layer",
     "model": "model --rounds 3",
     "memory": "memory --length 4096 --length 8192 --ranks 2 --ranks 4",
-    "limit": "memory --limit 4 --no-attention --length 131072 --length 147456 --length 163840",
+    "limit": "memory --limit 4 --no-attention --length 131072 --length 163840",
     "long": (
         "memory --model 1M --ranks 2 --ranks 4 --length 4096 --length 8192 --length 16384 --length 32768 --length 65536"
     ),
