@@ -85,6 +85,18 @@ def hooked(model: nn.Module) -> nn.Module:
     return model
 
 
+def hooked_inside(model: nn.Module) -> nn.Module:
+    """With hooks of the user's on gradients of weights of an MLP and of a norm."""
+    for weight in (model.model.layers[1].mlp.up_proj.weight, model.model.layers[1].input_layernorm.weight):
+        weight.register_hook(lambda grad: 3 * grad)
+    return model
+
+
+def frozen_inside(model: nn.Module) -> nn.Module:
+    model.model.layers[1].mlp.requires_grad_(False)
+    return model
+
+
 def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -202,8 +214,18 @@ def test_loss_and_gradients_are_those_of_one_process(name: str, ranks: int) -> N
 # With parts of layers in pieces too.
 PIECES = {
     name: CASES[name]
-    for name in ("padded", "two forwards", "checkpointed", "checkpointed, re-entrant", "ddp, static graph")
+    for name in (
+        "padded",
+        "two forwards",
+        "only the head",
+        "checkpointed",
+        "checkpointed, re-entrant",
+        "ddp, static graph",
+        "fsdp2",
+    )
 } | {
+    "hooks on weights": (LLAMA, hooked_inside, as_it_is, "plain", loss_of),
+    "frozen MLP": (LLAMA, frozen_inside, as_it_is, "plain", loss_of),
     "phi, its MLP without a gate": (Tiny("PhiForCausalLM"), as_it_is, as_it_is, "plain", loss_of),
     "dense and experts": (
         Tiny(
@@ -430,6 +452,24 @@ def numbers_saved(**options: Any) -> int:
         loss = model(**batch_of("plain", 33)).loss
     assert loss.requires_grad
     return sum(saved.values())
+
+
+def dtypes_of_pieces() -> set[torch.dtype]:
+    """What an MLP computes in within autocast, and in the backward that comes after it."""
+    model, dtypes = LLAMA.build(torch.float32), set[torch.dtype]()
+    sp_attention.enable(model, backend="sdpa", mlp_tile=4)
+    act_fn = model.model.layers[0].mlp.act_fn
+    act_fn.register_forward_pre_hook(lambda module, args: dtypes.add(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch_of("plain", 33)).loss
+    before = len(dtypes)
+    loss.backward()
+    assert before == 1
+    return dtypes
+
+
+def test_pieces_are_computed_again_as_they_were_in_autocast() -> None:
+    assert run_ranks(2, dtypes_of_pieces) == [{torch.bfloat16}] * 2
 
 
 def saved_by_each() -> list[int]:
