@@ -56,9 +56,9 @@ def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module], int], draws: bo
         if given is None or output is None or count < 2:
             return None
         learned = {name: one for name, one in module.named_parameters() if one.requires_grad}
-        call = _Call(module, args[1:], kwargs, [*learned], autocast_of_now(given.device))
+        call = _Call(_Unhooked(module), args[1:], kwargs, output.detach(), [*learned], autocast_of_now(given.device))
         if not (torch.is_grad_enabled() and (given.requires_grad or learned)):
-            return call.in_turn(given, count)
+            return call.in_turn(count, given)
         if draws or any(map(belongs_to_engine, module.parameters())):
             # torch's own knows about generators, and engines about its calls.
             again = partial(checkpoint, partial(call.result, {}), use_reentrant=False, preserve_rng_state=draws)
@@ -86,32 +86,32 @@ class _Unhooked(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A call of a module, with what it was given besides hidden states; `names` are those of what it learns."""
+    """A call of a module, with what it was given besides hidden states.
 
-    module: nn.Module
+    nothing: what it returns for no tokens. names: those of what it learns. autocast: the context that it was called in.
+    """
+
+    unhooked: _Unhooked
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    nothing: Tensor
     names: list[str]
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def result(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """[..., n, E] → [..., n, E'], with these weights in place of the module's."""
         own = {f"module.{name}": weight for name, weight in weights.items()}
+        # Contiguous as in one process, which some code takes for granted: GPT-2's views of several rows.
+        args = (hidden.contiguous(), *self.args)
         with self.autocast():
-            result: Tensor = functional_call(_Unhooked(self.module), own, (hidden, *self.args), dict(self.kwargs))
+            result: Tensor = functional_call(self.unhooked, own, args, dict(self.kwargs))
         return result
 
-    def in_turn(self, hidden: Tensor, count: int) -> Tensor:
-        """The result for all tokens, in so many parts, one of which exists beside it at a time."""
-        whole: Tensor | None = None
-        done = 0
-        for (part,) in in_parts(count, -2, hidden):
-            result = self.result({}, part)
-            if whole is None:
-                whole = result.new_empty(*hidden.shape[:-1], result.shape[-1])
-            whole.narrow(-2, done, part.shape[-2]).copy_(result)
-            done += part.shape[-2]
-        assert whole is not None
+    def in_turn(self, count: int, hidden: Tensor) -> Tensor:
+        """The result for all tokens, made of so many parts, one of which exists beside it at a time."""
+        whole = self.nothing.new_empty(*hidden.shape[:-1], self.nothing.shape[-1])
+        for part, place in in_parts(count, -2, hidden, whole):
+            place.copy_(self.result({}, part))
         return whole
 
 
@@ -122,15 +122,15 @@ class _InTurn(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, count: int, hidden: Tensor, *weights: Tensor) -> Tensor:
         ctx.call, ctx.count = call, count
         ctx.save_for_backward(hidden, *weights)
-        return call.in_turn(hidden, count)
+        return call.in_turn(count, hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *weights = ctx.saved_tensors
-        weights_by_name = dict(zip(ctx.call.names, weights, strict=True))
-        slopes = Slopes(hidden, -2, ctx.needs_input_grad[2], weights_by_name)
+        slopes = Slopes(hidden, -2, ctx.needs_input_grad[2], dict(zip(ctx.call.names, weights, strict=True)))
         for part, its_grad in in_parts(ctx.count, -2, hidden, grad):
             slopes.add(ctx.call.result, part, grad=its_grad)
         pairs = zip(slopes.of_weights, weights, strict=True)
-        return None, None, slopes.hidden, *(None if one is None else one.to(weight.dtype) for one, weight in pairs)
+        of_weights = [None if one is None else one.to(weight.dtype) for one, weight in pairs]
+        return None, None, slopes.hidden, *of_weights

@@ -271,6 +271,17 @@ def test_parts_in_pieces_give_the_gradients_of_one_process(name: str, ranks: int
         assert ("all tokens at a time, since transformers records" in report) == (name == "dense and experts")
 
 
+def error_of_views() -> tuple[float, int, str]:
+    return error_of((MODELS["gpt2"], as_it_is, as_it_is, "left-padded", loss_of), mlp_tile=4, measured=".act")
+
+
+def test_an_mlp_that_makes_views_of_rows_is_given_contiguous_pieces() -> None:
+    for error, tokens, report in run_ranks(2, error_of_views):
+        assert error < 1
+        assert tokens <= 4
+        assert "ln_2: position-wise, 4 tokens at a time in training" in report
+
+
 class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
     """Stands in for `save_on_cpu`, which has no other memory here to save in: in copies, which are counted."""
 
@@ -470,6 +481,40 @@ def dtypes_of_pieces() -> set[torch.dtype]:
 
 def test_pieces_are_computed_again_as_they_were_in_autocast() -> None:
     assert run_ranks(2, dtypes_of_pieces) == [{torch.bfloat16}] * 2
+
+
+def slopes_with_dropout() -> tuple[float, float]:
+    """How the loss changes along a direction of the weights of MLPs that draw: by its gradient, and by two losses."""
+    model = Tiny("GPT2LMHeadModel", {"resid_pdrop": 0.3}).build()
+    handle = sp_attention.enable(model, backend="sdpa", mlp_tile=4)
+    assert "mlp: position-wise, 4 tokens at a time in training" in handle.report()
+    weights = [parameter for name, parameter in model.named_parameters() if ".mlp." in name]
+    torch.manual_seed(5)
+    directions = [torch.randn_like(weight) for weight in weights]
+
+    def loss_at(distance: float) -> Tensor:
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for weight, direction in zip(weights, directions, strict=True):
+                weight += distance * direction
+        loss = model(**batch_of("plain", 33)).loss
+        with torch.no_grad():
+            for weight, direction in zip(weights, directions, strict=True):
+                weight -= distance * direction
+        return loss
+
+    loss_at(0.0).backward()
+    sp_attention.average_gradients(model)
+    by_gradient = sum(
+        float((weight.grad * direction).sum()) for weight, direction in zip(weights, directions, strict=True)
+    )
+    step = 1e-3
+    return by_gradient, float(loss_at(step).detach() - loss_at(-step).detach()) / (2 * step)
+
+
+def test_pieces_that_draw_random_numbers_draw_the_same_again_in_backward() -> None:
+    for by_gradient, by_losses in run_ranks(2, slopes_with_dropout):
+        assert by_gradient == pytest.approx(by_losses, rel=1e-2)
 
 
 def saved_by_each() -> list[int]:
