@@ -8,7 +8,7 @@ import threading
 import time
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,55 +60,60 @@ def benchmark(
     if not others:
         record["absent"] = {DEEPSPEED: "not installed: pip install deepspeed"}
     if limit is not None:
-        contenders = [OURS_LONG, *([ALST] if others else [])]
-        for done, name in enumerate(contenders):
-            fit = Fitting(name, ranks[0], size, no_attention, int(limit * GIB))
-            fits = bisect(sorted(lengths), False, key=fit.is_too_long)
-            longest = sorted(lengths)[fits - 1] if fits else 0
-            record["longest"].append({"name": name, "ranks": ranks[0], "length": longest, "trials": fit.trials})
-            report((done + 1) / len(contenders))
+        names = [OURS_LONG, *([ALST] if others else [])]
+        for done, name in enumerate(names):
+            contender = Contender(name, ranks[0], size, no_attention, int(limit * GIB))
+            record["longest"].append(longest(contender, sorted(lengths)))
+            report((done + 1) / len(names))
         return record
     runs = [
-        (name, number, length)
+        (length, Contender(name, number, size, no_attention, None))
         for length in lengths
         for name, numbers in {ALONE: [1], OURS: ranks, **({DEEPSPEED: ranks} if others else {})}.items()
         for number in numbers
     ]
-    for done, (name, number, length) in enumerate(runs):
-        peaks = peaks_of(name, number, length, size, no_attention, None)
+    for done, (length, one) in enumerate(runs):
+        peaks = one.peaks(length)
         assert peaks is not None
-        record["peaks"].append({"name": name, "ranks": number, "length": length, "each": [asdict(p) for p in peaks]})
+        each = [asdict(peak) for peak in peaks]
+        record["peaks"].append({"name": one.name, "ranks": one.ranks, "length": length, "each": each})
         report((done + 1) / len(runs))
     return record
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """Tries whether sequences train within `limit` bytes a rank; `trials` are those that were tried."""
+class Contender:
+    """Who trains which model on so many ranks, each of which may take `limit` bytes, None for any number."""
 
     name: str
     ranks: int
     size: str
     no_attention: bool
-    limit: int
-    trials: list[Record] = field(default_factory=list)
+    limit: int | None
 
-    def is_too_long(self, length: int) -> bool:
-        peaks = peaks_of(self.name, self.ranks, length, self.size, self.no_attention, self.limit)
-        most = None if peaks is None else max(one.peak for one in peaks)
-        self.trials.append({"length": length, "peak": most})
-        return most is None
+    def peaks(self, length: int) -> list[Peak] | None:
+        """Those of each rank in two steps; None if a rank needs more than it may take."""
+        try:
+            found: list[Peak] = run_ranks(self.ranks, _peak, self, length, timeout=TIMEOUT)
+        except RanksError as error:
+            if self.limit is not None and f"exited with code {TOO_MUCH}" in str(error):
+                return None
+            raise click.ClickException(str(error)) from error
+        return found
 
 
-def peaks_of(name: str, ranks: int, length: int, size: str, no_attention: bool, limit: int | None) -> list[Peak] | None:
-    """Those of each rank in two steps; None if a rank needs more than `limit` bytes."""
-    try:
-        found: list[Peak] = run_ranks(ranks, _peak, name, length, size, no_attention, limit, timeout=TIMEOUT)
-    except RanksError as error:
-        if limit is not None and f"exited with code {TOO_MUCH}" in str(error):
-            return None
-        raise click.ClickException(str(error)) from error
-    return found
+def longest(contender: Contender, lengths: list[int]) -> Record:
+    """The longest of these sequences, in order, that it trains, 0 if none; and what came of those that were tried."""
+    trials: list[Record] = []
+
+    def is_too_long(length: int) -> bool:
+        peaks = contender.peaks(length)
+        trials.append({"length": length, "peak": None if peaks is None else max(one.peak for one in peaks)})
+        return peaks is None
+
+    fits = bisect(lengths, False, key=is_too_long)
+    length = lengths[fits - 1] if fits else 0
+    return {"name": contender.name, "ranks": contender.ranks, "length": length, "trials": trials}
 
 
 def tables(record: Record) -> list[Table]:
@@ -165,19 +170,19 @@ def _most(one: Record) -> tuple[int, int]:
     return max(each["peak"] for each in one["each"]), max(each["peak"] - each["start"] for each in one["each"])
 
 
-def _peak(name: str, length: int, size: str, no_attention: bool, limit: int | None) -> Peak:
+def _peak(of: Contender, length: int) -> Peak:
     quieten()
     transformers.logging.set_verbosity_error()
     start = resident_memory("VmRSS")
-    if limit is not None:
-        threading.Thread(target=_watch, args=(limit,), daemon=True).start()
-    step = make_step(name, length, MODELS[size])
-    attention = _nothing if no_attention else F.scaled_dot_product_attention
+    if of.limit is not None:
+        threading.Thread(target=_watch, args=(of.limit,), daemon=True).start()
+    step = make_step(of.name, length, MODELS[of.size])
+    attention = _nothing if of.no_attention else F.scaled_dot_product_attention
     with mock.patch.object(F, "scaled_dot_product_attention", attention):
         for _ in range(2):  # Gradients and what torch keeps are there from the second on.
             step()
     peak = resident_memory("VmHWM")
-    if limit is not None and peak > limit:
+    if of.limit is not None and peak > of.limit:
         os._exit(TOO_MUCH)
     return Peak(start, peak)
 
