@@ -102,8 +102,8 @@ on 26 November 2026: in the backward of the last layer's MLP, of about 19 the in
 queries, keys and values as they arrived are 2, attention's output before and after the way back 2, the outputs of two
 norms 2, what is added to the MLP 1, gradients 2, tables of positions half a one, and memory that lies ready 1 to 2.
 Tried with gain: norms in pieces (2), pieces written into one tensor (4 and more, of the C library's), the gradients of
-pieces put together once (1), no more than 256 MiB that lie ready (2 to 3). For 1.5 times its sequence it would have
-to be 16.
+pieces put together once (1), no more than 256 MiB that lie ready (2 to 3). To train 1.5 times what ALST does, the 19
+would have to be 16.
 """,
     ),
     "scale": (
@@ -120,7 +120,8 @@ HEAD = """
 Written by `python bench/speed.py`, from runs of `sp-attention bench` on one machine, in which all contenders take
 turns: each once in every round, in an order that rotates, with the ranks in step. Shown are medians, and quartiles in
 brackets. The time of a round is that of the rank that took longest. A rank is a process with one thread, and gloo
-carries.
+carries. **Exchange, layer, model and scale ran on the code before** that of memory, long sequences and the longest, which
+gives memory back sooner.
 
 ```text
 sp-attention bench exchange          # and layer, model, memory, scale
