@@ -120,8 +120,8 @@ HEAD = """
 Written by `python bench/speed.py`, from runs of `sp-attention bench` on one machine, in which all contenders take
 turns: each once in every round, in an order that rotates, with the ranks in step. Shown are medians, and quartiles in
 brackets. The time of a round is that of the rank that took longest. A rank is a process with one thread, and gloo
-carries. **Exchange, layer, model and scale ran on the code before** that of memory, long sequences and the longest, which
-gives memory back sooner.
+carries. **Exchange, layer, model and scale ran on the code before** that of memory, long sequences and the longest,
+which gives memory back sooner.
 
 ```text
 sp-attention bench exchange          # and layer, model, memory, scale
