@@ -95,7 +95,7 @@ class Handle:
     @contextmanager
     def only_loss(self) -> Iterator[None]:
         """Within it logits stay sharded in evaluation with labels too, as in training: for a loss, with less memory."""
-        with nullcontext() if self.hooks is None else self.hooks.only_loss():
+        with nullcontext() if self.hooks is None else self.hooks.for_the_loss():
             yield
 
     def report(self) -> str:

@@ -65,7 +65,7 @@ def shard_loss(
         if not same({"loss": output["loss"], "logits": output["logits"].part}, mine):
             raise UnsupportedError("the model computes another loss from a part of the sequence")
 
-    with hooks.only_loss():  # The model may be in evaluation, so that it draws no random numbers.
+    with hooks.for_the_loss():  # The model may be in evaluation, so that it draws no random numbers.
         reason, _ = attempted(compare, hooks.peers, model.device)
         if reason is not None:
             hooks.region = replace(hooks.region, sharded_loss=f"computed from a part of the sequence: {reason}")
@@ -172,7 +172,7 @@ def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen
     def compare() -> None:
         require_same(with_slopes(model, specimen.inputs), expected, f"mlp_tile={tile}: {type(model).__name__} with it")
 
-    with hooks.only_loss():  # The model may be in evaluation, so that it draws no random numbers.
+    with hooks.for_the_loss():  # The model may be in evaluation, so that it draws no random numbers.
         expected = with_slopes(model, specimen.inputs)
         hooks.region = replace(hooks.region, pieces=tuple(cut), piece=2)
         hooks.hook_instead(hooks.region.stacks)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sp_attention.engines import belongs_to_engine
-from sp_attention.slopes import Slopes, autocast_of_now, in_parts
+from sp_attention.slopes import Slopes, in_parts
 
 # A tile is of tokens whose logits are 64 MiB in float32, and of enough of them to keep matrix products fast.
 _LOGITS, _TOKENS = 2**24, 512
@@ -110,11 +110,6 @@ class Held:
 def tile_for(vocabulary: int) -> int:
     """How many tokens' logits are a tile, where nobody says."""
     return max(_TOKENS, _LOGITS // vocabulary)
-
-
-def hold(head: Head, module: nn.Module, hidden: Tensor, tiles: int) -> Held:
-    """Keep what `module`, the head or its copy, was given."""
-    return Held(head, module, hidden, tiles, autocast_of_now(hidden.device))
 
 
 def liger_does(head: Head) -> bool:

@@ -103,16 +103,18 @@ def test_the_table_shows_ratios_and_who_is_absent() -> None:
 
 
 def test_memory_finds_the_longest_sequence_within_a_limit() -> None:
-    lengths = [argument for length in (256, 1024, 65536) for argument in ("--length", str(length))]
-    ran = run("bench", "memory", "--model", "1M", *lengths, "--limit", "0.6", "--json")
+    # A torch that is built for CUDA takes half a GiB by itself.
+    far = 2**22
+    lengths = [argument for length in (256, 1024, far) for argument in ("--length", str(length))]
+    ran = run("bench", "memory", "--model", "1M", *lengths, "--limit", "1.2", "--json")
     assert ran.returncode == 0, ran.stderr
     record = json.loads(ran.stdout)
     ours = record["longest"][0]
     assert (ours["name"], ours["ranks"], ours["length"]) == ("sp-attention, checkpointing", 2, 1024)
     peaks = {one["length"]: one["peak"] for one in ours["trials"]}
-    assert peaks.keys() == {1024, 65536}
-    assert 2**27 < peaks[1024] < 0.6 * 2**30
-    assert peaks[65536] is None
+    assert peaks.keys() == {1024, far}
+    assert 2**27 < peaks[1024] < 1.2 * 2**30
+    assert peaks[far] is None
     (table,) = memory.tables(record)
     assert table.rows[0][2] == "1024"
-    assert table.rows[0][3].endswith(" MiB, 65536: more")
+    assert table.rows[0][3].endswith(f" MiB, {far}: more")
