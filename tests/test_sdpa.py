@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import Tiny
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import blockwise_overlay
 
 import sp_attention
@@ -168,6 +169,35 @@ def test_refuses_softcap_and_nothing_else() -> None:
     assert sdpa.refuses(request) is None
     assert sdpa.refuses(replace(request, sinks=torch.zeros(2))) is None
     assert sdpa.refuses(replace(request, softcap=30.0)) == "torch's scaled_dot_product_attention has no softcap"
+
+
+HALF_ON_CUDA = "in half precision on CUDA, gradients of torch's scaled_dot_product_attention with a mask"
+
+
+def refused_on_cuda(feature: str, dtype: torch.dtype) -> str | None:
+    """What is told to a request for a feature whose queries are on a device that this machine may not have."""
+    request = testing.request_for(feature, dtype=dtype)
+    with FakeTensorMode():
+        query = torch.empty(request.query.shape, dtype=dtype, device="cuda")
+    return sdpa.refuses(replace(request, query=query))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_half_precision_on_cuda_it_trains_without_masks_of_torch_only(dtype: torch.dtype) -> None:
+    masked = (
+        "sliding window",
+        "mask tensor",
+        "additive bias",
+        "padding between real tokens",
+        "last queries of a sequence",
+    )
+    for feature in masked:
+        assert (refused_on_cuda(feature, dtype) or "").startswith(HALF_ON_CUDA), feature
+        assert refused_on_cuda(feature, torch.float32) is None
+        with torch.no_grad():
+            assert refused_on_cuda(feature, dtype) is None
+    for feature in ("causal", "left padding", "packed documents", "bidirectional", "grouped KV heads"):
+        assert refused_on_cuda(feature, dtype) is None
 
 
 def largest_saved(request: Request) -> tuple[int, int]:

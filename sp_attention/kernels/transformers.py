@@ -5,14 +5,15 @@ They get the mask as a tensor, in the form that transformers would have given it
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sp_attention.attention import Backend, Request
+from sp_attention.attention import Backend, Mask, Request
 from sp_attention.eager import eager_functions
 from sp_attention.errors import UnsupportedError
 from sp_attention.hookspecs import hookimpl
@@ -60,22 +61,46 @@ def sdpa(request: Request) -> Tensor:
     """transformers' sdpa function; see `Backend.attend`."""
     mask = request.mask
     further = (mask.window, mask.documents, mask.padding, mask.function, mask.explicit, request.bias)
-    seen = None
+    seen, blind = None, None
     if any(condition is not None for condition in further) or (
         mask.causal and (mask.offset or mask.query_length != mask.key_length)
     ):
-        seen = mask.dense()
+        # Kernels differ in what they give queries that see nothing, so these see all, and what they give is hidden.
+        seen, blind = mask.once("transformers:sdpa visible", lambda: _visible(mask))
         seen = seen if request.bias is None else torch.where(seen, request.bias.to(request.query.dtype), float("-inf"))
-    out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        HeadView(request, request.query.shape[2] // request.key.shape[2]),
-        *(tensor.transpose(1, 2) for tensor in (request.query, request.key, request.value)),
-        seen,
-        scaling=request.scale,
-        dropout=request.dropout,
-        is_causal=mask.causal,
-    )
-    result: Tensor = out
+    with no_cudnn_for(seen):
+        out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            HeadView(request, request.query.shape[2] // request.key.shape[2]),
+            *(tensor.transpose(1, 2) for tensor in (request.query, request.key, request.value)),
+            seen,
+            scaling=request.scale,
+            dropout=request.dropout,
+            is_causal=mask.causal,
+        )
+    result: Tensor = out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
     return result
+
+
+@contextmanager
+def no_cudnn_for(mask: Tensor | None) -> Iterator[None]:
+    """Within it torch's attention is not cuDNN's, if it is given this mask.
+
+    torch takes cuDNN first on Hopper and Blackwell devices, whose gradients of queries are NaN with a mask, for some
+    numbers of keys and scores that are low enough (pytorch issue 196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before and mask is None)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def _visible(mask: Mask) -> tuple[Tensor, Tensor]:
+    """[1|B, 1|h, Sq, Sk], what queries see, all keys where it is none; [1|B, 1|h, Sq, 1], which these queries are."""
+    allowed = mask.dense()
+    blind = ~allowed.any(-1, keepdim=True)
+    return allowed | blind, blind
 
 
 def refuses_eager(request: Request) -> str | None:
@@ -139,9 +164,7 @@ def _added_to_scores(request: Request) -> tuple[Tensor | None, Tensor | None]:
     mask, bias, dtype = request.mask, request.bias, request.query.dtype
 
     def derive() -> tuple[Tensor | None, Tensor | None]:
-        allowed = mask.dense()
-        blind = ~allowed.any(-1, keepdim=True)
-        visible = allowed | blind
+        visible, blind = _visible(mask)
         return None if bool(visible.all()) else visible, blind if bool(blind.any()) else None
 
     visible, blind = mask.once("transformers:eager visible", derive)

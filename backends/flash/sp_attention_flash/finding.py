@@ -31,7 +31,7 @@ def unusable(package: Package) -> str | None:
         return "torch finds no CUDA device: look at what nvidia-smi says"
     arch = torch.cuda.get_device_capability()[0]
     if arch not in package.arches:
-        return f"{package.distribution} has no backward for {torch.cuda.get_device_name()}: use flash or sdpa"
+        return f"{package.distribution} has no right backward for {torch.cuda.get_device_name()}: use flash or sdpa"
     if package.extension is not None:
         try:
             import_module(package.extension)

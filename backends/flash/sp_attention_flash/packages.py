@@ -75,7 +75,8 @@ FLASH4 = Package(
     load=partial(import_module, "flash_attn.cute"),
     extension=None,
     cure="pip install --pre 'flash-attn-4>=4.0.0b36' triton",
-    arches=(9, 10, 11, 12),
+    # On an H200 (9.0), 4.0.0b36 gave wrong gradients of queries behind the first 128, and behind the first sequence.
+    arches=(10, 11, 12),
     unlimited=None,
     lse="return_lse",
     sinks=True,

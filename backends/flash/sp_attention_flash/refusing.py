@@ -60,7 +60,7 @@ def _refuses_sizes(package: Package, request: Request, arch: int | None) -> str 
             f"{name} has head sizes up to {LARGEST}, and this is {max(query.shape[3], value.shape[3])}; sdpa does any"
         )
     if arch is not None and arch not in package.arches:
-        return f"{name} has no backward on devices of compute capability {arch}.x; sdpa computes on all"
+        return f"{name} has no right backward on devices of compute capability {arch}.x; sdpa computes on all"
     deterministic = torch.are_deterministic_algorithms_enabled()
     if package is FLASH3 and deterministic and size > 192:
         return f"{name} has no deterministic backward for a head size of {size}; flash2 has"
@@ -72,7 +72,7 @@ def _refuses_sizes(package: Package, request: Request, arch: int | None) -> str 
 def _refuses_flash4(size: int, arch: int, request: Request, deterministic: bool) -> str | None:
     """The limits that flash_attn/cute/interface.py asserts, device by device; backward is always wanted."""
     where = f"flash4 on devices of compute capability {arch}.x"
-    if arch != 9 and size > 128 and not (size == 256 and arch in (10, 11)):
+    if size > 128 and not (size == 256 and arch in (10, 11)):
         return f"{where} has no head size of {size}; flash2 has"
     if arch in (10, 11) and size == 256 and (request.softcap is not None or request.sinks is not None):
         return f"{where} has neither a softcap nor attention sinks for a head size of 256; flash2 has"
