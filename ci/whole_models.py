@@ -36,7 +36,7 @@ LARGE: dict[str, Any] = {
     "num_key_value_heads": 16,
     "tie_word_embeddings": True,
 }
-LENGTHS = (16384, 65536)
+LENGTHS = (16384,)
 
 
 @dataclass(frozen=True)
