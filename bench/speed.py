@@ -46,7 +46,7 @@ Where ours spends what is above 1, by counters around its calls on 26 November 2
 heads): of 80 ms, 40 are in the four all-to-all calls, which take 49 alone, since a rank's own tokens are left out of
 them; 40 are copies of 152 MiB by rank, packed, unpacked, or a rank's own, which memory serves at 4 GB/s to each of
 two cores. There was one page fault in a step; with buffers made anew there were 29,000, and the mean of all cases was
-2.4 to 2.8 where it is 1.8. Copying a rank's own tokens while the others travel changed nothing beyond the spread: two
+2.4 to 2.8 where it was 1.8. Copying a rank's own tokens while the others travel changed nothing beyond the spread: two
 ranks keep two cores busy. Nor did huge pages help, nor a collective for the gradient of each tensor, so that none is
 packed (1.6 in place of 1.5, side by side), nor to pack, send and unpack 0.1 to 4 MiB at a time, so that they stay in
 the cache (19 ms and more in place of 17 for 24 MiB).
@@ -120,8 +120,7 @@ HEAD = """
 Written by `python bench/speed.py`, from runs of `sp-attention bench` on one machine, in which all contenders take
 turns: each once in every round, in an order that rotates, with the ranks in step. Shown are medians, and quartiles in
 brackets. The time of a round is that of the rank that took longest. A rank is a process with one thread, and gloo
-carries. **Exchange, layer, model and scale ran on the code before** that of memory, long sequences and the longest,
-which gives memory back sooner.
+carries. Peaks of device memory on a GPU are in [results](results/NVIDIA-H200-2026-11-27.md).
 
 ```text
 sp-attention bench exchange          # and layer, model, memory, scale

@@ -44,8 +44,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_what_is_there_can_be_used(machine: Machine) -> None:
-    machine(*PACKAGES)
-    assert [finding.unusable(package) for package in PACKAGES] == [None, None, None]
+    machine(*PACKAGES, device=(9, 0))
+    assert finding.unusable(FLASH2) is finding.unusable(FLASH3) is None
+    assert finding.unusable(FLASH4) == "flash-attn-4 has no right backward for Some GPU: use flash or sdpa"
+    machine(*PACKAGES, device=(10, 0))
+    assert finding.unusable(FLASH2) is finding.unusable(FLASH4) is None
 
 
 def test_what_is_not_installed_is_told_with_its_cure(machine: Machine) -> None:
