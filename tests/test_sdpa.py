@@ -1,9 +1,12 @@
 """Kernel `sdpa` against attention written out in float64, and its memory."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import Tiny
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,7 +16,7 @@ import sp_attention
 from sp_attention import testing
 from sp_attention.attention import Mask, Request
 from sp_attention.cli.memory import resident_memory
-from sp_attention.kernels import sdpa
+from sp_attention.kernels import sdpa, transformers
 from sp_attention.launch import run_ranks
 from sp_attention.layout import Span
 
@@ -169,6 +172,22 @@ def test_refuses_softcap_and_nothing_else() -> None:
     assert sdpa.refuses(request) is None
     assert sdpa.refuses(replace(request, sinks=torch.zeros(2))) is None
     assert sdpa.refuses(replace(request, softcap=30.0)) == "torch's scaled_dot_product_attention has no softcap"
+
+
+@pytest.mark.parametrize("attend", [sdpa.attend, transformers.sdpa], ids=["sdpa", "transformers:sdpa"])
+def test_torch_never_takes_cudnn(attend: Callable[[Request], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return torchs(*args, **options)
+
+    torchs = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for feature in ("causal", "sliding window", "mask tensor"):
+        attend(testing.FEATURES[feature]())
+    assert set(seen) == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 HALF_ON_CUDA = "in half precision on CUDA, gradients of torch's scaled_dot_product_attention with a mask"

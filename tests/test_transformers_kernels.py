@@ -1,7 +1,6 @@
 """Kernels `transformers:*`: what the functions of models are given, what is asked of them, and what is not."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -222,19 +221,3 @@ def test_other_keys_are_listed_with_the_reason() -> None:
     assert backend("transformers:flex_attention").unavailable.startswith("its mask does not travel as a tensor")
     with pytest.raises(UnsupportedError, match="listed as unavailable"):
         backend("transformers:flex_attention").attend(testing.request(MASK))
-
-
-def test_cudnn_is_kept_from_masks_and_from_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def spy(*args: Any, **options: Any) -> Tensor:
-        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return torches(*args, **options)
-
-    torches = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    assert torch.backends.cuda.cudnn_sdp_enabled()
-    kernels.sdpa(testing.FEATURES["left padding"]())
-    kernels.sdpa(testing.FEATURES["causal"]())
-    assert seen == [False, True]
-    assert torch.backends.cuda.cudnn_sdp_enabled()

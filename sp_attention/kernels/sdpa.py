@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_attention.attention import Backend, Mask, Request, Segment
 from sp_attention.hookspecs import hookimpl
+from sp_attention.kernels.cudnn import without_cudnn
 from sp_attention.layout import Span
 
 # Queries per piece of a sliding window, and per tile. A piece of T queries reads T + window - 1 keys, so few queries
@@ -36,7 +37,7 @@ def refuses(request: Request) -> str | None:
     if request.softcap is not None:
         return "torch's scaled_dot_product_attention has no softcap"
     # On an H200 (torch 2.11), windows of 100 in 600 and 4,096 tokens: outputs right, gradients of queries wrong, and
-    # right in float32. Tiles differ from these bands in nothing that is known to matter.
+    # right in float32. Probably cuDNN's doing, which is kept away since, but that has not been run on a device yet.
     in_half = request.query.device.type == "cuda" and request.query.dtype in HALF
     if in_half and torch.is_grad_enabled() and _asks_for_masks(request):
         return (
@@ -238,7 +239,8 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, request: Request, *, mask:
         # Off the CPU, torch leaves its fused kernels for grouped heads together with a mask.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    out = F.scaled_dot_product_attention(
-        query, key, value, mask, request.dropout, is_causal=causal, scale=request.scale, enable_gqa=grouped
-    )
+    with without_cudnn():
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, request.dropout, is_causal=causal, scale=request.scale, enable_gqa=grouped
+        )
     return out.transpose(1, 2)[..., :value_size]

@@ -5,8 +5,7 @@ They get the mask as a tensor, in the form that transformers would have given it
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from sp_attention.attention import Backend, Mask, Request
 from sp_attention.eager import eager_functions
 from sp_attention.errors import UnsupportedError
 from sp_attention.hookspecs import hookimpl
+from sp_attention.kernels.cudnn import without_cudnn
 
 # Keys whose function takes the whole mask as one tensor, so that nothing of the mask can get lost on the way.
 TENSOR_MASKS = ("eager", "sdpa")
@@ -68,7 +68,7 @@ def sdpa(request: Request) -> Tensor:
         # Kernels differ in what they give queries that see nothing, so these see all, and what they give is hidden.
         seen, blind = mask.once("transformers:sdpa visible", lambda: _visible(mask))
         seen = seen if request.bias is None else torch.where(seen, request.bias.to(request.query.dtype), float("-inf"))
-    with no_cudnn_for(seen):
+    with without_cudnn():
         out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
             HeadView(request, request.query.shape[2] // request.key.shape[2]),
             *(tensor.transpose(1, 2) for tensor in (request.query, request.key, request.value)),
@@ -79,21 +79,6 @@ def sdpa(request: Request) -> Tensor:
         )
     result: Tensor = out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
     return result
-
-
-@contextmanager
-def no_cudnn_for(mask: Tensor | None) -> Iterator[None]:
-    """Within it torch's attention is not cuDNN's, if it is given this mask.
-
-    torch takes cuDNN first on Hopper and Blackwell devices, whose gradients of queries are NaN with a mask, for some
-    numbers of keys and scores that are low enough (pytorch issue 196678).
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(before and mask is None)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _visible(mask: Mask) -> tuple[Tensor, Tensor]:
