@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sp_attention_flash import backend
 from sp_attention_flash.packages import FLASH2
 
 from sp_attention import testing
+from sp_attention.launch import run_ranks
 
 SCRIPT = Path(__file__).parents[3] / "ci" / "gpu"
 CPU = torch.device("cpu")
@@ -36,3 +38,25 @@ def test_its_table_has_what_is_right_what_is_refused_and_what_is_wrong(monkeypat
 
     wrong = replace(backend("flash2", FLASH2, 0, None), attend=lambda request: request.query)
     assert "| causal | **wrong**: output is off by" in kernel(wrong, CPU)
+
+
+def llama_on_the_cpu() -> list[Any]:
+    sys.path.insert(0, str(SCRIPT.parent))
+    import whole_models
+
+    whole_models.TYPES = dict.fromkeys(whole_models.TYPES, ("llama",))
+    del whole_models.OPTIONS["checkpointed, offload"]  # which there is on devices only
+    found: list[Any] = whole_models._compared("cpu")
+    return found
+
+
+def test_its_whole_models_are_exact_on_the_cpu_and_what_is_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    for found in run_ranks(2, llama_on_the_cpu, timeout=200):
+        assert {one.verdict for one in found} == {"exact"}
+        assert {one.dtype for one in found} == {"float64", "bfloat16"}
+        assert {"plain", "left-padded", "packed", "generate", "logits and MLP in tiles", "checkpointed"} <= {
+            one.step for one in found
+        }
+    assert replace(found[0], error=1e-3).verdict == "**wrong**"
+    assert replace(found[0], problem="RuntimeError: no").verdict == "**wrong**: RuntimeError: no"
