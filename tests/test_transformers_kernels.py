@@ -1,6 +1,7 @@
 """Kernels `transformers:*`: what the functions of models are given, what is asked of them, and what is not."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -221,3 +222,14 @@ def test_other_keys_are_listed_with_the_reason() -> None:
     assert backend("transformers:flex_attention").unavailable.startswith("its mask does not travel as a tensor")
     with pytest.raises(UnsupportedError, match="listed as unavailable"):
         backend("transformers:flex_attention").attend(testing.request(MASK))
+
+
+def test_what_torch_gives_queries_that_see_nothing_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_cudnn(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+        blind = ~attn_mask.any(-1, keepdim=True)
+        return torchs(query, key, value, attn_mask=attn_mask, **options).masked_fill(blind, 7.0)
+
+    torchs = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_cudnn)
+    request = testing.FEATURES["padding and nothing else in a row"]()
+    torch.testing.assert_close(kernels.sdpa(request), testing.attend(request))
