@@ -112,8 +112,8 @@ would have to be 16.
 One process, as rank 0 of a group that torch fakes. Python is the process' time in an enabled model less that in a plain
 one of the same span, with an attention that does nothing in both.
 
-It is flat while there are no more ranks than heads, 451 to 574 µs in the second table. Beyond, most of it is torch's two
-collectives, which are given a size for each rank: 1.8 ms of a layer's forward on 1,024 ranks, and 0.06 ms on 8, by
+It is flat while there are no more ranks than heads, 451 to 574 µs in the second table. Beyond, most of it is torch's
+two collectives, which are given a size for each rank: 1.8 ms of a layer's forward on 1,024 ranks, and 0.06 ms on 8, by
 Python's profiler on 27 November 2026.
 """,
     ),
