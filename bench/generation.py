@@ -23,10 +23,10 @@ import torch.distributed as dist
 import transformers
 
 import sp_attention
-from sp_attention.cache import sizes
 from sp_attention.cli.generate import Clock
-from sp_attention.cli.memory import forget_peak, resident_memory
+from sp_attention.cli.rss import forget_peak, resident_memory
 from sp_attention.launch import run_ranks
+from sp_attention.region.kv_cache import sizes
 
 RANKS, TIMEOUT = 2, 1800.0
 # glibc keeps freed memory of up to 32 MiB a piece for itself, more of it the more sizes there are, and gives larger

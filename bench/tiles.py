@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers
 
 import sp_attention
-from sp_attention.cli.memory import forget_peak, resident_memory
+from sp_attention.cli.rss import forget_peak, resident_memory
 from sp_attention.launch import run_ranks
 
 MODEL = {

@@ -5,9 +5,10 @@ python ci/masks_page.py > docs/masks.md
 
 from dataclasses import replace
 
-from sp_attention import registry, testing
-from sp_attention.attention import Backend
+from sp_attention import testing
 from sp_attention.cli.kernels import module_for
+from sp_attention.kernels import registry
+from sp_attention.kernels.request import Backend
 
 KERNELS = ("sdpa", "transformers:eager", "transformers:sdpa")
 TEXT = """# What kernels are asked, and what they do

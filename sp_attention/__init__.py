@@ -5,12 +5,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sp_attention.attention import Backend, Mask, Request
-    from sp_attention.enabling import Handle, enable
+    from sp_attention.api import Handle, enable
+    from sp_attention.distributed.gradients import average_gradients
     from sp_attention.errors import BackendError, BatchError, ShardedLogitsError, UnsupportedError
-    from sp_attention.gradients import average_gradients
-    from sp_attention.hookspecs import hookimpl
-    from sp_attention.logits import ShardedLogits
+    from sp_attention.kernels.hookspecs import hookimpl
+    from sp_attention.kernels.request import Backend, Mask, Request
+    from sp_attention.loss.sharded_logits import ShardedLogits
 
 __version__ = version("sp-attention")
 __all__ = [
@@ -32,12 +32,12 @@ __all__ = [
 # Imported when first used: transformers' modelling code is slow, imports accelerate where it is installed, and is
 # needed by few; and `sp-attention doctor` must answer where even torch cannot be imported.
 _MODULES = {
-    "attention": ("Backend", "Mask", "Request"),
-    "enabling": ("Handle", "enable"),
+    "kernels.request": ("Backend", "Mask", "Request"),
+    "api": ("Handle", "enable"),
     "errors": ("BackendError", "BatchError", "ShardedLogitsError", "UnsupportedError"),
-    "gradients": ("average_gradients",),
-    "hookspecs": ("hookimpl",),
-    "logits": ("ShardedLogits",),
+    "distributed.gradients": ("average_gradients",),
+    "kernels.hookspecs": ("hookimpl",),
+    "loss.sharded_logits": ("ShardedLogits",),
 }
 
 

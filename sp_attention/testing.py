@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sp_attention.attention import Backend, Mask, Request
+from sp_attention.kernels.request import Backend, Mask, Request
 
 BATCH, LENGTH = 2, 37
 # The least that a tolerance is, by dtype: in float32 the order in which a kernel adds up changes as much.

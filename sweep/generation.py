@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import sp_attention
-from sp_attention.cache import layers_of
 from sp_attention.cli.comparison import ROUNDING, Batch, merged, relative_error, shake, tolerance
 from sp_attention.cli.outcomes import (
     DIFFERS,
@@ -32,7 +31,8 @@ from sp_attention.cli.outcomes import (
     Comparison,
     Verdict,
 )
-from sp_attention.trees import tensors
+from sp_attention.region.kv_cache import layers_of
+from sp_attention.region.pytree import tensors
 from sweep.running import Record, sweep
 from sweep.table import largest, latest, outcome, reason, summary
 

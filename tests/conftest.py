@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from sp_attention import launch
+from sp_attention.distributed import launch
 
 # Ranks are forks of a process that has imported, and done nothing else, what takes each of them seconds to import.
 launch.CONTEXT = multiprocessing.get_context("forkserver")
 launch.CONTEXT.set_forkserver_preload(
-    ["sp_attention.enabling", "sp_attention.launch", "transformers.models.llama.modeling_llama", "hypothesis", "pytest"]
+    [
+        "sp_attention.api",
+        "sp_attention.distributed.launch",
+        "transformers.models.llama.modeling_llama",
+        "hypothesis",
+        "pytest",
+    ]
 )
 
 STRANGERS = Path(__file__).parent / "strangers"

@@ -12,10 +12,11 @@ import torch
 from click.testing import CliRunner
 from test_cli import run
 
-from sp_attention import registry, testing
-from sp_attention.attention import Backend, Request
+from sp_attention import testing
 from sp_attention.cli import cli, machine
 from sp_attention.cli.kernels import ask
+from sp_attention.kernels import registry
+from sp_attention.kernels.request import Backend, Request
 
 LONGEST = "padding on both sides, 4096 tokens"
 WritePlugin = Callable[[str, str], None]

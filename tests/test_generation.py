@@ -29,10 +29,10 @@ from transformers.generation import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import sp_attention
-from sp_attention.cache import layers_of
-from sp_attention.enabling import handle_of
+from sp_attention.api import handle_of
 from sp_attention.errors import BatchError, UnsupportedError
 from sp_attention.launch import RanksError, run_ranks
+from sp_attention.region.kv_cache import layers_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

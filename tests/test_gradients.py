@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from sp_attention import average_gradients, gradients
+from sp_attention import average_gradients
+from sp_attention.distributed import gradients
 from sp_attention.launch import run_ranks
 
 

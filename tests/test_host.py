@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralModel, PreTrainedModel
 
 import sp_attention
 from sp_attention.launch import run_ranks
-from sp_attention.trees import map_leaves
+from sp_attention.region.pytree import map_leaves
 
 LENGTH = 37
 

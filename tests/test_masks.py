@@ -24,9 +24,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from sp_attention.attention import Mask, Segment
-from sp_attention.layout import Span
-from sp_attention.masks import describe
+from sp_attention.kernels.request import Mask, Segment
+from sp_attention.region.masks import describe
+from sp_attention.ulysses.head_plan import Span
 
 LENGTH = 12
 PADDINGS = {

@@ -9,7 +9,7 @@ from models import KINDS, MODELS, batch_of
 
 import sp_attention
 from sp_attention.launch import run_ranks
-from sp_attention.layout import span_of
+from sp_attention.ulysses.head_plan import span_of
 
 LENGTHS = (32, 33, 7)
 

@@ -10,8 +10,8 @@ from models import MODELS, batch_of
 
 import sp_attention
 from sp_attention.errors import BackendError
+from sp_attention.kernels.registry import candidates, find, load
 from sp_attention.launch import run_ranks
-from sp_attention.registry import candidates, find, load
 
 Install = Callable[..., None]
 

@@ -14,11 +14,11 @@ from transformers.masking_utils import blockwise_overlay
 
 import sp_attention
 from sp_attention import testing
-from sp_attention.attention import Mask, Request
-from sp_attention.cli.memory import resident_memory
+from sp_attention.cli.rss import resident_memory
 from sp_attention.kernels import sdpa, transformers
+from sp_attention.kernels.request import Mask, Request
 from sp_attention.launch import run_ranks
-from sp_attention.layout import Span
+from sp_attention.ulysses.head_plan import Span
 
 LENGTH = 40
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sp_attention import testing
-from sp_attention.attention import Backend, Mask, Request
 from sp_attention.kernels import sdpa
+from sp_attention.kernels.request import Backend, Mask, Request
 
 ROOT = Path(__file__).parent.parent
 PAGE = runpy.run_path(str(ROOT / "ci" / "masks_page.py"))

@@ -13,10 +13,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sp_attention import testing
-from sp_attention.attention import Backend, Mask, Request
 from sp_attention.errors import UnsupportedError
 from sp_attention.kernels import transformers as kernels
-from sp_attention.layout import Span
+from sp_attention.kernels.request import Backend, Mask, Request
+from sp_attention.ulysses.head_plan import Span
 
 LENGTH = testing.LENGTH
 MASK = Mask(testing.BATCH, LENGTH, LENGTH, torch.device("cpu"))

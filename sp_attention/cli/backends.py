@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from sp_attention.cli.kernels import Answers
-    from sp_attention.registry import Plugin, Registered, Registry
+    from sp_attention.kernels.registry import Plugin, Registered, Registry
 
 
 @click.command()
@@ -20,7 +20,7 @@ def backends(as_json: bool) -> None:
     Device, priority for backend="auto", availability or the reason against it, what is refused, and origin. The
     features are those of sp_attention.testing; kernels are asked for them, and are not run.
     """
-    from sp_attention.registry import load
+    from sp_attention.kernels.registry import load
 
     # What plugins print when they are imported is not what was asked for.
     with redirect_stdout(sys.stderr):

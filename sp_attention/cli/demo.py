@@ -99,7 +99,7 @@ def demo(
 
 def _require_backend(backend: str) -> None:
     from sp_attention.errors import BackendError
-    from sp_attention.registry import candidates
+    from sp_attention.kernels.registry import candidates
 
     try:
         candidates("cpu", backend)
@@ -144,7 +144,7 @@ def _compare_under_torchrun(
 
     from sp_attention.cli.text import write_tokens
     from sp_attention.cli.training import train
-    from sp_attention.groups import start_process_group
+    from sp_attention.distributed.process_groups import start_process_group
 
     start_process_group(torch.device("cpu"))
     alone = None

@@ -47,7 +47,7 @@ def doctor(runs: bool, as_json: bool) -> int:
 
 def _plugins() -> dict[str, Any]:
     from sp_attention.cli.backends import described
-    from sp_attention.registry import load
+    from sp_attention.kernels.registry import load
 
     return described(load())
 
@@ -107,7 +107,7 @@ def _checked() -> Iterator[dict[str, Any]]:
     from rich.console import Console
 
     from sp_attention.cli.kernels import ask, check, devices
-    from sp_attention.registry import usable
+    from sp_attention.kernels.registry import usable
     from sp_attention.testing import REFUSED, RIGHT, WRONG
 
     with Console(stderr=True).status("") as status:

@@ -148,8 +148,8 @@ def _generate(request: Request) -> Generated | str:
     from transformers.cache_utils import Cache
 
     import sp_attention
-    from sp_attention.cache import sizes
-    from sp_attention.cli.memory import forget_peak, resident_memory
+    from sp_attention.cli.rss import forget_peak, resident_memory
+    from sp_attention.region.kv_cache import sizes
 
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sp_attention import testing
-from sp_attention.attention import Backend, Request, reason_against
+from sp_attention.kernels.request import Backend, Request, reason_against
 
 # On the CPU it is best seen in the widest dtype what is exact. Elsewhere kernels are used in narrow ones, and not every
 # device has float64.

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sp_attention
-from sp_attention.cli.memory import resident_memory
+from sp_attention.cli.rss import resident_memory
 
 VOCABULARY = 2048
 # SGD makes steps as large as the gradients, so that a gradient of the wrong size shows in the losses.

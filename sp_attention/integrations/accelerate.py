@@ -12,7 +12,7 @@ from accelerate.utils import gather_object, recursively_apply
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sp_attention.enabling import Handle
+from sp_attention.api import Handle
 
 
 class GroupAccelerator(Accelerator):  # type: ignore[misc]  # accelerate has no types

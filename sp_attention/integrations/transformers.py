@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from sp_attention.enabling import Handle, handle_of
+from sp_attention.api import Handle, handle_of
 from sp_attention.integrations.accelerate import GroupAccelerator, require_fit
-from sp_attention.integrations.checkpoints import WholeCheckpoints
+from sp_attention.integrations.trainer_checkpoints import WholeCheckpoints
 
 TrainerClass = TypeVar("TrainerClass", bound=Trainer)
 

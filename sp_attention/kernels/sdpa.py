@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sp_attention.attention import Backend, Mask, Request, Segment
-from sp_attention.hookspecs import hookimpl
 from sp_attention.kernels.cudnn import without_cudnn
-from sp_attention.layout import Span
+from sp_attention.kernels.hookspecs import hookimpl
+from sp_attention.kernels.request import Backend, Mask, Request, Segment
+from sp_attention.ulysses.head_plan import Span
 
 # Queries per piece of a sliding window, and per tile. A piece of T queries reads T + window - 1 keys, so few queries
 # waste memory traffic and many compute scores that the window hides.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sp_attention.attention import Backend, Mask, Request
-from sp_attention.eager import eager_functions
 from sp_attention.errors import UnsupportedError
-from sp_attention.hookspecs import hookimpl
 from sp_attention.kernels.cudnn import without_cudnn
+from sp_attention.kernels.eager import eager_functions
+from sp_attention.kernels.hookspecs import hookimpl
+from sp_attention.kernels.request import Backend, Mask, Request
 
 # Keys whose function takes the whole mask as one tensor, so that nothing of the mask can get lost on the way.
 TENSOR_MASKS = ("eager", "sdpa")

@@ -9,7 +9,7 @@ from test_parity import relative_error
 from torch import Tensor, nn
 
 from sp_attention.launch import run_ranks
-from sp_attention.tiling import Head, Held
+from sp_attention.loss.tiled_loss import Head, Held
 
 
 def error_of(dtype: torch.dtype, liger: bool) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import sp_attention
-from sp_attention.enabling import handle_of
+from sp_attention.api import handle_of
 from sp_attention.launch import run_ranks
 
 LLAMA, TIED = MODELS["llama-6q3kv"], MODELS["llama-tied"]

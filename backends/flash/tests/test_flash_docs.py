@@ -10,7 +10,8 @@ from sp_attention_flash.packages import HUB2
 from test_flash_kit import REFUSED
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sp_attention import registry, testing
+from sp_attention import testing
+from sp_attention.kernels import registry
 
 TEXT = (Path(__file__).parents[3] / "docs" / "flash.md").read_text()
 HUB = "kernels-community/flash-attn2"

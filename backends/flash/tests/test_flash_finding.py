@@ -14,7 +14,8 @@ import torch
 from sp_attention_flash import finding
 from sp_attention_flash.packages import FLASH2, FLASH3, FLASH4, HUB2, PACKAGES, Package
 
-from sp_attention import BackendError, registry
+from sp_attention import BackendError
+from sp_attention.kernels import registry
 
 Machine = Callable[..., None]
 
@@ -157,7 +158,7 @@ def test_here_it_is_listed_with_the_reason() -> None:
 
 def test_listing_kernels_imports_no_flash_attn() -> None:
     program = (
-        "import json, sys; from sp_attention import registry; found = registry.load(); "
+        "import json, sys; from sp_attention.kernels import registry; found = registry.load(); "
         "heavy = ('flash_attn', 'flash_attn_2_cuda', 'flash_attn_interface', 'cutlass'); "
         "print(json.dumps([[e.backend.kernel for e in found.backends if e.backend.device == 'cuda'], "
         "[name for name in heavy if name in sys.modules]]))"

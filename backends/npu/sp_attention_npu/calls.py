@@ -12,8 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from sp_attention.attention import Mask, Segment
-from sp_attention.layout import Span
+from sp_attention.kernels.request import Mask, Segment
+from sp_attention.ulysses.head_plan import Span
 
 # The operator's way to say that there is no limit on one side.
 UNLIMITED = 2**31 - 1

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sp_attention.attention import Mask, Request
+from sp_attention.kernels.request import Mask, Request
 from sp_attention_npu.calls import FULL, TOKENS, Dense, Packed, Pattern, Whole, calls, dense
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

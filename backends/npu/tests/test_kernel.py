@@ -13,10 +13,10 @@ from sp_attention_npu import calls, kernel, sp_attention_backends
 from torch import Tensor
 
 from sp_attention import testing
-from sp_attention.attention import Mask, Request
 from sp_attention.errors import BackendError
 from sp_attention.kernels import sdpa
-from sp_attention.registry import find, usable
+from sp_attention.kernels.registry import find, usable
+from sp_attention.kernels.request import Mask, Request
 
 NPU = torch.device("npu:0")
 LENGTH = testing.LENGTH

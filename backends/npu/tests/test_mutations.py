@@ -13,7 +13,7 @@ from sp_attention_npu.calls import CAUSAL, FULL, Dense, Pattern
 from torch import Tensor
 
 from sp_attention import testing
-from sp_attention.attention import Mask, Request
+from sp_attention.kernels.request import Mask, Request
 
 NPU = torch.device("npu:0")
 (BACKEND,) = sp_attention_backends()

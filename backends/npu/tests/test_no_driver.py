@@ -11,7 +11,7 @@ import torch
 from sp_attention_npu import availability
 
 from sp_attention.errors import BackendError
-from sp_attention.registry import find, load
+from sp_attention.kernels.registry import find, load
 
 REASON = (
     "torch-npu is installed, and Ascend's CANN is not found (libhccl.so: cannot open shared object file: No such file "
@@ -41,7 +41,8 @@ def test_transformers_itself_cannot_be_imported_without_a_driver() -> None:
 def test_all_else_works_without_a_driver_and_the_reason_is_told() -> None:
     code = """
 import sys, sp_attention
-from sp_attention import registry, testing
+from sp_attention.kernels import registry
+from sp_attention import testing
 found = registry.load()
 (npu,) = [entry for entry in found.backends if entry.backend.device == "npu"]
 print(npu.problem)

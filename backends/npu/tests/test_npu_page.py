@@ -7,7 +7,7 @@ import standin  # noqa: F401  # registers the stand-ins
 from sp_attention_npu import kernel
 
 from sp_attention import testing
-from sp_attention.attention import Request
+from sp_attention.kernels.request import Request
 
 PAGE = Path(__file__).parents[3] / "docs" / "npu.md"
 

@@ -17,8 +17,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sp_attention.attention import Mask
-from sp_attention.call import Call, Current
 from sp_attention.cli.benchmarks.exchange import BATCH, HEAD_SIZE, HEADS, LIMIT, OURS, TIMEOUT, all_to_all
 from sp_attention.cli.benchmarks.others import OTHERS, Exchange, context_parallel, quieten, reasons
 from sp_attention.cli.benchmarks.ratios import geometric_mean, ratio
@@ -26,10 +24,12 @@ from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.benchmarks.rounds import Seconds, interleaved
 from sp_attention.cli.figure import draw_ratios
 from sp_attention.cli.reporting import Report, run_reporting
-from sp_attention.dims import Extent
-from sp_attention.exchange import Peers
-from sp_attention.registry import candidates
-from sp_attention.ulysses import UlyssesAttention
+from sp_attention.kernels.registry import candidates
+from sp_attention.kernels.request import Mask
+from sp_attention.region.attention import UlyssesAttention
+from sp_attention.region.context import Call, Current
+from sp_attention.region.sequence_dims import Extent
+from sp_attention.ulysses.all_to_all import Peers
 
 LENGTH, KERNEL = 2048, "kernel"
 # Relative, in float32: the ranks add up in another order than one process.

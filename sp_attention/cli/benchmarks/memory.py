@@ -25,7 +25,7 @@ from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.benchmarks.training import ALONE, ALST, DEEPSPEED, MODELS, OURS, OURS_LONG, make_step
 from sp_attention.cli.figure import draw_bars
 from sp_attention.cli.machine import installed
-from sp_attention.cli.memory import resident_memory
+from sp_attention.cli.rss import resident_memory
 from sp_attention.launch import RanksError, run_ranks
 
 # The exit status of a rank that needs more than it may, and how often it looks, in seconds.

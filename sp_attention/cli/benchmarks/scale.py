@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, MistralConfig, MistralModel, PreTrainedModel
 
 import sp_attention
-from sp_attention.attending import register
-from sp_attention.attention import Request
 from sp_attention.cli.benchmarks.exchange import TIMEOUT
 from sp_attention.cli.benchmarks.others import quieten
 from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.figure import draw_lines
 from sp_attention.cli.reporting import Report, run_reporting
-from sp_attention.ulysses import UlyssesAttention
+from sp_attention.kernels.request import Request
+from sp_attention.region.attention import UlyssesAttention
+from sp_attention.region.attn_implementation import register
 
 # Tokens of a rank, and the depths of the two models, of little width besides their heads.
 SPAN, SHALLOW, DEEP, WIDTH = 2, 2, 6, 64

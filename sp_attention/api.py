@@ -1,0 +1,291 @@
+"""`enable`: one line that makes a model sequence-parallel, and the handle that undoes it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import count
+from types import TracebackType
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+from sp_attention.distributed.consistency import require_same_options, share_problem
+from sp_attention.distributed.process_groups import Group, place, resolve
+from sp_attention.errors import BackendError, UnsupportedError
+from sp_attention.kernels.registry import candidates
+from sp_attention.kernels.request import Backend
+from sp_attention.loss.tiled_loss import Head
+from sp_attention.region.attention import UlyssesAttention
+from sp_attention.region.attn_implementation import Own, attend_as, configs, own_attention
+from sp_attention.region.context import Current
+from sp_attention.region.hooks import Hooks
+from sp_attention.rehearsal.classify import Findings, report
+from sp_attention.rehearsal.prove import install
+from sp_attention.rehearsal.prove_loss import LossTile
+from sp_attention.ulysses.all_to_all import Peers
+
+# Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
+# that a copy of a model that was disabled since finds nothing instead of another model's attention.
+_PREFIX = "sp_attention_"
+_KEYS = (f"{_PREFIX}{number}" for number in count())
+# The attribute of an enabled model that is its handle, and the handles of models that nothing was changed in.
+_HANDLE = "_sp_attention_handle"
+_UNCHANGED: WeakKeyDictionary[nn.Module, "Handle"] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Handle:
+    """An enabled model. As a context manager it disables the model at the end.
+
+    peers: the ranks that share its sequences, None when this rank is alone and nothing was changed.
+    passed_over: the kernels of higher priority that "auto" did not take, and why.
+    own: how the model attended before.
+    """
+
+    backend: Backend
+    passed_over: dict[str, str]
+    peers: Peers | None
+    findings: Findings | None
+    hooks: Hooks | None
+    own: Own
+    _undo: ExitStack
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many groups all processes make, as many different batches at a time. Raises as `data_parallel_rank`."""
+        return place(self.peers)[0]
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of these groups this rank is in: the rank for whatever cuts the data.
+
+        Raises ValueError when a group is not made of neighbouring ranks.
+        """
+        return place(self.peers)[1]
+
+    @property
+    def refuses_caches(self) -> str | None:
+        """Why key/value caches are refused, so that only a suspended model generates; None where they are not."""
+        return None if self.hooks is None else self.hooks.region.no_caches
+
+    def disable(self) -> None:
+        """Make the model what it was before `enable`: hooks, attributes, configuration and registries."""
+        self._undo.close()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within it the model computes as before `enable`: each rank does all of the work, alone."""
+        if self.hooks is None or not self.hooks.handles:
+            yield
+            return
+        ours = [(config, config._attn_implementation) for config, _ in self.own]
+        self.hooks.remove()
+        attend_as(self.own)
+        try:
+            yield
+        finally:
+            # Unless it was disabled meanwhile.
+            if vars(self.hooks.region.models[0]).get(_HANDLE) is self:
+                attend_as(ours)
+                self.hooks.install()
+
+    @contextmanager
+    def only_loss(self) -> Iterator[None]:
+        """Within it logits stay sharded in evaluation with labels too, as in training: for a loss, with less memory."""
+        with nullcontext() if self.hooks is None else self.hooks.for_the_loss():
+            yield
+
+    def report(self) -> str:
+        """What each part of each kind of layer does, and why, as text for people."""
+        if self.peers is None or self.findings is None or self.hooks is None:
+            return "sp_attention: one rank, so nothing is changed"
+        world = dist.get_world_size()
+        size, kernel = self.peers.size, self.backend.kernel
+        groups = f"{world} processes = {world // size} group{'s' if world > size else ''} x {size} ranks, "
+        lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
+        lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
+        lines += report(self.findings)
+        loss = self.hooks.region.sharded_loss
+        logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
+        cut = ", of hidden states that are whole before the head" if self.hooks.region.cut else ""
+        lines.append(f"  logits {logits}{cut}")
+        if not isinstance(loss, str):
+            lines.append(f"  the loss {_tiles(self.hooks.region.head)}")
+        refused = self.hooks.region.no_caches
+        lines.append(f"  key/value caches {self.hooks.region.caches if refused is None else f'are refused: {refused}'}")
+        if self.hooks.region.offloads:
+            lines.append("  inputs of checkpointed layers are in CPU memory until backward")
+        if self.hooks.region.random:
+            lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
+        return "\n".join(lines)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Handle":
+        # That of a copied model too: its hooks are the same.
+        return self
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.disable()
+
+
+def enable(
+    model: nn.Module,
+    backend: str = "auto",
+    *,
+    group: Group | None = None,
+    sp_size: int | None = None,
+    rehearse: bool = True,
+    whole_logits: bool = False,
+    loss_tile: LossTile = "auto",
+    mlp_tile: int | None = None,
+    offload: bool = False,
+) -> Handle:
+    """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
+
+    model: a PreTrainedModel, or a module that wraps one, on its device and in any float dtype, float64 included.
+    backend: the kernel, such as "sdpa"; "auto" takes the one of highest priority on the model's device that does all
+        that the model asks in the rehearsal. It is not changed afterwards: what a batch asks beyond that is refused.
+    group: the ranks that share a sequence: a ProcessGroup, a DeviceMesh dimension, or an object with
+        `get_sequence_parallel_group()`. By default all processes.
+    rehearse: False skips the proof (below): what does not attend is taken to treat each token alone, and the loss is
+        computed from whole logits. For models that are known, and for weights that are not materialised yet.
+    whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
+    loss_tile: the loss makes the logits of this many tokens at a time, and again only for what is asked of
+        `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
+    mlp_tile: parts of layers that treat each token alone, MLPs and norms, are given this many tokens at a time in
+        training, and compute them again in backward.
+    offload: the inputs of checkpointed layers are in CPU memory between forward and backward. These three are for
+        training on several ranks: on one, nothing is changed.
+    sp_size: instead of `group`, cuts all processes into groups of this many neighbouring ranks; all must call.
+
+    Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is
+    run through the model, whole and sharded, to prove that sharding is exact; the model's weights, buffers, modes and
+    the random numbers are left as they were. On one rank nothing is changed. The loss that the model returns is that
+    of the whole batch on every rank, and the mean over all ranks of each parameter's gradient, which DDP, FSDP and
+    ZeRO take, is its gradient; without them call `average_gradients`.
+
+    Raises on every rank of the group: BackendError for a backend that is unknown or cannot be used, UnsupportedError
+    for a model that cannot be proven exact, ValueError for arguments that do not fit and a model that is enabled.
+    """
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
+    peers = resolve(group, sp_size, inner.device)
+    problem = _problem(inner, rehearse, whole_logits, loss_tile, mlp_tile, offload)
+    choice = _agreed(lambda: _candidates(inner, backend, rehearse, problem), peers)
+    if peers is None:
+        alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
+        return alone
+    options = {
+        "rehearse": rehearse,
+        "whole_logits": whole_logits,
+        "loss_tile": loss_tile,
+        "mlp_tile": mlp_tile,
+        "offload": offload,
+    }
+    require_same_options(options, peers)
+    names = {id(module): name for name, module in inner.named_modules()}
+    passed_over: dict[str, str] = {}
+    own = own_attention(inner)
+    for chosen in _of_every_rank(choice, peers):
+        undo, key = ExitStack(), next(_KEYS)
+        attention = UlyssesAttention(chosen, peers, Current(), lambda it: names.get(id(it), type(it).__name__))
+        try:
+            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits, loss_tile, mlp_tile)
+        except BackendError as error:
+            undo.close()
+            if backend != "auto":
+                raise
+            passed_over[chosen.kernel] = str(error)
+        except BaseException:
+            undo.close()
+            raise
+        else:
+            hooks.region = replace(hooks.region, offloads=offload)
+            handle = Handle(chosen, passed_over, peers, findings, hooks, own, undo)
+            setattr(inner, _HANDLE, handle)
+            undo.callback(delattr, inner, _HANDLE)
+            return handle
+    raise BackendError("no kernel does all that this model asks:\n" + "\n".join(passed_over.values()))
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle that `enable` returned for a model, or for one that it wraps; None for a model that is not enabled."""
+    inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    handles = (vars(module).get(_HANDLE) or _UNCHANGED.get(module) for module in inner)
+    return next(filter(None, handles), None)
+
+
+def _tiles(head: Head | str) -> str:
+    if isinstance(head, str):
+        return f"is given all of them at once: {head}"
+    return f"makes those of {head.tile} tokens at a time{', by the kernel of Liger' if head.liger else ''}"
+
+
+def _problem(
+    model: PreTrainedModel, rehearse: bool, whole_logits: bool, loss_tile: LossTile, mlp_tile: int | None, offload: bool
+) -> str | None:
+    """What is wrong with the arguments that are to spare memory, None if nothing is."""
+    for name, tile in (("loss_tile", loss_tile), ("mlp_tile", mlp_tile)):
+        if tile is None or (name == "loss_tile" and tile == "auto"):
+            continue
+        if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
+            return f"{name}={tile!r} is no number of tokens"
+        if not rehearse:
+            return f"{name}={tile} has to be proven for this model, and rehearse=False proves nothing: leave one out"
+    if whole_logits and isinstance(loss_tile, int):
+        return f"loss_tile={loss_tile} makes logits in tiles, and whole_logits=True all at once: leave one out"
+    if offload and model.device.type == "cpu":
+        return "offload=True keeps tensors of a device in CPU memory, and this model is on the CPU: leave it out"
+    return None
+
+
+def _candidates(model: PreTrainedModel, backend: str, rehearse: bool, problem: str | None) -> tuple[Backend, ...]:
+    if problem is not None:
+        raise ValueError(problem)
+    handle = vars(model).get(_HANDLE)  # It may be suspended, or that of which this model is a copy.
+    is_suspended = handle is not None and handle.hooks.region.models[0] is model
+    if is_suspended or any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):
+        raise ValueError(
+            f"this {type(model).__name__} is already enabled, or shares its configuration object with a model that is: "
+            "call disable() on the handle first, or build the model from copy.deepcopy(config)"
+        )
+    if model.device.type == "meta" and rehearse:
+        raise UnsupportedError(
+            "the model's weights are not materialised (meta device), so nothing can be proven: load them before "
+            "enable(), or pass rehearse=False"
+        )
+    return candidates(model.device.type, backend)
+
+
+def _of_every_rank(choice: tuple[Backend, ...], peers: Peers) -> list[Backend]:
+    """Those that every rank of the group has, in the order of its first rank. ValueError if there are none."""
+    kernels = [backend.kernel for backend in choice]
+    everywhere: list[list[str]] = [[]] * peers.size
+    dist.all_gather_object(everywhere, kernels, group=peers.group)
+    common = [kernel for kernel in everywhere[0] if all(kernel in here for here in everywhere)]
+    if not common:
+        asked = "; ".join(f"rank {rank}: {', '.join(here)}" for rank, here in enumerate(everywhere))
+        raise ValueError(f"the ranks of this group are to use different kernels: {asked}")
+    return [choice[kernels.index(kernel)] for kernel in common]
+
+
+Result = TypeVar("Result")
+
+
+def _agreed(step: Callable[[], Result], peers: Peers | None) -> Result:
+    """The result of a step; when it refuses on any rank, the same error on every rank."""
+    problem: Exception | None = None
+    try:
+        result = step()
+    except (UnsupportedError, ValueError) as error:
+        problem = error
+    share_problem(problem, peers)
+    return result

@@ -1,0 +1,84 @@
+"""Random numbers under sequence parallelism: dropout masks that ranks share, and masks that each has of its own.
+
+What every rank computes (embeddings, heads, parts on whole tensors) must draw the same numbers on all of them; what a
+rank computes for its span alone must draw others than its peers. Seeds are derived from names and never from a running
+state, so that a layer that is recomputed in backward draws what it drew before.
+"""
+
+import random
+import zlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sp_attention.ulysses.all_to_all import Peers
+
+
+def states(device: torch.device) -> list[Tensor]:
+    """The states of Python's and torch's generators, and of the device's; unequal when numbers were drawn between."""
+    return [torch.tensor(random.getstate()[1]), *_of_torch(device)]
+
+
+def sampling_state(device: torch.device) -> int:
+    """A number that tells apart the states of the generator that tokens are sampled with, alike in every process."""
+    return _fingerprint(_of_torch(device)[-1])
+
+
+def _of_torch(device: torch.device) -> list[Tensor]:
+    found = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        found.append(torch.get_device_module(device).get_rng_state(device))
+    return found
+
+
+def _fingerprint(state: Tensor) -> int:
+    return zlib.crc32(state.cpu().numpy().tobytes())
+
+
+def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(map(torch.equal, some, others))
+
+
+def shared_seed(device: torch.device, peers: Peers) -> int:
+    """A seed for what follows, the same on every rank, drawn from torch's generator so that each call has its own.
+
+    Generators that differ between ranks are seeded with it, so that from here on they draw the same.
+    """
+    seed = int(torch.randint(2**62, ()))
+    python, *others = map(_fingerprint, states(device))
+    mine = torch.tensor([seed, python, derived(*others)], device=device)
+    everyone = torch.empty(peers.size, len(mine), dtype=torch.int64, device=device)
+    peers.meet(7)
+    dist.all_gather(list(everyone), mine, group=peers.group)
+    seed = int(everyone[0, 0])
+    differs = (everyone != everyone[0]).any(0).tolist()
+    if differs[1]:
+        random.seed(seed)
+    if differs[2]:
+        torch.manual_seed(seed)
+    return seed
+
+
+def derived(*parts: int | str) -> int:
+    """A seed made of numbers and names, the same in every process."""
+    text = "/".join(map(str, parts)).encode()
+    return (zlib.crc32(text) << 30) ^ zlib.crc32(text[::-1])
+
+
+def forked(seed: int, device: torch.device) -> Callable[[], None]:
+    """Seed all generators until the returned function is called, which makes them what they were."""
+    python, host = random.getstate(), torch.get_rng_state()
+    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    own = None if module is None else module.get_rng_state(device)
+
+    def restore() -> None:
+        random.setstate(python)
+        torch.set_rng_state(host)
+        if module is not None:
+            module.set_rng_state(own, device)
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return restore

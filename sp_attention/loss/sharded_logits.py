@@ -1,0 +1,71 @@
+"""What stands in `outputs.logits` where logits stay sharded: no tensor, so that nobody takes a part for the whole."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sp_attention.errors import ShardedLogitsError
+from sp_attention.region.pytree import map_leaves
+from sp_attention.ulysses.all_to_all import Peers, gather
+from sp_attention.ulysses.head_plan import Span
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ShardedLogits:
+    """This rank's span of a causal model's logits, in training with labels.
+
+    shape: [B, s, V], of the part. length: S, the tokens of the whole sequence. compute: makes the part, or has it.
+    Whatever else is asked of it, as if it were a tensor, raises ShardedLogitsError, which says what to do.
+    """
+
+    shape: torch.Size
+    length: int
+    peers: Peers
+    compute: Callable[[], Tensor]
+
+    @property
+    def part(self) -> Tensor:
+        """[B, s, V], with its gradient path. Where the loss was computed in tiles they are made now, each time anew."""
+        return self.compute()
+
+    @property
+    def span(self) -> Span:
+        """The tokens that `part` is of."""
+        return self.peers.span(self.length)
+
+    def whole(self) -> Tensor:
+        """All logits [B, S, V], on every rank. A collective: every rank of the group must call it."""
+        return gather(self.part, self.length, self.peers)
+
+    def __repr__(self) -> str:
+        return f"ShardedLogits({list(self.shape)}, tokens {self.span.start} to {self.span.stop} of {self.length})"
+
+    def _refuse(self, *_: Any) -> Any:
+        raise ShardedLogitsError(
+            f"outputs.logits hold {len(self.span)} of {self.length} tokens: in training with labels a causal model's "
+            "logits stay sharded. Use outputs.logits.part, or outputs.logits.whole() on every rank of the group, or "
+            "enable(model, whole_logits=True)."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own, asked of what is copied or pickled.
+            raise AttributeError(name)
+        return self._refuse()
+
+    def __eq__(self, other: object) -> Any:
+        return self._refuse()
+
+    __hash__ = object.__hash__
+    __getitem__ = __setitem__ = __len__ = __iter__ = __array__ = __float__ = __int__ = __bool__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __pow__ = __rpow__ = _refuse
+    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found: list[ShardedLogits] = []  # In a list too, as of torch.cat.
+        map_leaves(lambda _, leaf: found.append(leaf) if isinstance(leaf, cls) else None, (args, kwargs))
+        return found[0]._refuse()

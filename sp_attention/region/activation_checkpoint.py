@@ -1,0 +1,65 @@
+"""Checkpoints inside of a layer, which run it again in backward: they are told which call that was."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sp_attention.region.context import Current
+
+# Where transformers' layers and torch's wrapper keep the function that checkpoints.
+_FUNCTIONS = {GradientCheckpointingLayer: "_gradient_checkpointing_func", CheckpointWrapper: "checkpoint_fn"}
+# A module that may run again, and the attribute that holds the function that does it.
+Checkpoint = tuple[nn.Module, str]
+
+
+def checkpoints_in(layer: nn.Module) -> list[Checkpoint]:
+    """Those of a layer and of its parts."""
+    return [(one, name) for one in layer.modules() for kind, name in _FUNCTIONS.items() if isinstance(one, kind)]
+
+
+@dataclass(eq=False)
+class Checkpoints:
+    """The checkpoints of the layer in progress, whose functions are bound to its call until `unbind`."""
+
+    current: Current
+    _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+
+    def bind(self, checkpoints: list[Checkpoint], offloads_from: str | None) -> bool:
+        """Tie what is current now to what runs again in backward, when it is no longer current.
+
+        offloads_from: the type of the device whose tensors are kept in CPU memory meanwhile, None for no such. Returns
+        whether anything runs again.
+        """
+        for module, name in checkpoints:
+            of_transformers = isinstance(module, GradientCheckpointingLayer)
+            if of_transformers and not (module.gradient_checkpointing and module.training):
+                continue
+            checkpoint = getattr(module, name)
+            setattr(module, name, partial(self._bound_to, replace(self.current), checkpoint, offloads_from))
+            self._bound.append((module, name, checkpoint))
+        return bool(self._bound)
+
+    def unbind(self) -> None:
+        for module, name, checkpoint in self._bound:
+            setattr(module, name, checkpoint)
+        self._bound.clear()
+
+    def _bound_to(
+        self, now: Current, checkpoint: Any, offloads_from: str | None, function: Any, *args: Any, **options: Any
+    ) -> Any:
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with self.current.set_to(now):
+                return function(*args, **kwargs)
+
+        keeping: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if offloads_from is not None:
+            keeping = partial(save_on_cpu, pin_memory=True, device_type=offloads_from)
+        with keeping():
+            return checkpoint(within, *args, **options)

@@ -1,0 +1,178 @@
+"""A forward in progress: what a model was given, what that asks for, and what of its output becomes the user's."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils.generic import TransformersKwargs
+
+from sp_attention.loss.sharded_logits import ShardedLogits
+from sp_attention.loss.tiled_loss import Held
+from sp_attention.region.context import Call
+from sp_attention.region.plan import FOR_THE_LOSS, Region
+from sp_attention.region.sequence_dims import Along
+from sp_attention.region.sharded_embedding import Looked
+from sp_attention.ulysses.all_to_all import Peers
+
+# The arguments that are the tokens of the stack before the loss.
+TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+
+
+@dataclass
+class Forward:
+    """A forward in progress.
+
+    model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss, or are
+        cut for it. cut: then, S, once they are.
+    unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
+    seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
+    caches: key/value caches are filled.
+    counts: in how many pieces parts of layers, and in how many tiles the head, are given tokens by all ranks of an
+        engine; None where there is none, and each group of ranks counts its own.
+    held: what the head was given, where the loss makes logits in tiles.
+    records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
+    calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
+    embedded: my span of the embeddings, on the way to the first layer.
+    """
+
+    model: PreTrainedModel
+    stays_sharded: int | None
+    unseen: bool
+    seed: int | None = None
+    states: list[Tensor] | None = None
+    passes: int = 0
+    calls: dict[str, Call] = field(default_factory=dict)
+    inside: set[str] = field(default_factory=set)
+    embedded: Looked | None = None
+    caches: bool = False
+    counts: tuple[int, int] | None = None
+    cut: int | None = None
+    held: Held | None = None
+    records: bool = False
+    parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
+
+    @property
+    def as_rehearsed(self) -> bool:
+        """Whether nothing but the layers sees what is between them, as far as a rehearsal can tell."""
+        return not (self.unseen or self.records)
+
+    def sharded(self, region: Region) -> int | None:
+        """S if logits are made of my span of hidden states; None if of all of them."""
+        call = self.calls.get(region.before_loss or "")
+        return call.extent.length if call is not None and call.stays_sharded and call.is_shared else self.cut
+
+    def note(self, tensor: Any, along: Along | None, call: Call) -> None:
+        """Remember what a layer is given or returns: transformers may record it inside, before it is whole."""
+        if along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
+            self.parts[id(tensor)] = (tensor, along, call)
+
+    def has_in_place(self, module: nn.Module, name: str) -> bool:
+        """Whether a module stands where it had this name, and not within one that was put there, as an adapter is."""
+        model: Any = self.model
+        parts = name.split(".")
+        # The name is of the outermost model, and one inside of it, with a part of the name, may be called alone.
+        suffixes = (parts[start:] for start in range(len(parts)))
+        return any(reduce(lambda one, part: getattr(one, part, None), some, model) is module for some in suffixes)
+
+    def recorded(self, value: Any) -> Any:
+        """What transformers recorded inside of the layers, as the user may see it: whole."""
+        if id(value) in self.parts:
+            _, along, call = self.parts[id(value)]
+            return call.whole(value, along)
+        # Router logits [B·s, experts], of which the layers' results say nothing.
+        rows = Along(0, rows=True)
+        for call in self.calls.values():
+            if isinstance(value, Tensor) and value.dim() == 2 and call.is_shared and call.is_part(value, rows):
+                return call.whole(value, rows)
+        return value
+
+
+def refusal(region: Region, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
+    """Why this forward cannot be exact under sequence parallelism, None when it can."""
+    key = region.implementation
+    if key is not None and any(inner.config._attn_implementation != key for inner in region.models):
+        return "the attention implementation was changed after enable(): call handle.disable() before you change it"
+    is_cached = bool(given.get("use_cache")) or any(isinstance(one, Cache) for one in given.values())
+    if region.no_caches and (is_cached or "past_key_values" in given):
+        return (
+            f"a key/value cache (generate(), use_cache=True, past_key_values): {region.no_caches}. Generate "
+            "within handle.suspended(), by the whole model on every rank, or pass use_cache=False"
+        )
+    if "past_key_values" in given and not isinstance(given["past_key_values"], Cache):
+        return f"past_key_values is a {type(given['past_key_values']).__name__}, and no Cache of transformers"
+    if {"cu_seq_lens_q", "max_length_q"} <= given.keys() and "position_ids" not in given:
+        return (
+            "cu_seq_lens_q and max_length_q without position_ids: under sequence parallelism it is positions that "
+            "start anew which say where documents begin, so pass them too"
+        )
+    if is_on("output_hidden_states", model, given) and not is_on("return_dict", model, given, default=True):
+        return "output_hidden_states needs return_dict=True under sequence parallelism"
+    return None
+
+
+def stays_sharded(region: Region, model: PreTrainedModel, given: Mapping[str, Any], only_loss: bool) -> int | None:
+    """S if our loss, and nothing but it, will see the logits."""
+    kept = given.get("logits_to_keep")
+    tokens = next((given[name] for name in TOKENS if name in given), None)
+    labels = [given[name] for name in ("labels", "shift_labels") if name in given]
+    stays = (
+        model is region.models[0]
+        and (model.training or only_loss)
+        and "labels" in given
+        and tokens is not None
+        and all(isinstance(one, Tensor) and one.shape == tokens.shape[:2] for one in labels)
+        # Another argument is for code in place of the model's own forward, which may use hidden states itself.
+        and given.keys() <= _own_arguments(model)
+        and (kept is None or (isinstance(kept, int) and kept == 0))
+        and not isinstance(region.sharded_loss, str)
+        # Such a mask does not remember for a recomputation that the logits stayed sharded.
+        and not (isinstance(mask := given.get("attention_mask"), Tensor) and mask.dim() == 4)
+        # The user may have set another since.
+        and model.loss_function is region.sharded_loss
+    )
+    return tokens.shape[1] if stays and tokens is not None else None
+
+
+def fills_caches(
+    region: Region, model: PreTrainedModel, given: Mapping[str, Any], is_given: bool, only_loss: bool
+) -> bool:
+    """Whether a cache is filled: one that is given, or that the model makes. In training, only if it is asked to.
+
+    Most models make one whenever they are not told otherwise, and nobody looks at it where it is for a loss.
+    """
+    return is_given or bool(given.get("use_cache", not (model.training or only_loss or region.no_caches)))
+
+
+def is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
+    """Whether a switch of transformers is on: in the arguments of a forward, or else in the configuration."""
+    return bool(given.get(switch, getattr(model.config, switch, default)))
+
+
+def _own_arguments(model: PreTrainedModel) -> set[str]:
+    """The arguments that a model's class, and what it passes its keyword arguments on to, know."""
+    return {*inspect.signature(type(model).forward).parameters, *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
+
+
+def with_sharded_logits(output: Any, length: int, peers: Peers, held: Held | None) -> Any:
+    """A causal model's output, a dict or (loss, logits, ...), with logits that cannot be taken for the whole."""
+    part = output["logits"] if isinstance(output, dict) else output[1]
+    shape, compute = (part.shape, lambda: part) if held is None else (held.shape, held.logits)
+    logits = ShardedLogits(shape, length, peers, compute)
+    if isinstance(output, dict):
+        output["logits"] = logits
+        return output
+    return (output[0], logits, *output[2:])
+
+
+def without_cache(output: Any) -> Any:
+    """A model's output without the key/value cache that it made on its own and that nobody asked for; it is empty."""
+    if isinstance(output, dict) and any(isinstance(value, Cache) for value in output.values()):
+        return type(output)(**{name: value for name, value in output.items() if not isinstance(value, Cache)})
+    if isinstance(output, tuple):
+        return tuple(item for item in output if not isinstance(item, Cache))
+    return output

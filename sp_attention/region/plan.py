@@ -1,0 +1,136 @@
+"""What is hooked in a model, as data: stacks of layers, their parts, and the models around them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sp_attention.loss.tiled_loss import Head
+from sp_attention.region.kv_cache import Heads
+from sp_attention.region.masks import DOCUMENTS
+from sp_attention.region.pytree import Path, tensors
+from sp_attention.region.sequence_dims import Dims
+
+# What transformers hands down through the layers although only the loss uses it.
+FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
+# Layers are given these as they are.
+NEVER_CUT = FOR_THE_LOSS | DOCUMENTS
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a layer that is given whole tensors, and whose results are cut to my span.
+
+    attends: with a cache each rank does its heads of it.
+    """
+
+    name: str
+    module: nn.Module
+    arguments: Dims
+    results: Dims
+    attends: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a stack: which dim of which of its arguments and results is the sequence, None if none is.
+
+    Paths start with 0 in the positional arguments and with 1 in the keyword arguments.
+    hidden: the path of the hidden states, which tell B and S.
+    handed: the arguments that an earlier layer returned, which arrive cut. hands: the results that a later one takes.
+    masks: where a description of the mask is given, or in its place a mask tensor of the user's own.
+    heads: how many heads attend in it, by whether to another sequence, and the number of key heads.
+    gathered: the whole layer is a mixer: it runs on whole tensors, and only what is between the layers is cut.
+    takes_last: of what is about the tokens in a cache too, such as rotary tables, it takes the end for its own tokens.
+    """
+
+    name: str
+    module: nn.Module
+    hidden: Path
+    handed: frozenset[Path]
+    arguments: Dims
+    hands: frozenset[Path]
+    results: Dims
+    parts: tuple[Part, ...]
+    masks: frozenset[Path]
+    heads: Heads = field(default_factory=dict)
+    gathered: bool = False
+    takes_last: bool = False
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A table of which each rank looks up its own tokens only, since they go straight into the first layer."""
+
+    name: str
+    module: nn.Embedding
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers in the order of their calls.
+
+    separate: the model works on what is between the layers, so each cuts its arguments and gathers its results.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    separate: bool = False
+    embedding: Embedding | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module, the head, that is given my span of hidden states in place of all of them, so that logits are of it."""
+
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Region:
+    """What is hooked: the stacks, and the models around them, outermost first.
+
+    implementation: the key under which transformers knows our attention, None when the model attends on its own.
+    sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
+    before_loss: the stack whose hidden states stay sharded for that loss. cut: where whole ones are cut for it instead.
+    head: what makes logits of them in tiles, or why all logits are made at once.
+    pieces: the parts of layers that are given some tokens at a time, at most `piece` of them.
+    offloads: what checkpoints of layers keep for backward is in CPU memory until then.
+    arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
+    random: in training the model draws random numbers (dropout).
+    no_caches: why key/value caches are refused, None where they are not. caches: what they hold, as text for people.
+    """
+
+    stacks: tuple[Stack, ...]
+    models: tuple[PreTrainedModel, ...]
+    arguments: Mapping[nn.Module, frozenset[str]]
+    implementation: str | None
+    sharded_loss: Callable[..., Tensor] | str
+    before_loss: str | None = None
+    cut: Cut | None = None
+    head: Head | str = "logits are whole"
+    pieces: tuple[nn.Module, ...] = ()
+    piece: int = 1
+    offloads: bool = False
+    random: bool = False
+    no_caches: str | None = None
+    caches: str = "are taken to work: nothing was rehearsed"
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name, without those that are None."""
+    signature = inspect.signature(model.forward)
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def tensor_names(named: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the arguments that are or hold tensors, but for those that are never cut."""
+    return frozenset(name for name, value in named.items() if any(tensors(value))) - NEVER_CUT

@@ -1,0 +1,1 @@
+"""What `enable` proves, with tiny batches, before it lets a region work."""

@@ -1,0 +1,1 @@
+"""The whole idea on plain tensors: trade sequence for heads, attend, trade back. Usable without transformers."""

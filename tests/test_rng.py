@@ -1,0 +1,176 @@
+"""Dropout: shared outside of the layers, each rank's own inside, and the same again when a layer is recomputed."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import Tiny, batch_of
+from test_parity import relative_error
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import sp_attention
+from sp_attention.distributed.rng import derived
+from sp_attention.errors import UnsupportedError
+from sp_attention.launch import run_ranks
+
+# Its last layer looks one token back, so that a part with dropout in it is gathered.
+GPT2 = Tiny("GPT2LMHeadModel", {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3})
+LLAMA = Tiny("LlamaForCausalLM", {"attention_dropout": 0.3})
+
+
+class LooksBack(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.mlp(hidden + hidden.roll(1, 1))
+
+
+def gpt2() -> PreTrainedModel:
+    model = GPT2.build()
+    model.transformer.h[1].mlp = LooksBack(model.transformer.h[1].mlp)
+    return model
+
+
+def step(model: PreTrainedModel, kind: str = "plain") -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**batch_of(kind, 33)).loss
+    loss.backward()
+    sp_attention.average_gradients(model)
+    return loss.detach(), {name: one.grad.clone() for name, one in model.named_parameters()}
+
+
+def dropped_by_part() -> dict[str, Any]:
+    """Which numbers three kinds of dropout set to zero on this rank, in two forwards; and this rank's losses."""
+    model = gpt2()
+    handle = sp_attention.enable(model, backend="sdpa")
+    assert "random numbers in training: shared outside of the layers" in handle.report()
+    assert "mlp: gathered: mixes tokens" in handle.report()
+    blocks = model.transformer.h
+    modules = {
+        "outside": model.transformer.drop,
+        "inside": blocks[0].mlp.dropout,
+        "gathered": blocks[1].mlp.mlp.dropout,
+    }
+    found: dict[str, Any] = {name: [] for name in modules}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda module, args, output, name=name: found[name].append(output == 0))
+    # Generators that differ between ranks.
+    torch.manual_seed(dist.get_rank())
+    found["losses"] = [step(model)[0].item() for _ in range(2)]
+    masks = {name: list(found[name]) for name in modules}
+    model.eval()
+    reference = gpt2().eval()
+    logits = [each(batch_of("plain", 33)["input_ids"]).logits for each in (model, reference)]
+    return found | masks | {"evaluation": relative_error(*logits)}
+
+
+def test_masks_are_shared_outside_of_the_layers_and_differ_inside() -> None:
+    first, second = run_ranks(2, dropped_by_part)
+    assert first["losses"] == second["losses"]
+    assert first["losses"][0] != first["losses"][1]
+    for one, other in zip(first["outside"] + first["gathered"], second["outside"] + second["gathered"], strict=True):
+        assert one.shape == (2, 33, 48)
+        assert torch.equal(one, other)
+    for one, other in zip(first["inside"], second["inside"], strict=True):
+        assert (one.shape[1], other.shape[1]) == (17, 16)
+        # Of one row: numbers that are drawn alike part at the first row's end, since the spans are not of one length.
+        assert not torch.equal(one[0, :8], other[0, :8])
+    for name in ("outside", "inside", "gathered"):
+        assert not torch.equal(*first[name])  # each forward has its own
+        assert all(0.2 < one.double().mean() < 0.4 for one in first[name])
+    assert max(first["evaluation"], second["evaluation"]) < 1e-5
+
+
+def checkpointed() -> dict[str, float]:
+    """The largest relative error of loss and gradients with checkpointing, against those without, for one seed."""
+    errors = {}
+    for name, build in (("gpt2", gpt2), ("llama", LLAMA.build)):
+        model = build()
+        sp_attention.enable(model, backend="sdpa")
+
+        def seeded(model: PreTrainedModel = model) -> tuple[Tensor, dict[str, Tensor]]:
+            torch.manual_seed(5)
+            return step(model, "left-padded")
+
+        loss, gradients = seeded()
+        assert torch.equal(seeded()[0], loss)
+        for reentrant in (True, False):
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            again, others = seeded()
+            model.gradient_checkpointing_disable()
+            pairs = [(again, loss), *((others[one], gradients[one]) for one in gradients)]
+            errors[f"{name}, {'reentrant' if reentrant else 'not reentrant'}"] = max(
+                relative_error(*pair) for pair in pairs
+            )
+    return errors
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recomputed_layers_draw_what_they_drew() -> None:
+    for errors in run_ranks(2, checkpointed):
+        assert {name: error for name, error in errors.items() if not error < 1e-9} == {}
+
+
+def losses_of_one_seed() -> list[list[float]]:
+    """Of two steps each: from generators that differ, from a seed, and from that seed again."""
+    losses = []
+    model = LLAMA.build()
+    sp_attention.enable(model, backend="sdpa")
+    for seed in (100 + dist.get_rank(), 5, 5):
+        torch.manual_seed(seed)
+        losses.append([step(model)[0].item() for _ in range(2)])
+    return losses
+
+
+def test_a_seed_of_torch_tells_all_masks_and_every_forward_has_its_own() -> None:
+    # All of its dropout is inside of the layers. Python's own generator has no seed here, and differs between ranks.
+    first, second = run_ranks(2, losses_of_one_seed)
+    assert first == second
+    assert first[1] == first[2]
+    assert len({loss for losses in first[:2] for loss in losses}) == 4
+
+
+def generators() -> list[str]:
+    """Texts of refusals of dropout that was switched on after enable()."""
+    tiny = Tiny("LlamaForCausalLM")
+    model = tiny.build()
+    sp_attention.enable(model, backend="sdpa")
+    before = torch.get_rng_state()
+    step(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    texts = []
+    model.model.layers[1].mlp.act_fn = nn.Sequential(model.model.layers[1].mlp.act_fn, nn.Dropout(0.1))
+    with pytest.raises(UnsupportedError) as refusal:
+        model(**batch_of("plain", 33))
+    texts.append(str(refusal.value))
+    model.eval()
+    assert model(**batch_of("plain", 33)).loss.isfinite()
+    model = tiny.build()
+    sp_attention.enable(model, backend="sdpa")
+    model.model.layers[1].self_attn.attention_dropout = 0.1
+    with pytest.raises(UnsupportedError) as refusal:
+        model(**batch_of("plain", 33))
+    texts.append(str(refusal.value))
+    return texts
+
+
+def test_a_model_without_dropout_draws_nothing_and_dropout_that_comes_later_is_refused() -> None:
+    for texts in run_ranks(2, generators):
+        assert (
+            texts
+            == [
+                "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on before "
+                "enable()"
+            ]
+            * 2
+        )
+
+
+def test_seeds_are_made_of_numbers_and_names() -> None:
+    seeds = {derived(1, "model.layers.0"), derived(1, "model.layers.1"), derived(2, "model.layers.0"), derived(1, 0)}
+    assert len(seeds) == 4
+    assert derived(1, "model.layers.0") == derived(1, "model.layers.0")
