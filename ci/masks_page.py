@@ -26,7 +26,7 @@ what each query may see. A query sees a key when **every** condition that the ma
 | `explicit` | a tensor `[1\\|B, 1\\|H, 1\\|Sq, Sk]` says so |
 
 Positions count in the sequence of the keys; the first query stands at `offset`. A query that sees nothing yields zeros.
-All of it has a bool form: `mask.dense()`, or `mask.dense(Span(0, 256))` for some of the queries. What is cheaper than
+All of it has a bool form: `mask.dense()`, or `mask.dense(range(0, 256))` for some of the queries. What is cheaper than
 that is `mask.segments`: documents with their real keys, `None` for masks that are more than documents and padding.
 
 A kernel does a request exactly, or its `refuses` gives the reason. This is what the kernels that come along say to the

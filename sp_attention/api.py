@@ -13,19 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.distributed.consistency import require_same_options, share_problem
+from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.process_groups import Group, place, resolve
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Backend
-from sp_attention.loss.tiled_loss import Head
+from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.attention import UlyssesAttention
 from sp_attention.region.attn_implementation import Own, attend_as, configs, own_attention
-from sp_attention.region.context import Current
+from sp_attention.region.context import Context
 from sp_attention.region.hooks import Hooks
 from sp_attention.rehearsal.classify import Findings, report
 from sp_attention.rehearsal.prove import install
 from sp_attention.rehearsal.prove_loss import LossTile
-from sp_attention.ulysses.all_to_all import Peers
 
 # Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
 # that a copy of a model that was disabled since finds nothing instead of another model's attention.
@@ -196,7 +196,7 @@ def enable(
     own = own_attention(inner)
     for chosen in _of_every_rank(choice, peers):
         undo, key = ExitStack(), next(_KEYS)
-        attention = UlyssesAttention(chosen, peers, Current(), lambda it: names.get(id(it), type(it).__name__))
+        attention = UlyssesAttention(chosen, peers, Context(), lambda it: names.get(id(it), type(it).__name__))
         try:
             findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits, loss_tile, mlp_tile)
         except BackendError as error:
@@ -223,7 +223,7 @@ def handle_of(model: nn.Module) -> Handle | None:
     return next(filter(None, handles), None)
 
 
-def _tiles(head: Head | str) -> str:
+def _tiles(head: LMHead | str) -> str:
     if isinstance(head, str):
         return f"is given all of them at once: {head}"
     return f"makes those of {head.tile} tokens at a time{', by the kernel of Liger' if head.liger else ''}"

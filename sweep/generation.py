@@ -229,7 +229,7 @@ def _layers(output: Any) -> list[Any]:
 
 
 def _bytes(layer: Any) -> int:
-    """Memory for keys, values and states, where tensors share it too."""
+    """BufferPool for keys, values and states, where tensors share it too."""
     stored = [tensor.untyped_storage() for _, tensor in tensors(vars(layer)) if tensor.is_floating_point()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
 

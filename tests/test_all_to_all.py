@@ -5,9 +5,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sp_attention.distributed.collectives import gather, sum_over_ranks
+from sp_attention.distributed.peers import Peers
 from sp_attention.launch import run_ranks
-from sp_attention.ulysses.all_to_all import Peers, gather, head_to_seq, seq_to_head, sum_over_ranks
-from sp_attention.ulysses.head_plan import HeadPlan, Span, head_plan
+from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
+from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 
 # (query heads, KV heads): even, uneven, groups that span ranks, one KV head, fewer heads than ranks.
 # Of the last, on four ranks, neighbours share one of their two key heads.
@@ -24,7 +26,7 @@ def tagged(batch: int, length: int, heads: int, size: int, tag: float) -> Tensor
     return torch.arange(batch * length * heads * size, dtype=torch.float64).view(shape) + tag
 
 
-def cut(whole: Tensor, span: Span) -> Tensor:
+def cut(whole: Tensor, span: range) -> Tensor:
     return whole[:, span.start : span.stop]
 
 

@@ -11,14 +11,14 @@ from models import Tiny, batch_of
 from torch import Tensor, nn
 
 import sp_attention
+from sp_attention.distributed.peers import Peers
 from sp_attention.errors import UnsupportedError
 from sp_attention.kernels import registry
 from sp_attention.kernels.request import Backend, Mask, Request
 from sp_attention.launch import run_ranks
 from sp_attention.region.attention import UlyssesAttention
-from sp_attention.region.context import Call, Current
+from sp_attention.region.context import Context, StackPass
 from sp_attention.region.sequence_dims import Extent
-from sp_attention.ulysses.all_to_all import Peers
 
 LENGTH = 9
 MASK = Mask(2, LENGTH, LENGTH, torch.device("cpu"))
@@ -33,7 +33,7 @@ def attention(
 ) -> UlyssesAttention:
     """The attention function of a model, called from inside of its layers or, for whole tensors, from outside."""
     peers = Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    current = Current(Call(Extent(2, LENGTH), peers) if inside else None, weights)
+    current = Context(StackPass(Extent(2, LENGTH), peers) if inside else None, weights)
     return UlyssesAttention(
         Backend("cpu", "test", attend, refuses=refuses), peers, current, lambda module: "layer.attn"
     )

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import sp_attention
+from sp_attention.distributed.collectives import gather, sum_over_ranks
+from sp_attention.distributed.peers import Peers
 from sp_attention.launch import run_ranks
-from sp_attention.ulysses.all_to_all import Peers, gather, head_to_seq, seq_to_head, sum_over_ranks
+from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
 from sp_attention.ulysses.head_plan import head_plan
 
 LENGTH, HEADS, KV_HEADS = 7, 5, 1

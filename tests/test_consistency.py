@@ -9,9 +9,9 @@ from models import MODELS, batch_of
 
 import sp_attention
 from sp_attention.distributed.consistency import share_problem
+from sp_attention.distributed.peers import Peers
 from sp_attention.errors import BatchError, UnsupportedError
 from sp_attention.launch import run_ranks
-from sp_attention.ulysses.all_to_all import Peers
 
 
 def different_batches() -> dict[str, tuple[str, float]]:

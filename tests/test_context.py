@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 
+from sp_attention.distributed.peers import Peers
 from sp_attention.launch import run_ranks
-from sp_attention.region.context import Call, Current
+from sp_attention.region.context import Context, StackPass
 from sp_attention.region.sequence_dims import Along, Extent
-from sp_attention.ulysses.all_to_all import Peers
 
 EXTENT = Extent(2, 7)
 WHOLE = torch.arange(42.0).view(2, 7, 3)
@@ -15,7 +15,7 @@ TOKENS, ROWS = Along(1), Along(0, rows=True)
 
 def parts_and_wholes() -> list[int]:
     peers = Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    call = Call(EXTENT, peers)
+    call = StackPass(EXTENT, peers)
     span = call.span
     part = call.part(WHOLE, TOKENS)
     assert torch.equal(part, WHOLE[:, span.start : span.stop])
@@ -36,8 +36,8 @@ def parts_and_wholes() -> list[int]:
     # With a gradient it is cut anew, since the graph may be freed in between.
     trained = WHOLE.clone().requires_grad_()
     assert call.part(trained, TOKENS, remember=True) is not call.part(trained, TOKENS, remember=True)
-    assert not Call(Extent(2, 2), peers).is_shared
-    assert Call(Extent(2, 3), peers).is_shared
+    assert not StackPass(Extent(2, 2), peers).is_shared
+    assert StackPass(Extent(2, 3), peers).is_shared
     return [span.start, span.stop]
 
 
@@ -46,9 +46,9 @@ def test_parts_and_wholes() -> None:
 
 
 def test_what_is_current_is_put_back_after_an_error() -> None:
-    current = Current(None, weights=True)
+    current = Context(None, weights=True)
     try:
-        with current.set_to(Current(None, weights=False)):
+        with current.set_to(Context(None, weights=False)):
             assert not current.weights
             raise KeyboardInterrupt
     except KeyboardInterrupt:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sp_attention.ulysses.head_plan import head_plan, span_of, spans
+from sp_attention.distributed.partition import span_of, spans
+from sp_attention.ulysses.head_plan import head_plan
 
 RANKS = st.integers(1, 64)
 # Key/value heads and the query heads that share each.

@@ -26,7 +26,6 @@ from transformers.masking_utils import (
 
 from sp_attention.kernels.request import Mask, Segment
 from sp_attention.region.masks import describe
-from sp_attention.ulysses.head_plan import Span
 
 LENGTH = 12
 PADDINGS = {
@@ -96,9 +95,9 @@ def assert_same(described: object, expected: Tensor) -> None:
     """In one piece, and in rows."""
     assert isinstance(described, Mask)
     assert torch.equal(described.dense().expand_as(expected), expected)
-    rows = described.rows(Span(4, 9))
+    rows = described.rows(range(4, 9))
     assert torch.equal(rows.dense().expand_as(expected[:, :, 4:9]), expected[:, :, 4:9])
-    for part in (rows.dense(Span(1, 3)), rows.rows(Span(1, 3)).dense()):
+    for part in (rows.dense(range(1, 3)), rows.rows(range(1, 3)).dense()):
         assert torch.equal(part.expand_as(expected[:, :, 5:7]), expected[:, :, 5:7])
 
 
@@ -233,7 +232,7 @@ def test_masks_of_cross_attention_are_those_of_transformers(padding: object, fun
     assert_same(described, torch.ones(2, 1, LENGTH, 7) > 0 if expected is None else expected == 0)
     if padding is not None and function is None:
         assert described.segments == ((Segment(0, LENGTH, 0, 5),), (Segment(0, LENGTH, 0, 7),))
-        assert described.rows(Span(3, 9)).segments == ((Segment(0, 6, 0, 5),), (Segment(0, 6, 0, 7),))
+        assert described.rows(range(3, 9)).segments == ((Segment(0, 6, 0, 5),), (Segment(0, 6, 0, 7),))
 
 
 def test_a_window_as_long_as_the_sequence_is_no_window() -> None:
@@ -310,23 +309,23 @@ def test_padding_between_real_keys_has_no_segments() -> None:
 
 
 def test_rows_of_a_causal_mask_have_no_segments() -> None:
-    assert described_by([[1] * 6]).rows(Span(2, 4)).segments is None
-    assert described_by().rows(Span(0, 3)).segments is None
+    assert described_by([[1] * 6]).rows(range(2, 4)).segments is None
+    assert described_by().rows(range(0, 3)).segments is None
 
 
 def test_rows_and_heads_are_views_and_kept() -> None:
     explicit = torch.rand(2, 3, 6, 6) < 0.5
     mask = Mask(2, 6, 6, torch.device("cpu"), explicit=explicit)
-    rows = mask.rows(Span(1, 4))
-    assert rows is mask.rows(Span(1, 4))
+    rows = mask.rows(range(1, 4))
+    assert rows is mask.rows(range(1, 4))
     assert rows.explicit.data_ptr() == explicit[:, :, 1:].data_ptr()
-    assert torch.equal(rows.heads(Span(1, 3)).dense(), mask.dense()[:, 1:3, 1:4])
-    assert mask.rows(Span(0, 6)) is mask
-    assert mask.heads(Span(0, 3)) is mask
-    assert mask.heads(Span(0, 2)) is mask.heads(Span(0, 2))
+    assert torch.equal(rows.heads(range(1, 3)).dense(), mask.dense()[:, 1:3, 1:4])
+    assert mask.rows(range(0, 6)) is mask
+    assert mask.heads(range(0, 3)) is mask
+    assert mask.heads(range(0, 2)) is mask.heads(range(0, 2))
     one = Mask(2, 6, 6, torch.device("cpu"), explicit=explicit[:, :1, :1])
-    assert one.heads(Span(1, 3)) is one
-    assert torch.equal(one.rows(Span(1, 4)).dense(), one.dense()[:, :, 1:4])
+    assert one.heads(range(1, 3)) is one
+    assert torch.equal(one.rows(range(1, 4)).dense(), one.dense()[:, :, 1:4])
 
 
 def test_a_window_counts_the_query_itself() -> None:

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from models import KINDS, MODELS, batch_of
 
 import sp_attention
+from sp_attention.distributed.partition import span_of
 from sp_attention.launch import run_ranks
-from sp_attention.ulysses.head_plan import span_of
 
 LENGTHS = (32, 33, 7)
 

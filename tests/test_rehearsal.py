@@ -90,8 +90,8 @@ class Passed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        return slope
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def pass_through_an_engine(model: PreTrainedModel) -> None:

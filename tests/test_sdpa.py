@@ -18,7 +18,6 @@ from sp_attention.cli.rss import resident_memory
 from sp_attention.kernels import sdpa, transformers
 from sp_attention.kernels.request import Mask, Request
 from sp_attention.launch import run_ranks
-from sp_attention.ulysses.head_plan import Span
 
 LENGTH = 40
 CPU = torch.device("cpu")
@@ -87,7 +86,7 @@ HEADS = {"H2": (2, 2, 8, 8), "H4-Hkv2": (4, 2, 8, 8), "H3-Hkv1-Dv4": (3, 1, 8, 4
 def request_for(mask: Mask, heads: str) -> Request:
     query_heads, kv_heads, size, value_size = HEADS[heads]
     shape = testing.Shape(mask.query_length, LENGTH, query_heads, kv_heads, size, value_size)
-    request = testing.request(mask.heads(Span(0, query_heads)), shape)
+    request = testing.request(mask.heads(range(0, query_heads)), shape)
     for tensor in (request.query, request.key, request.value):
         tensor.requires_grad_()
     return request

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sp_attention
 from sp_attention.launch import run_ranks
+from sp_attention.region import activation_checkpoint
 
 TILE = 5
 SOFTCAP = Tiny("Gemma2ForCausalLM", {"attn_logit_softcapping": None, "final_logit_softcapping": 2.0})

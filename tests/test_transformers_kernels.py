@@ -16,7 +16,6 @@ from sp_attention import testing
 from sp_attention.errors import UnsupportedError
 from sp_attention.kernels import transformers as kernels
 from sp_attention.kernels.request import Backend, Mask, Request
-from sp_attention.ulysses.head_plan import Span
 
 LENGTH = testing.LENGTH
 MASK = Mask(testing.BATCH, LENGTH, LENGTH, torch.device("cpu"))
@@ -43,7 +42,7 @@ def assert_right(request: Request, tolerance: float = 1e-6) -> None:
 
 def test_eager_reads_the_sinks_of_its_heads_from_the_module() -> None:
     module = gpt_oss()
-    request = replace(testing.request(MASK, TWO), module=module, heads=Span(2, 4), all_heads=6)
+    request = replace(testing.request(MASK, TWO), module=module, heads=range(2, 4), all_heads=6)
     assert kernels.refuses_eager(request) is None
     sinks = module.sinks.detach()[2:4].clone().requires_grad_()
     out = kernels.eager(request)
@@ -58,7 +57,7 @@ def test_eager_reads_the_sinks_of_its_heads_from_the_module() -> None:
 def test_the_sinks_of_a_request_stand_for_those_of_the_module() -> None:
     module = gpt_oss()
     sinks = torch.randn(2, dtype=torch.float64)
-    assert_right(replace(testing.request(MASK, TWO, sinks=sinks), module=module, heads=Span(4, 6), all_heads=6))
+    assert_right(replace(testing.request(MASK, TWO, sinks=sinks), module=module, heads=range(4, 6), all_heads=6))
     assert_right(replace(testing.request(MASK, SIX, sinks=module.sinks.detach()), module=module))
 
 
@@ -140,7 +139,7 @@ def test_tensors_of_the_module_are_cut_by_heads(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "eager_functions", lambda module: iter([reads_slopes]))
     for shape in ((6,), (1, 6, 1), (6, 1)):
         module = Odd(torch.arange(6, dtype=torch.float64).reshape(shape))
-        request = replace(testing.request(MASK, TWO), module=module, heads=Span(3, 5), all_heads=6)
+        request = replace(testing.request(MASK, TWO), module=module, heads=range(3, 5), all_heads=6)
         assert kernels.refuses_eager(request) is None
         out = kernels.eager(request)
         torch.testing.assert_close(out, request.query * torch.tensor([3.0, 4.0], dtype=torch.float64)[:, None])
@@ -151,7 +150,7 @@ def test_tensors_of_the_module_are_cut_by_heads(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("shape", [(4,), (6, 6), (12,)], ids=str)
 def test_tensors_that_cannot_be_cut_are_refused_before(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "eager_functions", lambda module: iter([reads_slopes]))
-    request = replace(testing.request(MASK, TWO), module=Odd(torch.zeros(shape)), heads=Span(3, 5), all_heads=6)
+    request = replace(testing.request(MASK, TWO), module=Odd(torch.zeros(shape)), heads=range(3, 5), all_heads=6)
     reason = kernels.refuses_eager(request)
     assert reason == (
         f"the eager attention of Odd reads the tensor 'slopes' {list(shape)} from the module, which holds all 6 heads, "
@@ -160,11 +159,11 @@ def test_tensors_that_cannot_be_cut_are_refused_before(shape: tuple[int, ...], m
     with pytest.raises(UnsupportedError, match="which dim is theirs is not known"):
         kernels.eager(request)
     assert kernels.refuses_eager(replace(request, heads=None, all_heads=None)) is None
-    assert kernels.refuses_eager(replace(request, heads=Span(0, 6))) is None
+    assert kernels.refuses_eager(replace(request, heads=range(0, 6))) is None
 
 
 def test_submodules_with_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = replace(testing.request(MASK, TWO), module=Odd(torch.zeros(6)), heads=Span(3, 5), all_heads=6)
+    request = replace(testing.request(MASK, TWO), module=Odd(torch.zeros(6)), heads=range(3, 5), all_heads=6)
     monkeypatch.setattr(kernels, "eager_functions", lambda module: iter([reads_position]))
     assert kernels.refuses_eager(request) == (
         "the eager attention of Odd uses the submodule 'position', whose parameters may be of all heads"

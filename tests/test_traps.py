@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 import sp_attention
 from sp_attention.cli.reduced import build
+from sp_attention.distributed.partition import spans
 from sp_attention.launch import run_ranks
-from sp_attention.ulysses.head_plan import spans
 
 LENGTH = 33
 

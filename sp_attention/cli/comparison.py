@@ -23,8 +23,8 @@ from sp_attention.cli.outcomes import (
     Parting,
     Verdict,
 )
+from sp_attention.distributed.partition import spans
 from sp_attention.region.pytree import Path, tensors
-from sp_attention.ulysses.head_plan import spans
 
 # The largest relative error that is still the same number. Models in float64 compute some parts in float32.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}

@@ -1,4 +1,4 @@
-"""Memory that is written again instead of being asked of the system again: on a CPU, most of what an exchange costs.
+"""Buffers that are written again instead of being asked of the system again: on a CPU, most of an exchange's cost.
 
 The C library gives large pieces back when they are freed, so the next of that size is made of pages that the system has
 to clear and map one by one, which takes several times as long as writing to them. Accelerators have allocators that
@@ -21,7 +21,7 @@ _READY = 2**28
 
 
 @dataclass(eq=False)
-class Memory:
+class BufferPool:
     """Pieces of memory for tensors on a CPU, each of which lies ready when nobody holds its tensor or a view of it."""
 
     _ready: dict[int, Tensor] = field(default_factory=dict)  # By address, in the order in which they were given back.

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sp_attention.distributed.peers import Peers
 from sp_attention.errors import BackendError, BatchError, UnsupportedError
-from sp_attention.ulysses.all_to_all import Peers
 
 # Odd multipliers of a multiply-and-shift hash on 64-bit integers (L'Ecuyer 1999, Steele et al. 2014).
 _MIX = (0x2545F4914F6CDD1D, -0x61C8864680B583EB)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sp_attention.ulysses.all_to_all import Peers
+from sp_attention.distributed.peers import Peers
 
 # What a dimension of a mesh may be called for us to take it without being told.
 MESH_DIM = "sp"

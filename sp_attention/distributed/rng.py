@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sp_attention.ulysses.all_to_all import Peers
+from sp_attention.distributed.peers import Peers
 
 
 def states(device: torch.device) -> list[Tensor]:

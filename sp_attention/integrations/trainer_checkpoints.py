@@ -11,8 +11,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from sp_attention.distributed.consistency import share_problem
+from sp_attention.distributed.peers import Peers
 from sp_attention.errors import CheckpointError
-from sp_attention.ulysses.all_to_all import Peers
 
 
 class WholeCheckpoints(Trainer):

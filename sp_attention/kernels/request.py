@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sp_attention.ulysses.head_plan import Span
-
 Derived = TypeVar("Derived")
 
 
@@ -89,13 +87,13 @@ class Mask:
             result = result & self.function(batch, head, query, key).to(result.device)
         return result
 
-    def dense(self, queries: Span | None = None) -> Tensor:
+    def dense(self, queries: range | None = None) -> Tensor:
         """The mask as a bool tensor [1|B, 1|H, Sq, Sk], True = attend. Quadratic in memory; built once per mask.
 
         With `queries`, only the rows of those, counted from this mask's first query; such a part is not kept.
         """
         if queries is None:
-            return self.once("dense", lambda: self.dense(Span(0, self.query_length)))
+            return self.once("dense", lambda: self.dense(range(0, self.query_length)))
         by_row = self.documents is not None or self.padding is not None or self.function is not None
         batch = torch.arange(self.batch if by_row else 1, device=self.device)[:, None, None, None]
         query = torch.arange(queries.start, queries.stop, device=self.device)[:, None] + self.offset
@@ -114,7 +112,7 @@ class Mask:
         others = (self.window, self.documents, self.padding, self.explicit, self.function)
         return self.causal and all(other is None for other in others)
 
-    def rows(self, span: Span) -> "Mask":
+    def rows(self, span: range) -> "Mask":
         """The mask of the queries [start, stop) only, which stay where they are in the sequence; built once per mask.
 
         Nothing is built from it: an explicit tensor is viewed, all else is shared.
@@ -124,12 +122,12 @@ class Mask:
             explicit = None if self.explicit is None else _cut(self.explicit, 2, span)
             return replace(self, query_length=len(span), offset=self.offset + span.start, explicit=explicit)
 
-        return self if span == Span(0, self.query_length) else self.once(("rows", span), derive)
+        return self if span == range(0, self.query_length) else self.once(("rows", span), derive)
 
-    def heads(self, span: Span) -> "Mask":
+    def heads(self, span: range) -> "Mask":
         """The mask of the query heads [start, stop) only: itself, unless an explicit tensor differs by head."""
         explicit = self.explicit
-        if explicit is None or explicit.shape[1] == 1 or span == Span(0, explicit.shape[1]):
+        if explicit is None or explicit.shape[1] == 1 or span == range(0, explicit.shape[1]):
             return self
         return self.once(("heads", span), lambda: replace(self, explicit=_cut(explicit, 1, span)))
 
@@ -178,7 +176,7 @@ class Mask:
         return (rows[0],) if all(row == rows[0] for row in rows) else tuple(rows)
 
 
-def _cut(tensor: Tensor, dim: int, span: Span) -> Tensor:
+def _cut(tensor: Tensor, dim: int, span: range) -> Tensor:
     """The view [start, stop) of a dim, or the tensor itself where that dim is 1 and stands for all."""
     return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, span.start, len(span))
 
@@ -207,7 +205,7 @@ class Request:
     bias: Tensor | None = None
     dropout: float = 0.0
     module: nn.Module | None = None
-    heads: Span | None = None
+    heads: range | None = None
     all_heads: int | None = None
 
 

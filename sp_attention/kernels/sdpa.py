@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from sp_attention.kernels.cudnn import without_cudnn
 from sp_attention.kernels.hookspecs import hookimpl
 from sp_attention.kernels.request import Backend, Mask, Request, Segment
-from sp_attention.ulysses.head_plan import Span
 
 # Queries per piece of a sliding window, and per tile. A piece of T queries reads T + window - 1 keys, so few queries
 # waste memory traffic and many compute scores that the window hides.
@@ -59,8 +58,8 @@ class Piece:
     Everything ("full"), the causal square, a band around the diagonal, or what the mask says there ("tile").
     """
 
-    queries: Span
-    keys: Span
+    queries: range
+    keys: range
     pattern: str
 
 
@@ -79,38 +78,38 @@ def attend(request: Request) -> Tensor:
 def _pieces(segments: tuple[Segment, ...], mask: Mask) -> Iterator[Piece]:
     """What each query of a row sees, in order of the queries; queries that see nothing are left out."""
     for segment in segments:
-        real = Span(segment.first, segment.last)
+        real = range(segment.first, segment.last)
         if not len(real):
             continue
         farthest = max(segment.stop - segment.first, 0 if mask.causal else segment.last - segment.start)
         if mask.window is not None and mask.window < farthest:
             yield from _banded_pieces(segment, mask.window, mask.causal)
         elif not mask.causal:
-            yield Piece(Span(segment.start, segment.stop), real, "full")
+            yield Piece(range(segment.start, segment.stop), real, "full")
         else:
             yield Piece(real, real, "causal")
             if segment.last < segment.stop:
-                yield Piece(Span(segment.last, segment.stop), real, "full")
+                yield Piece(range(segment.last, segment.stop), real, "full")
 
 
 def _banded_pieces(segment: Segment, window: int, causal: bool) -> Iterator[Piece]:
     """The queries that are near enough to a real key; in a causal mask, the first `window` see all before them."""
     if causal:
         start = min(segment.first + window, segment.last)
-        yield Piece(Span(segment.first, start), Span(segment.first, start), "causal")
+        yield Piece(range(segment.first, start), range(segment.first, start), "causal")
     else:
         start = max(segment.start, segment.first - window + 1)
     stop = min(segment.stop, segment.last + window - 1)
     while start < stop:
         end = min(start + BAND, stop)
         reach = end if causal else end + window - 1
-        yield Piece(Span(start, end), Span(max(segment.first, start - window + 1), min(reach, segment.last)), "band")
+        yield Piece(range(start, end), range(max(segment.first, start - window + 1), min(reach, segment.last)), "band")
         start = end
 
 
 def _tiles(mask: Mask) -> Iterator[Piece]:
     """The queries in tiles, each with the keys from the first to the last that any of them sees."""
-    tiles = [Span(start, min(start + BAND, mask.query_length)) for start in range(0, mask.query_length, BAND)]
+    tiles = [range(start, min(start + BAND, mask.query_length)) for start in range(0, mask.query_length, BAND)]
     found = []
     for queries in tiles:
         allowed = mask.dense(queries)
@@ -118,7 +117,7 @@ def _tiles(mask: Mask) -> Iterator[Piece]:
         hidden = allowed.numel() - allowed.sum()
         found.append(torch.stack([seen.argmax(), seen.flip(0).argmax(), seen.any(), hidden]))
     for queries, (first, behind, some, hidden) in zip(tiles, torch.stack(found).tolist(), strict=True):
-        keys = Span(first, mask.key_length - behind) if some else Span(0, 0)
+        keys = range(first, mask.key_length - behind) if some else range(0, 0)
         yield Piece(queries, keys, "tile" if hidden else "full")
 
 
@@ -178,7 +177,7 @@ def _nothing_seen(query: Tensor, value: Tensor, length: int) -> Tensor:
     return query.new_zeros(query.shape[0], length, query.shape[2], value.shape[3])
 
 
-def _band(request: Request, queries: Span, keys: Span) -> Tensor:
+def _band(request: Request, queries: range, keys: range) -> Tensor:
     """Additive [queries, keys], with sinks [queries, 1 + keys]: 0 where a query sees a key, -inf elsewhere.
 
     Pieces of one shape share it. Additive from the start, since torch would make and save an additive copy of a bool

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sp_attention.loss.tiled_loss import Held
-from sp_attention.ulysses.all_to_all import Peers, sum_over_ranks
+from sp_attention.distributed.collectives import sum_over_ranks
+from sp_attention.distributed.peers import Peers
+from sp_attention.loss.tiled_loss import LMHeadInput
 
 
 def sharded_causal_loss(
-    whole: Callable[..., Tensor], peers: Peers, held: Callable[[], Held | None]
+    whole: Callable[..., Tensor], peers: Peers, held: Callable[[], LMHeadInput | None]
 ) -> Callable[..., Tensor]:
     """A model's `loss_function` that takes logits of the whole sequence, of this rank's span of it, or none at all.
 

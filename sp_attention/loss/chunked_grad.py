@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sp_attention.ulysses.head_plan import spans
+from sp_attention.distributed.partition import spans
 
 
-class Slopes:
+class ChunkedGrad:
     """Gradients of hidden states and of weights, by what is computed of the hidden states part by part, along `dim`.
 
     hidden: those of hidden states, None if nobody asks. of_weights: those of each weight, None where there are none;
@@ -43,7 +43,7 @@ class Slopes:
         return result.detach()
 
 
-def in_parts(count: int, dim: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def in_tiles(count: int, dim: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Views of `count` parts of each tensor, as equal as can be, some of them empty where they are short.
 
     Unlike those of `tensor_split`, gradients of the parts are put together once; there, each is made as large as the

@@ -1,16 +1,15 @@
 """What stands in `outputs.logits` where logits stay sharded: no tensor, so that nobody takes a part for the whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sp_attention.distributed.collectives import gather
+from sp_attention.distributed.peers import Peers
 from sp_attention.errors import ShardedLogitsError
-from sp_attention.region.pytree import map_leaves
-from sp_attention.ulysses.all_to_all import Peers, gather
-from sp_attention.ulysses.head_plan import Span
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,7 +31,7 @@ class ShardedLogits:
         return self.compute()
 
     @property
-    def span(self) -> Span:
+    def span(self) -> range:
         """The tokens that `part` is of."""
         return self.peers.span(self.length)
 
@@ -66,6 +65,13 @@ class ShardedLogits:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found: list[ShardedLogits] = []  # In a list too, as of torch.cat.
-        map_leaves(lambda _, leaf: found.append(leaf) if isinstance(leaf, cls) else None, (args, kwargs))
-        return found[0]._refuse()
+        return next(_found_in((*args, *(kwargs or {}).values())))._refuse()
+
+
+def _found_in(values: Iterable[Any]) -> Iterator[ShardedLogits]:
+    """Those among the arguments of a function; in a list too, as of torch.cat."""
+    for value in values:
+        if isinstance(value, ShardedLogits):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _found_in(value)

@@ -18,14 +18,14 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sp_attention.distributed.sharded_params import belongs_to_engine
-from sp_attention.loss.chunked_grad import Slopes, in_parts
+from sp_attention.loss.chunked_grad import ChunkedGrad, in_tiles
 
 # A tile is of tokens whose logits are 64 MiB in float32, and of enough of them to keep matrix products fast.
 _LOGITS, _TOKENS = 2**24, 512
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """A module that makes logits [B, s, V] of hidden states [B, s, E], and the steps that come between it and the loss.
 
     name: of the module in its model. vocabulary: V, after the steps. tile: the number of tokens that it is given at a
@@ -45,14 +45,14 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class LMHeadInput:
     """What a head was given in a forward: hidden states [B, s, E] of which logits are made later.
 
     tiles: how many, the same number on every rank, since engines that gather the head's weights do so for each.
     autocast: the context that the head was called in.
     """
 
-    head: Head
+    head: LMHead
     module: nn.Module
     hidden: Tensor
     tiles: int
@@ -74,7 +74,7 @@ class Held:
         engine = any(map(belongs_to_engine, self.module.parameters()))
         by_liger = self.head.liger and not engine
         loss_of = partial(self._by_liger if by_liger else self._loss, ignore_index)
-        tiles = partial(in_parts, 1 if by_liger else self.tiles, 0)
+        tiles = partial(in_tiles, 1 if by_liger else self.tiles, 0)
         learned = {name: one for name, one in self.module.named_parameters() if one.requires_grad}
         if not (torch.is_grad_enabled() and (hidden.requires_grad or learned)):
             return torch.stack([loss_of({}, *tile) for tile in tiles(hidden, targets)]).sum()
@@ -112,7 +112,7 @@ def tile_for(vocabulary: int) -> int:
     return max(_TOKENS, _LOGITS // vocabulary)
 
 
-def liger_does(head: Head) -> bool:
+def liger_does(head: LMHead) -> bool:
     """Whether Liger's kernel is there, and can do this head: one matrix, and nothing after it, on a GPU."""
     module = head.module
     if type(module) is not nn.Linear or "forward" in vars(module) or module._forward_hooks or head.steps:
@@ -138,18 +138,18 @@ class _AtOnce(torch.autograd.Function):
         targets: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        slopes = Slopes(hidden, 0, hidden.requires_grad, dict(zip(names, weights, strict=True)))
-        losses = [slopes.add(loss_of, *tile) for tile in tiles(hidden, targets)]
-        ctx.save_for_backward(slopes.hidden, *slopes.of_weights)
+        grads = ChunkedGrad(hidden, 0, hidden.requires_grad, dict(zip(names, weights, strict=True)))
+        losses = [grads.add(loss_of, *tile) for tile in tiles(hidden, targets)]
+        ctx.save_for_backward(grads.hidden, *grads.of_weights)
         ctx.dtypes = [weight.dtype for weight in weights]
         return torch.stack(losses).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slope, *sums = ctx.saved_tensors
+        grad_of_hidden, *sums = ctx.saved_tensors
         weights = [
             None if one is None else torch.mul(one, grad, out=torch.empty_like(one, dtype=dtype))
             for one, dtype in zip(sums, ctx.dtypes, strict=True)
         ]
-        return None, None, None, None if slope is None else slope * grad, None, *weights
+        return None, None, None, None if grad_of_hidden is None else grad_of_hidden * grad, None, *weights

@@ -1,4 +1,4 @@
-"""Checkpoints inside of a layer, which run it again in backward: they are told which call that was."""
+"""Activation checkpoints inside of a layer, which run it again in backward: they are told which call that was."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sp_attention.region.context import Current
+from sp_attention.region.context import Context
 
 # Where transformers' layers and torch's wrapper keep the function that checkpoints.
 _FUNCTIONS = {GradientCheckpointingLayer: "_gradient_checkpointing_func", CheckpointWrapper: "checkpoint_fn"}
@@ -25,10 +25,10 @@ def checkpoints_in(layer: nn.Module) -> list[Checkpoint]:
 
 
 @dataclass(eq=False)
-class Checkpoints:
+class ActivationCheckpoints:
     """The checkpoints of the layer in progress, whose functions are bound to its call until `unbind`."""
 
-    current: Current
+    current: Context
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def bind(self, checkpoints: list[Checkpoint], offloads_from: str | None) -> bool:
@@ -52,7 +52,7 @@ class Checkpoints:
         self._bound.clear()
 
     def _bound_to(
-        self, now: Current, checkpoint: Any, offloads_from: str | None, function: Any, *args: Any, **options: Any
+        self, now: Context, checkpoint: Any, offloads_from: str | None, function: Any, *args: Any, **options: Any
     ) -> Any:
         def within(*args: Any, **kwargs: Any) -> Any:
             with self.current.set_to(now):

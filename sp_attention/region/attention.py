@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from sp_attention.distributed.collectives import gather
+from sp_attention.distributed.peers import Peers
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.kernels import registry
 from sp_attention.kernels.eager import eager_functions
 from sp_attention.kernels.request import Backend, Mask, Request, reason_against
-from sp_attention.region.context import Call, Current
+from sp_attention.region.context import Context, StackPass
 from sp_attention.region.kv_cache import one_dtype
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.region.sequence_dims import Along
-from sp_attention.ulysses.all_to_all import Peers, gather, head_to_seq, seq_to_head, to_heads
+from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head, to_heads
 from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
@@ -36,14 +38,14 @@ class UlyssesAttention:
     """The attention function that is registered with transformers for one enabled model.
 
     `current` tells which call is going on; the region sets it. `name_of` gives a module's full name, for errors.
-    `over_memory` are the modules whose keys are of another sequence than their queries (cross-attention).
+    `cross_attention` are the modules whose keys are of another sequence than their queries (cross-attention).
     """
 
     backend: Backend
     peers: Peers
-    current: Current
+    current: Context
     name_of: Callable[[nn.Module | None], str]
-    over_memory: frozenset[nn.Module] = frozenset()
+    cross_attention: frozenset[nn.Module] = frozenset()
 
     def __call__(
         self,
@@ -72,8 +74,8 @@ class UlyssesAttention:
         length = query.shape[1] if call is None else call.extent.length
         mine = length if call is None else call.mine.length
         # Keys that every rank holds whole: of another sequence, or out of latents that a cache keeps.
-        over_memory = call is not None and kept is None and (module in self.over_memory or key.shape[1] != mine)
-        memory = length if call is not None and kept is None and not over_memory else key.shape[1]
+        cross_attention = call is not None and kept is None and (module in self.cross_attention or key.shape[1] != mine)
+        memory = length if call is not None and kept is None and not cross_attention else key.shape[1]
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         given = attention_mask.mask if isinstance(attention_mask, Described) else attention_mask
         if given is None:
@@ -112,11 +114,11 @@ class UlyssesAttention:
         if call is None or not call.is_shared:
             self._require_done([request])
             return self._attend(request)
-        if over_memory:
+        if cross_attention:
             return self._attend_over_memory(request, call)
         return self._attend_shared(request, call)
 
-    def _attend_kept(self, request: Request, call: Call, kv_heads: int) -> Attended:
+    def _attend_kept(self, request: Request, call: StackPass, kv_heads: int) -> Attended:
         """All new queries of my heads over keys of my heads: a cache has exchanged those already, or cut them."""
         query, all_heads = request.query, request.query.shape[2]
         plan = head_plan(all_heads, kv_heads, self.peers.size)
@@ -137,7 +139,7 @@ class UlyssesAttention:
             return head_to_seq(out, plan, self.peers), weights
         return gather(out, all_heads, self.peers, 2), weights
 
-    def _attend_over_memory(self, request: Request, call: Call) -> Attended:
+    def _attend_over_memory(self, request: Request, call: StackPass) -> Attended:
         """My span's queries see keys that every rank holds, of all heads: nothing is exchanged."""
         bias = request.bias
         if bias is not None and bias.shape[2] != 1:
@@ -147,7 +149,7 @@ class UlyssesAttention:
         out, weights = self._attend(request)
         return out, None if weights is None else call.whole(weights, Along(2))
 
-    def _attend_shared(self, request: Request, call: Call) -> Attended:
+    def _attend_shared(self, request: Request, call: StackPass) -> Attended:
         """All queries and keys of my heads: the exchange, the kernel, the exchange back."""
         plan = head_plan(request.query.shape[2], request.key.shape[2], self.peers.size)
         self._require_done(_shares(request, plan))

@@ -8,14 +8,14 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor
 
+from sp_attention.distributed.collectives import gather
+from sp_attention.distributed.peers import Peers
 from sp_attention.region.sequence_dims import Along, Extent
 from sp_attention.region.sharded_embedding import Looked
-from sp_attention.ulysses.all_to_all import Peers, gather
-from sp_attention.ulysses.head_plan import Span
 
 
 @dataclass(eq=False)
-class Call:
+class StackPass:
     """A batch on its way through a stack.
 
     extent: B and S of the whole batch, of its new tokens where a cache holds others. fills: its layers fill a cache.
@@ -39,8 +39,8 @@ class Call:
     _wholes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
-    def span(self) -> Span:
-        return self.peers.span(self.extent.length) if self.is_shared else Span(0, self.extent.length)
+    def span(self) -> range:
+        return self.peers.span(self.extent.length) if self.is_shared else range(0, self.extent.length)
 
     @property
     def mine(self) -> Extent:
@@ -98,7 +98,7 @@ class Call:
 
 
 @dataclass(eq=False)
-class Current:
+class Context:
     """What the running code belongs to.
 
     call: None outside of the stacks and in what is given whole tensors. weights: the user wants attention weights.
@@ -108,7 +108,7 @@ class Current:
     pieces: how many parts of layers are given their tokens in.
     """
 
-    call: Call | None = None
+    call: StackPass | None = None
     weights: bool = False
     given: frozenset[int] = frozenset()
     is_known: bool = False
@@ -125,7 +125,7 @@ class Current:
         return heads if noted is not None and noted() is keys else None
 
     @contextmanager
-    def set_to(self, other: "Current") -> Iterator[None]:
+    def set_to(self, other: "Context") -> Iterator[None]:
         before = vars(self).copy()
         vars(self).update(vars(other))
         try:

@@ -5,14 +5,14 @@ from typing import Any
 from torch import Tensor
 
 from sp_attention.errors import UnsupportedError
-from sp_attention.region.context import Call
+from sp_attention.region.context import StackPass
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.plan import NEVER_CUT, Layer
 from sp_attention.region.pytree import Path
 from sp_attention.region.sequence_dims import Along
 
 
-def entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
+def entering(path: Path, leaf: Any, layer: Layer, call: StackPass) -> Any:
     """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
     if isinstance(leaf, Tensor) and call.embedded is not None and call.embedded.is_whole(leaf):
         return call.embedded.part
@@ -41,7 +41,7 @@ def entering(path: Path, leaf: Any, layer: Layer, call: Call) -> Any:
     )
 
 
-def leaving(path: Path, leaf: Any, layer: Layer, call: Call, ends: bool) -> Any:
+def leaving(path: Path, leaf: Any, layer: Layer, call: StackPass, ends: bool) -> Any:
     """What goes on in place of a layer's result: my span to the next layer, all of it to what is outside."""
     along = layer.results.get(path)
     if along is None or not isinstance(leaf, Tensor):

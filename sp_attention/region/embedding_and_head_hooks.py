@@ -8,13 +8,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sp_attention.loss.chunked_grad import autocast_of_now
-from sp_attention.loss.tiled_loss import Head, Held
+from sp_attention.loss.tiled_loss import LMHead, LMHeadInput
 from sp_attention.region.plan import Embedding
 from sp_attention.region.sharded_embedding import can_look_up, looked_up
-from sp_attention.region.state import Hook, Running
+from sp_attention.region.state import Hook, RegionState
 
 
-def embedding_hooks(running: Running, embedding: Embedding, first: nn.Module) -> tuple[Hook, Hook]:
+def embedding_hooks(running: RegionState, embedding: Embedding, first: nn.Module) -> tuple[Hook, Hook]:
     """Let an embedding look up my span of the tokens, where `first`, the first layer, alone gets what it yields."""
     lengths: list[int] = []
 
@@ -40,7 +40,7 @@ def embedding_hooks(running: Running, embedding: Embedding, first: nn.Module) ->
     return before, after
 
 
-def _looks_up_its_own(running: Running, module: nn.Embedding, name: str, first: nn.Module, ids: Tensor) -> bool:
+def _looks_up_its_own(running: RegionState, module: nn.Embedding, name: str, first: nn.Module, ids: Tensor) -> bool:
     """Whether only my span of the embeddings is looked up: if nobody but the first layer gets to see them.
 
     A checkpoint around the hooks of the first layer would, which does without gradients, and a module that was put
@@ -60,7 +60,7 @@ def _looks_up_its_own(running: Running, module: nn.Embedding, name: str, first: 
     return can_look_up(module, ids)
 
 
-def head_hook(running: Running, name: str) -> Hook:
+def head_hook(running: RegionState, name: str) -> Hook:
     """Give the head my span of hidden states that are whole before it, and keep them for a loss in tiles."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,10 +73,10 @@ def head_hook(running: Running, name: str) -> Hook:
             forward.cut, span = hidden.shape[1], running.peers.span(hidden.shape[1])
             hidden = hidden[:, span.start : span.stop]
         length = forward.sharded(running.region)
-        if length is not None and forward.held is None and isinstance(head, Head):
+        if length is not None and forward.held is None and isinstance(head, LMHead):
             _, tiles = forward.counts or running.counts(hidden.shape[0], length)
             if tiles > 1:
-                forward.held = Held(head, module, hidden, tiles, autocast_of_now(hidden.device))
+                forward.held = LMHeadInput(head, module, hidden, tiles, autocast_of_now(hidden.device))
                 hidden = hidden[:, :0]
         return (hidden,), kwargs
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import TransformersKwargs
 
+from sp_attention.distributed.peers import Peers
 from sp_attention.loss.sharded_logits import ShardedLogits
-from sp_attention.loss.tiled_loss import Held
-from sp_attention.region.context import Call
-from sp_attention.region.plan import FOR_THE_LOSS, Region
+from sp_attention.loss.tiled_loss import LMHeadInput
+from sp_attention.region.context import StackPass
+from sp_attention.region.plan import FOR_THE_LOSS, RegionPlan
 from sp_attention.region.sequence_dims import Along
 from sp_attention.region.sharded_embedding import Looked
-from sp_attention.ulysses.all_to_all import Peers
 
 # The arguments that are the tokens of the stack before the loss.
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
@@ -46,27 +46,27 @@ class Forward:
     seed: int | None = None
     states: list[Tensor] | None = None
     passes: int = 0
-    calls: dict[str, Call] = field(default_factory=dict)
+    calls: dict[str, StackPass] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
     embedded: Looked | None = None
     caches: bool = False
     counts: tuple[int, int] | None = None
     cut: int | None = None
-    held: Held | None = None
+    held: LMHeadInput | None = None
     records: bool = False
-    parts: dict[int, tuple[Tensor, Along, Call]] = field(default_factory=dict)
+    parts: dict[int, tuple[Tensor, Along, StackPass]] = field(default_factory=dict)
 
     @property
     def as_rehearsed(self) -> bool:
         """Whether nothing but the layers sees what is between them, as far as a rehearsal can tell."""
         return not (self.unseen or self.records)
 
-    def sharded(self, region: Region) -> int | None:
+    def sharded(self, region: RegionPlan) -> int | None:
         """S if logits are made of my span of hidden states; None if of all of them."""
         call = self.calls.get(region.before_loss or "")
         return call.extent.length if call is not None and call.stays_sharded and call.is_shared else self.cut
 
-    def note(self, tensor: Any, along: Along | None, call: Call) -> None:
+    def note(self, tensor: Any, along: Along | None, call: StackPass) -> None:
         """Remember what a layer is given or returns: transformers may record it inside, before it is whole."""
         if along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
             self.parts[id(tensor)] = (tensor, along, call)
@@ -92,7 +92,7 @@ class Forward:
         return value
 
 
-def refusal(region: Region, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
+def refusal(region: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
     """Why this forward cannot be exact under sequence parallelism, None when it can."""
     key = region.implementation
     if key is not None and any(inner.config._attn_implementation != key for inner in region.models):
@@ -115,7 +115,7 @@ def refusal(region: Region, model: PreTrainedModel, given: Mapping[str, Any]) ->
     return None
 
 
-def stays_sharded(region: Region, model: PreTrainedModel, given: Mapping[str, Any], only_loss: bool) -> int | None:
+def stays_sharded(region: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], only_loss: bool) -> int | None:
     """S if our loss, and nothing but it, will see the logits."""
     kept = given.get("logits_to_keep")
     tokens = next((given[name] for name in TOKENS if name in given), None)
@@ -139,7 +139,7 @@ def stays_sharded(region: Region, model: PreTrainedModel, given: Mapping[str, An
 
 
 def fills_caches(
-    region: Region, model: PreTrainedModel, given: Mapping[str, Any], is_given: bool, only_loss: bool
+    region: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], is_given: bool, only_loss: bool
 ) -> bool:
     """Whether a cache is filled: one that is given, or that the model makes. In training, only if it is asked to.
 
@@ -158,7 +158,7 @@ def _own_arguments(model: PreTrainedModel) -> set[str]:
     return {*inspect.signature(type(model).forward).parameters, *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
 
 
-def with_sharded_logits(output: Any, length: int, peers: Peers, held: Held | None) -> Any:
+def with_sharded_logits(output: Any, length: int, peers: Peers, held: LMHeadInput | None) -> Any:
     """A causal model's output, a dict or (loss, logits, ...), with logits that cannot be taken for the whole."""
     part = output["logits"] if isinstance(output, dict) else output[1]
     shape, compute = (part.shape, lambda: part) if held is None else (held.shape, held.logits)

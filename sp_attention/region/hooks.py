@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from sp_attention.distributed import rng
 from sp_attention.distributed.consistency import SAMPLING, require_same_batch
 from sp_attention.errors import UnsupportedError
-from sp_attention.region.activation_checkpoint import Checkpoints
+from sp_attention.region.activation_checkpoint import ActivationCheckpoints
 from sp_attention.region.embedding_and_head_hooks import embedding_hooks, head_hook
 from sp_attention.region.forward import (
     TOKENS,
@@ -32,19 +32,19 @@ from sp_attention.region.layer_hooks import layer_hooks, part_hooks
 from sp_attention.region.masks import Described
 from sp_attention.region.plan import Stack, named_arguments, tensor_names
 from sp_attention.region.pytree import leaves, map_leaves, tensors
-from sp_attention.region.state import Running
-from sp_attention.region.tiled_mlp import hook_pieces
+from sp_attention.region.state import RegionState
+from sp_attention.region.tiled_mlp import tile_module
 
 
 @dataclass
-class Hooks(Running):
+class Hooks(RegionState):
     """The hooks of one enabled model."""
 
     handles: list[RemovableHandle] = field(default_factory=list)
-    checkpoints: Checkpoints = field(init=False)
+    checkpoints: ActivationCheckpoints = field(init=False)
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(self.current)
+        self.checkpoints = ActivationCheckpoints(self.current)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
@@ -67,7 +67,7 @@ class Hooks(Running):
             hook = torch.compiler.disable(head_hook(self, head.name))
             self.handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=True))
         for module in self.region.pieces:
-            self.handles += hook_pieces(module, self.pieces_of, self.region.random)
+            self.handles += tile_module(module, self.pieces_of, self.region.random)
 
     @contextmanager
     def for_the_loss(self) -> Iterator[None]:

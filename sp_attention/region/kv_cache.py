@@ -12,30 +12,31 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, StaticLayer
 
+from sp_attention.distributed.peers import Peers
 from sp_attention.errors import UnsupportedError
-from sp_attention.region.context import Current
+from sp_attention.region.context import Context
 from sp_attention.region.pytree import tensors
 from sp_attention.region.sequence_dims import Along
-from sp_attention.ulysses.all_to_all import Peers, to_heads
-from sp_attention.ulysses.head_plan import Span, head_plan
+from sp_attention.ulysses.all_to_all import to_heads
+from sp_attention.ulysses.head_plan import head_plan
 
 # The attribute of a layer of a cache that says which heads are in it. It goes along with copies of the cache.
 _MARK = "_sp_attention_heads"
 
 # Query heads by kind of attention: whether the keys are another sequence's, and the number of key heads. 0 where each
 # rank keeps all heads.
-Heads = Mapping[tuple[bool, int], int]
+HeadCounts = Mapping[tuple[bool, int], int]
 
 
 @dataclass(frozen=True)
 class _Held:
     """Which heads each rank holds in a layer of a cache, and which of the ranks this is."""
 
-    stored: tuple[Span, ...]
+    stored: tuple[range, ...]
     rank: int
 
     @property
-    def mine(self) -> Span:
+    def mine(self) -> range:
         return self.stored[self.rank]
 
     @property
@@ -51,23 +52,25 @@ class LayersCache:
     latents of multi-head latent attention, are kept whole on every rank, and so is all that is no key and value. In
     what is given whole tensors it is the user's cache as it is. Anything else is answered by the user's cache.
 
-    heads: how many heads attend to how many in this layer. over_memory: it is for keys of another sequence.
+    heads: how many heads attend to how many in this layer. cross_attention: it is for keys of another sequence.
     """
 
     __slots__ = ("__weakref__", "_cache", "_current", "_heads", "_over_memory", "_peers")
     _cache: Any  # a Cache, or one of encoders and decoders, whose own attributes are asked for
-    _current: Current
-    _heads: Heads
+    _current: Context
+    _heads: HeadCounts
     _over_memory: bool
     _peers: Peers
 
-    def __init__(self, cache: Cache, heads: Heads, current: Current, peers: Peers, over_memory: bool | None = None):
+    def __init__(
+        self, cache: Cache, heads: HeadCounts, current: Context, peers: Peers, cross_attention: bool | None = None
+    ):
         own = {
             "_cache": cache,
             "_heads": heads,
             "_current": current,
             "_peers": peers,
-            "_over_memory": {over for over, _ in heads} == {True} if over_memory is None else over_memory,
+            "_over_memory": {over for over, _ in heads} == {True} if cross_attention is None else cross_attention,
         }
         for name, value in own.items():
             object.__setattr__(self, name, value)
@@ -97,14 +100,14 @@ class LayersCache:
 
     @property
     def self_attention_cache(self) -> "LayersCache":
-        return self._of(self._cache.self_attention_cache, over_memory=False)
+        return self._of(self._cache.self_attention_cache, cross_attention=False)
 
     @property
     def cross_attention_cache(self) -> "LayersCache":
-        return self._of(self._cache.cross_attention_cache, over_memory=True)
+        return self._of(self._cache.cross_attention_cache, cross_attention=True)
 
-    def _of(self, cache: Cache, over_memory: bool) -> "LayersCache":
-        return LayersCache(cache, self._heads, self._current, self._peers, over_memory)
+    def _of(self, cache: Cache, cross_attention: bool) -> "LayersCache":
+        return LayersCache(cache, self._heads, self._current, self._peers, cross_attention)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -141,7 +144,7 @@ class LayersCache:
 class _Layers:
     """The layers of a cache, of which those that are looked at tell `current` whether they hold this rank's heads."""
 
-    def __init__(self, layers: list[Any], current: Current) -> None:
+    def __init__(self, layers: list[Any], current: Context) -> None:
         self._layers, self._current = layers, current
 
     def __getitem__(self, index: int) -> Any:

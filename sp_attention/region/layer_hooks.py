@@ -16,21 +16,23 @@ from transformers.cache_utils import Cache
 from sp_attention.distributed import rng
 from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.request import Mask
-from sp_attention.region.activation_checkpoint import Checkpoints, checkpoints_in
-from sp_attention.region.context import Call
+from sp_attention.region.activation_checkpoint import ActivationCheckpoints, checkpoints_in
+from sp_attention.region.context import StackPass
 from sp_attention.region.crossing import entering, leaving, text_of, users_own
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.region.plan import Layer, Part, Stack
 from sp_attention.region.pytree import Path, leaf_at, leaves, map_leaves, tensors
 from sp_attention.region.sequence_dims import Extent
-from sp_attention.region.state import Hook, Running
+from sp_attention.region.state import Hook, RegionState
 
 
-def layer_hooks(running: Running, checkpoints: Checkpoints, stack: Stack, layer: Layer) -> tuple[Hook, Hook]:
+def layer_hooks(
+    running: RegionState, checkpoints: ActivationCheckpoints, stack: Stack, layer: Layer
+) -> tuple[Hook, Hook]:
     """Let a layer work on my span of the sequence."""
     inside = checkpoints_in(layer.module)
-    entered: list[tuple[Call, Call | None, int, Callable[[], None]]] = []
+    entered: list[tuple[StackPass, StackPass | None, int, Callable[[], None]]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _call_of(running, stack, layer, (args, kwargs))
@@ -78,7 +80,7 @@ def layer_hooks(running: Running, checkpoints: Checkpoints, stack: Stack, layer:
     return before, after
 
 
-def _call_of(running: Running, stack: Stack, layer: Layer, given: Any) -> Call:
+def _call_of(running: RegionState, stack: Stack, layer: Layer, given: Any) -> StackPass:
     """The call that a layer belongs to; it is new for the first, and for each where they are separate."""
     mask = next((leaf.mask for _, leaf in leaves(given) if isinstance(leaf, Described)), None)
     if running.forward is None:
@@ -91,7 +93,7 @@ def _call_of(running: Running, stack: Stack, layer: Layer, given: Any) -> Call:
     if layer is stack.layers[0] or is_separate:
         extent = Extent(hidden.shape[along.dim - 1 if along.dim else 1], hidden.shape[along.dim])
         running.forward.passes += 1
-        call = Call(
+        call = StackPass(
             extent,
             running.peers,
             fills=running.forward.caches and any(isinstance(leaf, Cache) for _, leaf in leaves(given)),
@@ -125,7 +127,7 @@ def _call_of(running: Running, stack: Stack, layer: Layer, given: Any) -> Call:
     return call
 
 
-def _call_again(running: Running, layer: Layer, stack: Stack, mask: Mask | None) -> Call:
+def _call_again(running: RegionState, layer: Layer, stack: Stack, mask: Mask | None) -> StackPass:
     """The call of a layer that a checkpoint around its hooks recomputes in backward: the mask remembers it."""
     call = None if mask is None else mask.once(("call", stack.name), lambda: None)
     if call is None or (call.is_separate and call.seed is not None):
@@ -133,7 +135,7 @@ def _call_again(running: Running, layer: Layer, stack: Stack, mask: Mask | None)
     return call
 
 
-def _drawing(running: Running, call: Call, name: str, mine: bool) -> Callable[[], None]:
+def _drawing(running: RegionState, call: StackPass, name: str, mine: bool) -> Callable[[], None]:
     """Let a layer or a part draw random numbers of its own, or those that all ranks draw; returns what ends it."""
     if call.seed is None:
         return lambda: None
@@ -141,9 +143,9 @@ def _drawing(running: Running, call: Call, name: str, mine: bool) -> Callable[[]
     return rng.forked(seed, running.region.models[0].device)
 
 
-def part_hooks(running: Running, part: Part) -> tuple[Hook, Hook]:
+def part_hooks(running: RegionState, part: Part) -> tuple[Hook, Hook]:
     """Give whole tensors to a part of a layer that mixes tokens, and let my span of what it returns go on."""
-    entered: list[tuple[Call | None, Callable[[], None]]] = []
+    entered: list[tuple[StackPass | None, Callable[[], None]]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = running.current.call

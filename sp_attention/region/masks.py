@@ -27,7 +27,6 @@ from transformers.masking_utils import (
 )
 
 from sp_attention.kernels.request import Mask, MaskFunction
-from sp_attention.ulysses.head_plan import Span
 
 # Where packed documents begin, as `position_ids` say too: for what runs on whole sequences.
 DOCUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -63,7 +62,7 @@ def describe(
     window may have dropped, at `kv_offset`. A static cache has the first as a tensor, which is read back to the host.
     """
     first = int(kv_offset)
-    parts = _parts(mask_function, batch_size, Span(first, first + kv_length))
+    parts = _parts(mask_function, batch_size, range(first, first + kv_length))
     function = None
     if parts.functions:
         function = parts.functions[0] if len(parts.functions) == 1 else and_masks(*parts.functions)
@@ -161,7 +160,7 @@ class _Parts:
     functions: tuple[MaskFunction, ...]
 
 
-def _parts(function: MaskFunction, batch: int, keys: Span) -> _Parts:
+def _parts(function: MaskFunction, batch: int, keys: range) -> _Parts:
     """What a mask function says of these keys of the sequence."""
     # Numbers of tokens that change where a document or a chunk ends, and never come back to what they were.
     numbers: list[Tensor] = []
@@ -207,7 +206,7 @@ def _conjuncts(function: MaskFunction, positions: Tensor | None = None) -> Itera
         yield condition
 
 
-def _numbers(condition: _Condition, batch: int, keys: Span) -> Tensor | None:
+def _numbers(condition: _Condition, batch: int, keys: range) -> Tensor | None:
     """[B, Sk] numbers of documents or chunks, when the condition is that query and key have the same one."""
     if condition.code is _CHUNKS:
         padding: Tensor = condition["left_padding"]

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sp_attention.loss.tiled_loss import Head
-from sp_attention.region.kv_cache import Heads
+from sp_attention.loss.tiled_loss import LMHead
+from sp_attention.region.kv_cache import HeadCounts
 from sp_attention.region.masks import DOCUMENTS
 from sp_attention.region.pytree import Path, tensors
 from sp_attention.region.sequence_dims import Dims
@@ -56,7 +56,7 @@ class Layer:
     results: Dims
     parts: tuple[Part, ...]
     masks: frozenset[Path]
-    heads: Heads = field(default_factory=dict)
+    heads: HeadCounts = field(default_factory=dict)
     gathered: bool = False
     takes_last: bool = False
 
@@ -91,7 +91,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Region:
+class RegionPlan:
     """What is hooked: the stacks, and the models around them, outermost first.
 
     implementation: the key under which transformers knows our attention, None when the model attends on its own.
@@ -112,7 +112,7 @@ class Region:
     sharded_loss: Callable[..., Tensor] | str
     before_loss: str | None = None
     cut: Cut | None = None
-    head: Head | str = "logits are whole"
+    head: LMHead | str = "logits are whole"
     pieces: tuple[nn.Module, ...] = ()
     piece: int = 1
     offloads: bool = False

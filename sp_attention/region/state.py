@@ -6,27 +6,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.sharded_params import most_of_engine
-from sp_attention.loss.tiled_loss import Head
-from sp_attention.region.context import Current
+from sp_attention.loss.tiled_loss import LMHead
+from sp_attention.region.context import Context
 from sp_attention.region.forward import TOKENS, Forward
-from sp_attention.region.plan import Region
-from sp_attention.ulysses.all_to_all import Peers
+from sp_attention.region.plan import RegionPlan
 
 # Of a module: before its forward, with its arguments, or after it.
 Hook = Callable[..., Any]
 
 
 @dataclass
-class Running:
+class RegionState:
     """The region of one enabled model, and its forward in progress, if any.
 
     current: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
     """
 
-    region: Region
+    region: RegionPlan
     peers: Peers
-    current: Current
+    current: Context
     forward: Forward | None = None
     only_loss: bool = False
 
@@ -37,7 +37,7 @@ class Running:
         """
         longest = length if length < self.peers.size else -(-length // self.peers.size)
         pieces = -(-longest // max(1, self.region.piece // max(1, rows))) if self.region.pieces else 1
-        return pieces, self.region.head.tiles(rows * longest) if isinstance(self.region.head, Head) else 1
+        return pieces, self.region.head.tiles(rows * longest) if isinstance(self.region.head, LMHead) else 1
 
     def counts_of_engine(self, forward: Forward, given: dict[str, Any]) -> tuple[int, int] | None:
         """Those of the longest of the sequences that all ranks of an engine have, None where there is no engine.

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from sp_attention.distributed.sharded_params import belongs_to_engine
-from sp_attention.loss.chunked_grad import Slopes, autocast_of_now, in_parts
+from sp_attention.loss.chunked_grad import ChunkedGrad, autocast_of_now, in_tiles
 from sp_attention.region.pytree import tensors
 
 
@@ -40,7 +40,7 @@ def matrices_in(module: nn.Module) -> int:
     return sum(len(getattr(one, "ds_shape", one.shape)) > 1 for one in module.parameters())
 
 
-def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module], int], draws: bool) -> list[RemovableHandle]:
+def tile_module(module: nn.Module, pieces: Callable[[nn.Module], int], draws: bool) -> list[RemovableHandle]:
     """Give a module that `fits` its tokens in so many pieces as `pieces` tells for each call.
 
     Nothing of a piece is kept for backward but its tokens: the module computes it again. `draws`: random numbers too.
@@ -56,14 +56,16 @@ def hook_pieces(module: nn.Module, pieces: Callable[[nn.Module], int], draws: bo
         if given is None or output is None or count < 2:
             return None
         learned = {name: one for name, one in module.named_parameters() if one.requires_grad}
-        call = _Call(_Unhooked(module), args[1:], kwargs, output.detach(), [*learned], autocast_of_now(given.device))
+        call = _TiledCall(
+            _Unhooked(module), args[1:], kwargs, output.detach(), [*learned], autocast_of_now(given.device)
+        )
         if not (torch.is_grad_enabled() and (given.requires_grad or learned)):
             return call.in_turn(count, given)
         if draws or any(map(belongs_to_engine, module.parameters())):
             # torch's own knows about generators, and engines about its calls.
             again = partial(checkpoint, partial(call.result, {}), use_reentrant=False, preserve_rng_state=draws)
-            return torch.cat([again(piece) for (piece,) in in_parts(count, -2, given)], -2)
-        return _InTurn.apply(call, count, given, *learned.values())  # type: ignore[no-untyped-call]  # torch has no types for it
+            return torch.cat([again(piece) for (piece,) in in_tiles(count, -2, given)], -2)
+        return _Tiled.apply(call, count, given, *learned.values())  # type: ignore[no-untyped-call]  # torch has no types for it
 
     before, after = torch.compiler.disable(before), torch.compiler.disable(after)
     return [
@@ -85,7 +87,7 @@ class _Unhooked(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class _TiledCall:
     """A call of a module, with what it was given besides hidden states.
 
     nothing: what it returns for no tokens. names: those of what it learns. autocast: the context that it was called in.
@@ -110,16 +112,16 @@ class _Call:
     def in_turn(self, count: int, hidden: Tensor) -> Tensor:
         """The result for all tokens, made of so many parts, one of which exists beside it at a time."""
         whole = self.nothing.new_empty(*hidden.shape[:-1], self.nothing.shape[-1])
-        for part, place in in_parts(count, -2, hidden, whole):
+        for part, place in in_tiles(count, -2, hidden, whole):
             place.copy_(self.result({}, part))
         return whole
 
 
-class _InTurn(torch.autograd.Function):
-    """`_Call.in_turn` with gradients, for which each part is computed again."""
+class _Tiled(torch.autograd.Function):
+    """`_TiledCall.in_turn` with gradients, for which each part is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, count: int, hidden: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _TiledCall, count: int, hidden: Tensor, *weights: Tensor) -> Tensor:
         ctx.call, ctx.count = call, count
         ctx.save_for_backward(hidden, *weights)
         return call.in_turn(count, hidden)
@@ -128,9 +130,9 @@ class _InTurn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *weights = ctx.saved_tensors
-        slopes = Slopes(hidden, -2, ctx.needs_input_grad[2], dict(zip(ctx.call.names, weights, strict=True)))
-        for part, its_grad in in_parts(ctx.count, -2, hidden, grad):
-            slopes.add(ctx.call.result, part, grad=its_grad)
-        pairs = zip(slopes.of_weights, weights, strict=True)
+        grads = ChunkedGrad(hidden, -2, ctx.needs_input_grad[2], dict(zip(ctx.call.names, weights, strict=True)))
+        for part, its_grad in in_tiles(ctx.count, -2, hidden, grad):
+            grads.add(ctx.call.result, part, grad=its_grad)
+        pairs = zip(grads.of_weights, weights, strict=True)
         of_weights = [None if one is None else one.to(weight.dtype) for one, weight in pairs]
-        return None, None, slopes.hidden, *of_weights
+        return None, None, grads.hidden, *of_weights

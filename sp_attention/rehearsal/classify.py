@@ -17,16 +17,16 @@ from sp_attention.region.plan import Embedding, Layer, Part, Stack, named_argume
 from sp_attention.region.pytree import Path, map_leaves
 from sp_attention.region.sequence_dims import Dims, Extent, dims
 from sp_attention.region.tiled_mlp import fits, keeps_more
-from sp_attention.rehearsal.dummy_inputs import Specimen
-from sp_attention.rehearsal.layer_stacks import Draft, dims_of, drafts_of, embedding_of
-from sp_attention.rehearsal.trace import Attended, Called, Run, Runs, record, same
+from sp_attention.rehearsal.dummy_inputs import DummyBatch
+from sp_attention.rehearsal.layer_stacks import StackDraft, dims_of, drafts_of, embedding_of
+from sp_attention.rehearsal.trace import AttentionCall, ModuleCall, Trace, Traces, record, same
 
 # How much of a layer runs on whole tensors: only its mixers; what attends too; all of it.
 MIXERS, ATTENTION, EVERYTHING = range(3)
 
 
 @dataclass(frozen=True)
-class Found:
+class LayerFindings:
     """A layer as it was found: what is known of it whatever of it is gathered, and what each of its parts is.
 
     kinds: by the name of a part, what it is. mixers: the parts that are always given whole tensors; attending: the
@@ -58,14 +58,14 @@ class Findings:
     embeddings: those of stacks, of which each rank can look up its own tokens only.
     """
 
-    stacks: Mapping[str, tuple[Found, ...]]
-    idle: Mapping[str, tuple[Found, ...]]
+    stacks: Mapping[str, tuple[LayerFindings, ...]]
+    idle: Mapping[str, tuple[LayerFindings, ...]]
     separate: frozenset[str]
     extents: Mapping[str, Extent]
     left_alone: Mapping[str, str]
     models: tuple[PreTrainedModel, ...]
     arguments: Mapping[nn.Module, frozenset[str]]
-    over_memory: frozenset[nn.Module]
+    cross_attention: frozenset[nn.Module]
     embeddings: Mapping[str, Embedding]
 
     @property
@@ -97,7 +97,7 @@ def report(findings: Findings) -> list[str]:
     return lines + [f"  {name}: left alone: {why}" for name, why in alone if name not in findings.stacks]
 
 
-def _described(found: Found) -> list[str]:
+def _described(found: LayerFindings) -> list[str]:
     if found.gathers == EVERYTHING:
         return ["    all of it: gathered: only as a whole does it give the same numbers"]
     gathered = {part.name for part in found.attending} if found.gathers == ATTENTION else set()
@@ -112,34 +112,34 @@ def _described(found: Found) -> list[str]:
 
 def explore(
     model: PreTrainedModel,
-    pairs: list[tuple[Specimen, Specimen]],
-    attended: list[Attended],
+    pairs: list[tuple[DummyBatch, DummyBatch]],
+    attention_calls: list[AttentionCall],
     *,
     proves: bool,
     attends: bool,
-) -> tuple[Findings, Runs]:
-    """Find the stacks of a model and what their parts are, from pairs of a narrow and a wide specimen of one kind.
+) -> tuple[Findings, Traces]:
+    """Find the stacks of a model and what their parts are, from pairs of a narrow and a wide dummy batch of one kind.
 
     Unless it `proves`, what does not attend is taken to be position-wise. Raises UnsupportedError when there is nothing
     that works on a sequence, and when the model should attend through us and does not.
     """
-    runs: Runs = []
+    runs: Traces = []
     position_wise: dict[nn.Module, bool] = {}
     for narrow, wide in reversed(pairs):
-        other = record(model, wide, attended)
-        if attends and not other.attended:
+        other = record(model, wide, attention_calls)
+        if attends and not other.attention_calls:
             raise UnsupportedError(f"{type(model).__name__} does not attend through transformers' attention interface")
         # Proven on the first kind, which has padding, while it is recorded: the other kinds have told the stacks.
         prove = _Proof(drafts_of(model, runs)[0], other, position_wise) if proves and runs else None
-        runs.insert(0, (record(model, narrow, attended, prove), other))
+        runs.insert(0, (record(model, narrow, attention_calls, prove), other))
     names = {module: name for name, module in model.named_modules()}
     drafts, left_alone = drafts_of(model, runs)
     if proves:
         rest = _Proof(drafts, runs[0][1], position_wise)
         if not rest.suspects.keys() <= position_wise.keys():
-            record(model, pairs[0][0], attended, rest)
-    stacks: dict[str, tuple[Found, ...]] = {}
-    idle: dict[str, tuple[Found, ...]] = {}
+            record(model, pairs[0][0], attention_calls, rest)
+    stacks: dict[str, tuple[LayerFindings, ...]] = {}
+    idle: dict[str, tuple[LayerFindings, ...]] = {}
     for draft in drafts:
         if proves and not draft.attends and all(position_wise.get(layer.module, True) for layer in draft.layers):
             left_alone[draft.name] = "position-wise"
@@ -167,13 +167,13 @@ def explore(
         {name: why for name, why in left_alone.items() if not name.startswith(tuple(f"{stack}." for stack in stacks))},
         tuple(models),
         {one: frozenset().union(*(_given(one, run) for pair in runs for run in pair)) for one in models},
-        frozenset(module for draft in drafts for module, mode in draft.modes.items() if mode == "over memory"),
+        frozenset(module for draft in drafts for module, mode in draft.modes.items() if mode == "cross-attention"),
         _embeddings([draft for draft in drafts if draft.name in stacks], runs, names) if proves else {},
     )
     return findings, runs
 
 
-def _embeddings(drafts: list[Draft], runs: Runs, names: Mapping[nn.Module, str]) -> dict[str, Embedding]:
+def _embeddings(drafts: list[StackDraft], runs: Traces, names: Mapping[nn.Module, str]) -> dict[str, Embedding]:
     every = [run for pair in runs for run in pair]
     found = {draft.name: embedding_of(draft.layers[0], every, names) for draft in drafts if not draft.separate}
     return {name: embedding for name, embedding in found.items() if embedding is not None}
@@ -186,7 +186,7 @@ class _Proof:
     of those that were called, whether they are.
     """
 
-    def __init__(self, drafts: list[Draft], wide: Run, results: dict[nn.Module, bool]) -> None:
+    def __init__(self, drafts: list[StackDraft], wide: Trace, results: dict[nn.Module, bool]) -> None:
         self.suspects: dict[nn.Module, tuple[Extent, Extent]] = {}
         for draft in drafts:
             for layer in draft.layers:
@@ -197,7 +197,7 @@ class _Proof:
         self.wide, self.results = wide, results
         self.done = dict.fromkeys(self.suspects, 0)
 
-    def __call__(self, module: nn.Module, called: Called) -> None:
+    def __call__(self, module: nn.Module, called: ModuleCall) -> None:
         if module not in self.suspects or not self.results.get(module, True):
             return
         others, index = self.wide.calls[module], self.done[module]
@@ -207,7 +207,7 @@ class _Proof:
         )
 
 
-def _is_position_wise(module: nn.Module, called: Called, other: Called, extents: tuple[Extent, Extent]) -> bool:
+def _is_position_wise(module: nn.Module, called: ModuleCall, other: ModuleCall, extents: tuple[Extent, Extent]) -> bool:
     """Whether a module gives for some tokens alone what it gives for them within the sequence."""
     into, out = dims(called.inputs, other.inputs, *extents), dims(called.output, other.output, *extents)
     length = extents[0].length
@@ -234,8 +234,12 @@ def _is_position_wise(module: nn.Module, called: Called, other: Called, extents:
 
 
 def _found(
-    layer: Layer, draft: Draft, names: Mapping[nn.Module, str], runs: Runs, position_wise: Mapping[nn.Module, bool]
-) -> Found:
+    layer: Layer,
+    draft: StackDraft,
+    names: Mapping[nn.Module, str],
+    runs: Traces,
+    position_wise: Mapping[nn.Module, bool],
+) -> LayerFindings:
     """What the parts of a layer are, and which are gathered."""
     kinds: dict[str, str] = {}
     mixers: list[Part] = []
@@ -247,7 +251,7 @@ def _found(
         if mode is not None:
             kinds[names[module]] = {
                 "shared": "head-parallel",
-                "over memory": "attends from this rank's tokens to all of another sequence",
+                "cross-attention": "attends from this rank's tokens to all of another sequence",
             }.get(mode, "gathered: attends to something else than the sequence")
     others = {module for module, mode in draft.modes.items() if mode == "other"}
     for child in _children(layer.module):
@@ -276,10 +280,10 @@ def _found(
             mixers += [part] if part is not None else []
     everything |= layer.module in others
     layer = replace(layer, heads=draft.heads_in(layer.module))
-    return Found(layer, kinds, tuple(mixers), tuple(attending), piecewise, EVERYTHING if everything else MIXERS)
+    return LayerFindings(layer, kinds, tuple(mixers), tuple(attending), piecewise, EVERYTHING if everything else MIXERS)
 
 
-def _part(module: nn.Module, names: Mapping[nn.Module, str], runs: Runs, draft: Draft) -> Part | None:
+def _part(module: nn.Module, names: Mapping[nn.Module, str], runs: Traces, draft: StackDraft) -> Part | None:
     """A part to gather; None when its calls disagree on where the sequence is."""
     arguments = dims_of(module, runs, draft.extents, lambda call: call.inputs)
     results = dims_of(module, runs, draft.extents, lambda call: call.output)
@@ -308,6 +312,6 @@ def _parts_of(child: nn.Module, attending: set[nn.Module]) -> Iterator[nn.Module
         yield child
 
 
-def _given(model: nn.Module, run: Run) -> frozenset[str]:
+def _given(model: nn.Module, run: Trace) -> frozenset[str]:
     """The names of the tensors that a model was given."""
     return frozenset().union(*(tensor_names(named_arguments(model, *call.inputs)) for call in run.calls[model]))

@@ -17,7 +17,7 @@ Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Specimen:
+class DummyBatch:
     """A batch, always the same: its inputs by name, its B and S, and the length of the encoder's sequence if any.
 
     output: what the model gives for it on its own, where that was asked.
@@ -25,11 +25,11 @@ class Specimen:
 
     inputs: Mapping[str, Any]
     extent: Extent
-    memory: int | None = None
+    encoder_length: int | None = None
     output: Any = None
 
 
-def specimens(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[tuple[Specimen, Specimen]]:
+def dummy_batches(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[tuple[DummyBatch, DummyBatch]]:
     """Pairs of batches of both extents that differ in what else they give: padding, or positions.
 
     The narrow ones come with the model's output.
@@ -37,7 +37,7 @@ def specimens(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[tupl
     Row 0 of the padded one is padded on the left; the positions restart within each row, as in packed batches.
     Whatever the model itself does not take is left out. Raises UnsupportedError for a model that takes none of it.
     """
-    pairs: list[tuple[Specimen, Specimen]] = []
+    pairs: list[tuple[DummyBatch, DummyBatch]] = []
     problem: Exception | None = None
     codebooks = getattr(model.config.get_text_config(decoder=True), "num_codebooks", None) or 1
     for rows in dict.fromkeys((1, codebooks)):
@@ -58,24 +58,27 @@ def specimens(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[tupl
     raise UnsupportedError(f"enable() found no small batch that {type(model).__name__} takes: {why}")
 
 
-def _kinds(model: PreTrainedModel, extent: Extent, rows: int) -> list[list[Specimen]]:
+def _kinds(model: PreTrainedModel, extent: Extent, rows: int) -> list[list[DummyBatch]]:
     """Kinds of batches, each with what to take instead when the model does not take it."""
     takes = inspect.signature(model.forward).parameters
     maker = _Maker(model, extent, rows)
-    length, memory = extent.length, None
+    length, encoder_length = extent.length, None
     padding: Inputs = {"attention_mask": maker.padding(length)}
     positions: Inputs = {}
     if getattr(model.config, "is_encoder_decoder", False):
-        memory = length + 3
+        encoder_length = length + 3
         tokens = {"decoder_input_ids": maker.ids(length)}
         if model.main_input_name == "input_ids":
-            padding = {"attention_mask": maker.padding(memory), "decoder_attention_mask": maker.padding(length)}
+            padding = {"attention_mask": maker.padding(encoder_length), "decoder_attention_mask": maker.padding(length)}
             # Some heads look for the end of each text, and make the decoder's tokens out of the encoder's.
-            choices: list[Inputs] = [tokens | {"input_ids": maker.ids(memory)}, {"input_ids": maker.marked(memory)}]
+            choices: list[Inputs] = [
+                tokens | {"input_ids": maker.ids(encoder_length)},
+                {"input_ids": maker.marked(encoder_length)},
+            ]
         else:
             padding = {"decoder_attention_mask": maker.padding(length)}
             # The encoder of sound or images is left alone: the decoder is given what it might have returned.
-            states = maker.noise(extent.batch, memory, model.config.get_text_config().hidden_size)
+            states = maker.noise(extent.batch, encoder_length, model.config.get_text_config().hidden_size)
             choices = [tokens | {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}]
             choices += [tokens | signal for signal in maker.signals(model.main_input_name)]
     elif "input_ids" in takes:
@@ -92,7 +95,9 @@ def _kinds(model: PreTrainedModel, extent: Extent, rows: int) -> list[list[Speci
         [choice | padding | cache for choice in choices for cache in ({}, uncached)],
         [choice | more for choice in choices for more in (positions | uncached, {}, uncached)],
     ]
-    return [[Specimen(inputs, extent, memory) for inputs in kind] for kind in (kinds if padding else kinds[1:])]
+    return [
+        [DummyBatch(inputs, extent, encoder_length) for inputs in kind] for kind in (kinds if padding else kinds[1:])
+    ]
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sp_attention.region.kv_cache import Heads
+from sp_attention.region.kv_cache import HeadCounts
 from sp_attention.region.masks import Described
 from sp_attention.region.plan import Embedding, Layer
 from sp_attention.region.pytree import Path, leaf_at, leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims, merged
-from sp_attention.rehearsal.trace import Called, Run, Runs
+from sp_attention.rehearsal.trace import ModuleCall, Trace, Traces
 
 
-def drafts_of(model: nn.Module, runs: Runs) -> tuple[list["Draft"], dict[str, str]]:
+def drafts_of(model: nn.Module, runs: Traces) -> tuple[list["StackDraft"], dict[str, str]]:
     """The stacks of a model, outermost first, and why the other lists of modules are none."""
     names = {module: name for name, module in model.named_modules()}
-    found: list[Draft] = []
+    found: list[StackDraft] = []
     left_alone: dict[str, str] = {}
     for name, modules in model.named_modules():
         if isinstance(modules, nn.ModuleList) and not any(name.startswith(f"{draft.name}.") for draft in found):
@@ -30,11 +30,11 @@ def drafts_of(model: nn.Module, runs: Runs) -> tuple[list["Draft"], dict[str, st
 
 
 @dataclass(frozen=True)
-class Draft:
+class StackDraft:
     """A stack before anything is proven.
 
     extents: those of the narrow and the wide runs. modes: for what attends in it through our function, whether keys
-    and queries are both the sequence ("shared"), the keys another ("over memory"), or neither ("other"). heads: of
+    and queries are both the sequence ("shared"), the keys another ("cross-attention"), or neither ("other"). heads: of
     these, how many attend to how many.
     """
 
@@ -45,13 +45,13 @@ class Draft:
     heads: Mapping[nn.Module, tuple[int, int]]
     separate: bool
 
-    def heads_in(self, layer: nn.Module) -> Heads:
+    def heads_in(self, layer: nn.Module) -> HeadCounts:
         """How many heads attend to how many in a layer, by the kind of attention; 0 where that does not tell."""
         found: dict[tuple[bool, int], set[int]] = {}
         for module in layer.modules():
             if module in self.heads:
                 queries, keys = self.heads[module]
-                found.setdefault((self.modes[module] == "over memory", keys), set()).add(queries)
+                found.setdefault((self.modes[module] == "cross-attention", keys), set()).add(queries)
         return {kind: queries.pop() if len(queries) == 1 else 0 for kind, queries in found.items()}
 
     @property
@@ -59,7 +59,7 @@ class Draft:
         return bool(self.modes)
 
 
-def _draft(name: str, modules: nn.ModuleList, names: Mapping[nn.Module, str], runs: Runs) -> Draft | str:
+def _draft(name: str, modules: nn.ModuleList, names: Mapping[nn.Module, str], runs: Traces) -> StackDraft | str:
     """The list of modules as a stack of layers, or why it is none."""
     narrow, wide = runs[0]
     called = [module for module in dict.fromkeys(modules) if narrow.calls.get(module)]
@@ -89,17 +89,17 @@ def _draft(name: str, modules: nn.ModuleList, names: Mapping[nn.Module, str], ru
         )
         layers.append(Layer(names[module], module, begin[0], frozenset(), arguments, frozenset(), results, (), masks))
     modes = _modes(layers, narrow, wide, extents)
-    heads = {one.module: one.heads for one in narrow.attended if one.module in modes}
-    return _handing_over(Draft(name, tuple(layers), extents, modes, heads, False), runs)
+    heads = {one.module: one.heads for one in narrow.attention_calls if one.module in modes}
+    return _handing_over(StackDraft(name, tuple(layers), extents, modes, heads, False), runs)
 
 
-def _hidden(module: nn.Module, narrow: Run, wide: Run) -> tuple[Path, tuple[Extent, Extent]] | None:
+def _hidden(module: nn.Module, narrow: Trace, wide: Trace) -> tuple[Path, tuple[Extent, Extent]] | None:
     """The path of a layer's hidden states [.., B, S, E], and B and S in both runs: its first such float argument."""
     if not narrow.calls[module] or not wide.calls[module]:
         return None
-    here, there = narrow.specimen, wide.specimen
+    here, there = narrow.dummy, wide.dummy
     others = dict(tensors(wide.calls[module][0].inputs))
-    lengths = [(here.extent.length, there.extent.length), (here.memory, there.memory)]
+    lengths = [(here.extent.length, there.extent.length), (here.encoder_length, there.encoder_length)]
     for path, tensor in tensors(narrow.calls[module][0].inputs):
         other = others.get(path)
         if other is None or other.dim() != tensor.dim() or tensor.dim() < 3 or not tensor.is_floating_point():
@@ -108,7 +108,7 @@ def _hidden(module: nn.Module, narrow: Run, wide: Run) -> tuple[Path, tuple[Exte
         rows = (here.extent.batch, there.extent.batch)
         if rows not in pairs:
             continue
-        # The sequence is one that the specimens have, or else what follows the batch: [B, patches, E].
+        # The sequence is one that the dummy batches have, or else what follows the batch: [B, patches, E].
         after = pairs.index(rows) + 1
         patches = pairs[after] if len(pairs) == 3 and after < 2 else None
         length = next((pair for pair in lengths if pair in pairs), patches)
@@ -118,7 +118,7 @@ def _hidden(module: nn.Module, narrow: Run, wide: Run) -> tuple[Path, tuple[Exte
 
 
 def dims_of(
-    module: nn.Module, runs: Runs, extents: tuple[Extent, Extent], side: Callable[[Called], Any]
+    module: nn.Module, runs: Traces, extents: tuple[Extent, Extent], side: Callable[[ModuleCall], Any]
 ) -> Dims | None:
     """Where the sequence is in the arguments or the results of all calls of a module; None if calls disagree."""
     return merged(
@@ -130,21 +130,21 @@ def dims_of(
     )
 
 
-def _modes(layers: list[Layer], narrow: Run, wide: Run, extents: tuple[Extent, Extent]) -> dict[nn.Module, str]:
+def _modes(layers: list[Layer], narrow: Trace, wide: Trace, extents: tuple[Extent, Extent]) -> dict[nn.Module, str]:
     within = {module for layer in layers for module in layer.module.modules()}
     sequence = ((extents[0].batch, extents[0].length), (extents[1].batch, extents[1].length))
     modes: dict[nn.Module, str] = {}
-    for one, other in zip(narrow.attended, wide.attended, strict=False):
+    for one, other in zip(narrow.attention_calls, wide.attention_calls, strict=False):
         if one.module not in within:
             continue
         mode = "other"
         if one.module is other.module and (one.queries, other.queries) == sequence:
-            mode = "shared" if (one.keys, other.keys) == sequence else "over memory"
+            mode = "shared" if (one.keys, other.keys) == sequence else "cross-attention"
         modes[one.module] = mode if modes.get(one.module, mode) == mode else "other"
     return modes
 
 
-def _handing_over(draft: Draft, runs: Runs) -> Draft:
+def _handing_over(draft: StackDraft, runs: Traces) -> StackDraft:
     """The draft with what each layer hands to later ones; separate where the next is not given what one returned."""
     separate = any(len(narrow.calls[layer.module]) != 1 for narrow, _ in runs for layer in draft.layers)
     layers: list[Layer] = []
@@ -182,12 +182,12 @@ def _identity(tensor: Tensor) -> Hashable:
     return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _sequences(layer: Layer, run: Run) -> dict[Path, Tensor]:
+def _sequences(layer: Layer, run: Trace) -> dict[Path, Tensor]:
     """What a layer returned that follows the sequence."""
     return {path: tensor for path, tensor in tensors(run.calls[layer.module][0].output) if layer.results.get(path)}
 
 
-def embedding_of(layer: Layer, runs: list[Run], names: Mapping[nn.Module, str]) -> Embedding | None:
+def embedding_of(layer: Layer, runs: list[Trace], names: Mapping[nn.Module, str]) -> Embedding | None:
     """The embedding that is called once, with the tokens of the batch, and whose result is what a first layer is given.
 
     None if there is none in one of the runs, or what it does depends on all of its tokens.
@@ -199,11 +199,11 @@ def embedding_of(layer: Layer, runs: list[Run], names: Mapping[nn.Module, str]) 
     return Embedding(names[module], module)
 
 
-def _embedding_in(run: Run, layer: Layer) -> nn.Embedding | None:
+def _embedding_in(run: Trace, layer: Layer) -> nn.Embedding | None:
     hidden = leaf_at(run.calls[layer.module][0].inputs, layer.hidden)
     makers = [module for module, calls in run.calls.items() if any(call.output is hidden for call in calls)]
     if len(makers) != 1 or not isinstance(makers[0], nn.Embedding) or len(run.calls[makers[0]]) != 1:
         return None
     args, kwargs = run.calls[makers[0]][0].inputs
-    are_tokens = len(args) == 1 and not kwargs and any(args[0] is given for given in run.specimen.inputs.values())
+    are_tokens = len(args) == 1 and not kwargs and any(args[0] is given for given in run.dummy.inputs.values())
     return makers[0] if are_tokens else None

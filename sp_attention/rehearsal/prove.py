@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from sp_attention.distributed import rng
+from sp_attention.distributed.collectives import mean_over_ranks
 from sp_attention.distributed.consistency import attempted
 from sp_attention.distributed.sharded_params import is_partitioned
 from sp_attention.errors import BackendError, UnsupportedError
@@ -25,23 +26,22 @@ from sp_attention.region.attn_implementation import Masks, attend_by, own_attent
 from sp_attention.region.forward import Forward
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.masks import describe_for_layers
-from sp_attention.region.plan import Region
+from sp_attention.region.plan import RegionPlan
 from sp_attention.region.pytree import Path, tensors
 from sp_attention.region.sequence_dims import Extent
-from sp_attention.rehearsal.classify import EVERYTHING, Findings, Found, explore
-from sp_attention.rehearsal.dummy_inputs import Specimen, specimens
+from sp_attention.rehearsal.classify import EVERYTHING, Findings, LayerFindings, explore
+from sp_attention.rehearsal.dummy_inputs import DummyBatch, dummy_batches
 from sp_attention.rehearsal.prove_kv_cache import prove_caches
 from sp_attention.rehearsal.prove_loss import LossTile, cut_parts, shard_loss
 from sp_attention.rehearsal.trace import (
-    Attended,
-    Run,
+    AttentionCall,
+    Trace,
     require_same,
     same,
     same_buffers,
     undisturbed,
-    with_slopes,
+    with_gradients,
 )
-from sp_attention.ulysses.all_to_all import mean_over_ranks
 
 _UNPROVEN = "enable(rehearse=False) did not prove that the loss can be computed from a part of the logits"
 
@@ -66,7 +66,7 @@ def install(
     narrow, wide = Extent(2, size), Extent(3, size + peers.size + 1)
     with undisturbed(model):
         model.eval()
-        problem, pairs = attempted(partial(specimens, model, narrow, wide), peers)
+        problem, pairs = attempted(partial(dummy_batches, model, narrow, wide), peers)
         if pairs is None:
             raise UnsupportedError(_partitioned(model) or problem)
         if model.device.type == "meta":
@@ -121,7 +121,7 @@ class Draws:
 
 
 def _draws(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]) -> tuple[Draws, tuple[Any, Tensor]]:
-    """Where random numbers are drawn, and the model's output with slopes; in training unless there are any."""
+    """Where random numbers are drawn, and the model's output with gradients; in training unless there are any."""
     seen: list[tuple[str | None, list[Tensor]]] = []
     handles = []
     for name, layers in findings.stacks.items():
@@ -136,7 +136,7 @@ def _draws(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]
     before = rng.states(model.device)
     try:
         with same_buffers(model):
-            result = with_slopes(model, inputs)
+            result = with_gradients(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -148,7 +148,7 @@ def _draws(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]
     gaps = [(one, other) for one, other in zip(seen[1::2], seen[2::2], strict=False) if one[0] == other[0]]
     between = frozenset(str(one[0]) for one, other in gaps if not rng.are_equal(one[1], other[1]))
     draws = Draws(True, between, not seen or not rng.are_equal(seen[-1][1], after))
-    return draws, with_slopes(model, inputs)
+    return draws, with_gradients(model, inputs)
 
 
 def _place(
@@ -156,34 +156,36 @@ def _place(
     attention: UlyssesAttention,
     key: str,
     masks: Masks | None,
-    pairs: list[tuple[Specimen, Specimen]],
+    pairs: list[tuple[DummyBatch, DummyBatch]],
     undo: ExitStack,
     rehearse: bool,
 ) -> tuple[Findings, Hooks, Draws]:
     peers, narrow = attention.peers, [pair[0] for pair in pairs]
     own = own_attention(model)
     model.eval()
-    attended: list[Attended] = []
+    attention_calls: list[AttentionCall] = []
 
     def recorded(module: nn.Module, queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> Any:
         heads = (queries.shape[1], keys.shape[1])
-        attended.append(Attended(module, (queries.shape[0], queries.shape[2]), (keys.shape[0], keys.shape[2]), heads))
+        attention_calls.append(
+            AttentionCall(module, (queries.shape[0], queries.shape[2]), (keys.shape[0], keys.shape[2]), heads)
+        )
         return attention(module, queries, keys, *args, **kwargs)
 
     if masks is not None:
         attend_by(model, key, recorded, masks, undo)
-    findings, runs = explore(model, pairs, attended, proves=rehearse, attends=masks is not None)
+    findings, runs = explore(model, pairs, attention_calls, proves=rehearse, attends=masks is not None)
     if masks is not None:
-        register(key, replace(attention, over_memory=findings.over_memory))
+        register(key, replace(attention, cross_attention=findings.cross_attention))
         release(own, findings.models)
-    if rehearse and masks is not None and not all(_is_right(run.output, run.specimen) for run, _ in runs):
+    if rehearse and masks is not None and not all(_is_right(run.output, run.dummy) for run, _ in runs):
         _require_right_kernel(model, attention, key, narrow)
         raise UnsupportedError("through transformers' attention interface the model gives other numbers")
     draws, last = _draws(model, findings, narrow[-1].inputs)
     findings = replace(findings, separate=findings.separate | draws.between)
     if draws.anywhere:
         findings = replace(findings, embeddings={})  # Dropout may come between them and the first layer.
-    region = Region(
+    region = RegionPlan(
         findings.planned(),
         findings.models,
         findings.arguments,
@@ -206,12 +208,12 @@ def _place(
 
 
 def _prove(
-    model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Run], last: tuple[Any, Tensor]
+    model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Trace], last: tuple[Any, Tensor]
 ) -> Findings:
     """The findings with as much gathered as the sharded model needs to give what the whole one gives.
 
-    `last` is what the whole model gives for the last run, in the mode that it is in, with its slopes; the runs were in
-    evaluation.
+    `last` is what the whole model gives for the last run, in the mode that it is in, with its gradients; the runs were
+    in evaluation.
     """
     trains = model.training
 
@@ -221,12 +223,12 @@ def _prove(
         def compare() -> None:
             model.eval()
             for run in runs[:-1]:
-                require_same(model(**run.specimen.inputs), run.output, f"{type(model).__name__} sharded")
+                require_same(model(**run.dummy.inputs), run.output, f"{type(model).__name__} sharded")
             model.train(trains)
-            output, slopes = with_slopes(model, runs[-1].specimen.inputs)
+            output, gradients = with_gradients(model, runs[-1].dummy.inputs)
             require_same(output, last[0], f"{type(model).__name__} sharded")
-            slopes = mean_over_ranks(slopes, hooks.peers)
-            require_same(slopes, last[1], f"the backward of {type(model).__name__} sharded")
+            gradients = mean_over_ranks(gradients, hooks.peers)
+            require_same(gradients, last[1], f"the backward of {type(model).__name__} sharded")
 
         return attempted(compare, hooks.peers, model.device)[0]
 
@@ -258,7 +260,7 @@ def _prove(
     raise UnsupportedError(f"{reason}; nothing of it can be shared out exactly")
 
 
-def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
+def _gathering_enough(found: LayerFindings, hooks: Hooks, runs: list[Trace]) -> LayerFindings:
     """The layer with as much gathered as it needs to give alone, sharded, what it gave in the rehearsal."""
     for gathers in range(found.gathers, EVERYTHING + 1):
         found = replace(found, gathers=gathers)
@@ -284,18 +286,18 @@ def _gathering_enough(found: Found, hooks: Hooks, runs: list[Run]) -> Found:
     return found
 
 
-def _is_right(output: Any, specimen: Specimen) -> bool:
-    return same(_of_real_tokens(output, specimen), _of_real_tokens(specimen.output, specimen))
+def _is_right(output: Any, dummy: DummyBatch) -> bool:
+    return same(_of_real_tokens(output, dummy), _of_real_tokens(dummy.output, dummy))
 
 
 def _require_right_kernel(
-    model: PreTrainedModel, attention: UlyssesAttention, key: str, narrow: list[Specimen]
+    model: PreTrainedModel, attention: UlyssesAttention, key: str, narrow: list[DummyBatch]
 ) -> None:
     """Raise BackendError if it is for the kernel alone that the model gives other numbers: with another it does not."""
     for other in usable(model.device.type):
         register(key, replace(attention, backend=other))
         try:
-            right = all(_is_right(model(**specimen.inputs), specimen) for specimen in narrow)
+            right = all(_is_right(model(**dummy.inputs), dummy) for dummy in narrow)
         except Exception:  # of a kernel that nobody asked for
             continue
         if right:
@@ -305,10 +307,10 @@ def _require_right_kernel(
             )
 
 
-def _of_real_tokens(output: Any, specimen: Specimen) -> dict[Path, Tensor]:
+def _of_real_tokens(output: Any, dummy: DummyBatch) -> dict[Path, Tensor]:
     """A model's output without what it gives for padding, where kernels may do as they like."""
     found = dict(tensors(output))
-    for name, padding in specimen.inputs.items():
+    for name, padding in dummy.inputs.items():
         if name.endswith("attention_mask"):
             for path, tensor in found.items():
                 if tensor.shape[:2] == padding.shape:

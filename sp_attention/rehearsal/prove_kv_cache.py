@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sp_attention.distributed.consistency import attempted
+from sp_attention.distributed.peers import Peers
 from sp_attention.errors import BackendError, UnsupportedError
 from sp_attention.region.attn_implementation import Own, attend_as, own_attention
 from sp_attention.region.forward import TOKENS
@@ -22,8 +23,7 @@ from sp_attention.region.plan import Layer, Stack, named_arguments
 from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
 from sp_attention.rehearsal.dummy_inputs import Inputs
-from sp_attention.rehearsal.trace import Run, same
-from sp_attention.ulysses.all_to_all import Peers
+from sp_attention.rehearsal.trace import Trace, same
 
 # What a model gives for a batch in steps, and the cache that it goes on from.
 Continued = tuple[Tensor, Cache]
@@ -53,7 +53,7 @@ class _Batch:
         return cut_inputs
 
 
-def prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, runs: tuple[Run, Run]) -> None:
+def prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, runs: tuple[Trace, Trace]) -> None:
     """Allow caches if the sharded model goes on from one as the model does that attends on its `own`, or note why not.
 
     Where the model takes none, it is the models in it that generate with one, if any, which have to. `runs`: a narrow
@@ -115,7 +115,7 @@ def _takers(models: tuple[PreTrainedModel, ...]) -> list[PreTrainedModel]:
 
 
 def _alone(
-    model: PreTrainedModel, runs: tuple[Run, Run], peers: Peers
+    model: PreTrainedModel, runs: tuple[Trace, Trace], peers: Peers
 ) -> tuple[str | None, tuple[Callable[[], Continued], Tensor] | None]:
     """Steps in which a model goes on from a cache, and its output in them; or why it does so in none.
 
@@ -133,7 +133,7 @@ def _alone(
     return reason, None
 
 
-def _batches(model: PreTrainedModel, runs: tuple[Run, Run]) -> Iterator[_Batch]:
+def _batches(model: PreTrainedModel, runs: tuple[Trace, Trace]) -> Iterator[_Batch]:
     """What a model was given in a narrow run: as it was, without masks, and with what its encoder, if any, returned."""
     if not all(run.calls[model] for run in runs):
         return

@@ -1,4 +1,4 @@
-"""Spare memory where it is proven to change no number: sharded logits, losses in tiles, parts of layers in pieces."""
+"""Spare memory where it is proven to change no number: sharded logits, and tiles of tokens for loss and modules."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,15 +14,15 @@ from sp_attention.distributed.consistency import attempted
 from sp_attention.errors import UnsupportedError
 from sp_attention.loss.causal_lm import sharded_causal_loss
 from sp_attention.loss.sharded_logits import ShardedLogits
-from sp_attention.loss.tiled_loss import Head, liger_does, tile_for
+from sp_attention.loss.tiled_loss import LMHead, liger_does, tile_for
 from sp_attention.region.forward import TOKENS
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.plan import Cut
 from sp_attention.region.tiled_mlp import matrices_in
-from sp_attention.rehearsal.classify import EVERYTHING, Findings, Found
-from sp_attention.rehearsal.dummy_inputs import Specimen
+from sp_attention.rehearsal.classify import EVERYTHING, Findings, LayerFindings
+from sp_attention.rehearsal.dummy_inputs import DummyBatch
 from sp_attention.rehearsal.lm_head import logits_of
-from sp_attention.rehearsal.trace import SLOPES, require_same, same, with_slopes
+from sp_attention.rehearsal.trace import COMPARED, require_same, same, with_gradients
 
 # Tokens whose logits the loss makes at a time: None for all.
 LossTile = int | Literal["auto"] | None
@@ -32,21 +32,21 @@ def shard_loss(
     model: PreTrainedModel,
     hooks: Hooks,
     findings: Findings,
-    specimen: Specimen,
+    dummy: DummyBatch,
     undo: ExitStack,
     loss_tile: LossTile,
 ) -> None:
     """Let logits stay sharded in training if all that follows the last stack works with a part of the sequence."""
-    before = [name for name, extent in findings.extents.items() if extent == specimen.extent]
+    before = [name for name, extent in findings.extents.items() if extent == dummy.extent]
     if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters or not before:
         return
-    name = next((name for name in TOKENS if name in specimen.inputs), None)
+    name = next((name for name in TOKENS if name in dummy.inputs), None)
     if name is None:
         return
-    ids = specimen.inputs[name]
-    padding = specimen.inputs.get(name.replace("input_ids", "attention_mask"))
+    ids = dummy.inputs[name]
+    padding = dummy.inputs.get(name.replace("input_ids", "attention_mask"))
     labels = ids if padding is None or padding.shape != ids.shape else ids.masked_fill(padding == 0, -100)
-    batch = {**specimen.inputs, "labels": labels}
+    batch = {**dummy.inputs, "labels": labels}
     _, whole = attempted(lambda: model(**batch), hooks.peers)
     if whole is None:
         return  # Such a model wants other labels.
@@ -55,7 +55,7 @@ def shard_loss(
     model.loss_function = loss
     undo.callback(lambda: delattr(model, "_loss_function") if own is None else setattr(model, "loss_function", own))
     hooks.region = replace(hooks.region, sharded_loss=loss, before_loss=before[-1])
-    span = hooks.peers.span(specimen.extent.length)
+    span = hooks.peers.span(dummy.extent.length)
 
     def compare() -> None:
         output = model(**batch)
@@ -103,8 +103,8 @@ def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], t
         return
 
     def computed() -> dict[str, Tensor]:
-        output, slopes = with_slopes(model, batch)
-        return {"loss": output["loss"], "logits": output["logits"].part, "slopes": slopes}
+        output, gradients = with_gradients(model, batch)
+        return {"loss": output["loss"], "logits": output["logits"].part, "gradients": gradients}
 
     reason, found = attempted(lambda: (logits_of(model, batch), computed()), hooks.peers, model.device)
     if found is not None:
@@ -112,7 +112,7 @@ def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], t
         module, vocabulary = logits.module, logits.tensor.shape[2]
         names = {one: name for name, one in model.named_modules()}
         tokens = tile_for(vocabulary) if tile == "auto" else tile
-        tiled = Head(module, names[module], logits.steps, vocabulary, tokens)
+        tiled = LMHead(module, names[module], logits.steps, vocabulary, tokens)
 
         def compare() -> None:
             require_same(computed(), expected, f"{type(model).__name__} with its loss in tiles")
@@ -133,7 +133,7 @@ def _tile_loss(model: PreTrainedModel, hooks: Hooks, batch: Mapping[str, Any], t
 @contextmanager
 def _without_large_gradients(module: nn.Module) -> Iterator[None]:
     """Within it only small weights of a module are given gradients, since only those are compared."""
-    large = [one for one in module.parameters() if one.requires_grad and one.numel() > SLOPES]
+    large = [one for one in module.parameters() if one.requires_grad and one.numel() > COMPARED]
     for parameter in large:
         parameter.requires_grad_(False)
     try:
@@ -143,7 +143,7 @@ def _without_large_gradients(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen: Specimen, tile: int) -> Findings:
+def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, dummy: DummyBatch, tile: int) -> Findings:
     """The findings with what is said of the parts that are given some tokens at a time, now that they are.
 
     Raises UnsupportedError where there are none, or the model gives other numbers so.
@@ -151,7 +151,7 @@ def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen
     recorded = _recorded(model)
     cut: list[nn.Module] = []
 
-    def told(found: Found) -> Found:
+    def told(found: LayerFindings) -> LayerFindings:
         kinds = dict(found.kinds)
         for name, module in found.piecewise.items() if found.gathers != EVERYTHING else ():
             if any(recorded(*one) for one in module.named_modules(prefix=name)):
@@ -170,10 +170,10 @@ def cut_parts(model: PreTrainedModel, hooks: Hooks, findings: Findings, specimen
         )
 
     def compare() -> None:
-        require_same(with_slopes(model, specimen.inputs), expected, f"mlp_tile={tile}: {type(model).__name__} with it")
+        require_same(with_gradients(model, dummy.inputs), expected, f"mlp_tile={tile}: {type(model).__name__} with it")
 
     with hooks.for_the_loss():  # The model may be in evaluation, so that it draws no random numbers.
-        expected = with_slopes(model, specimen.inputs)
+        expected = with_gradients(model, dummy.inputs)
         hooks.region = replace(hooks.region, pieces=tuple(cut), piece=2)
         hooks.hook_instead(hooks.region.stacks)
         reason, _ = attempted(compare, hooks.peers, model.device)

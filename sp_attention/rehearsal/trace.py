@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sp_attention.distributed.sharded_params import is_partitioned
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.pytree import tensors
-from sp_attention.rehearsal.dummy_inputs import Specimen
+from sp_attention.rehearsal.dummy_inputs import DummyBatch
 
 # Largest difference, relative to the largest number, of two computations of the same thing: the order of sums
 # differs, and models compute parts in float32 whatever their dtype.
@@ -24,11 +24,11 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _LOW_PRECISION_TOLERANCE = 5e-2
 
 # Numbers in the gradients that are compared.
-SLOPES = 2**18
+COMPARED = 2**18
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionCall:
     """One call of our attention function: by which module, [B, S] of its queries and of its keys, and their heads."""
 
     module: nn.Module
@@ -38,7 +38,7 @@ class Attended:
 
 
 @dataclass(frozen=True)
-class Called:
+class ModuleCall:
     """One call of a module: its arguments as (args, kwargs), its output, and its place among all calls."""
 
     inputs: Any
@@ -47,17 +47,17 @@ class Called:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A forward on one specimen: its output, the calls of every module, and those of our attention function."""
+class Trace:
+    """A forward on one dummy batch: its output, the calls of every module, and those of our attention function."""
 
-    specimen: Specimen
+    dummy: DummyBatch
     output: Any
-    calls: Mapping[nn.Module, list[Called]]
-    attended: list[Attended]
+    calls: Mapping[nn.Module, list[ModuleCall]]
+    attention_calls: list[AttentionCall]
 
 
-# A narrow and a wide run of each kind of specimen.
-Runs = list[tuple[Run, Run]]
+# A narrow and a wide run of each kind of dummy batch.
+Traces = list[tuple[Trace, Trace]]
 
 
 def _just_called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -105,16 +105,16 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 def record(
     model: nn.Module,
-    specimen: Specimen,
-    attended: list[Attended],
-    prove: Callable[[nn.Module, Called], None] | None = None,
-) -> Run:
-    """A forward that records the calls of all modules; `attended` is the list that our attention function appends to.
+    dummy: DummyBatch,
+    attention_calls: list[AttentionCall],
+    prove: Callable[[nn.Module, ModuleCall], None] | None = None,
+) -> Trace:
+    """A forward that records the calls of all modules; our attention function appends its own to `attention_calls`.
 
     `prove` is told of each call right after it, while an engine that shards parameters still has them gathered.
     """
-    calls: dict[nn.Module, list[Called]] = {module: [] for module in model.modules()}
-    attended.clear()
+    calls: dict[nn.Module, list[ModuleCall]] = {module: [] for module in model.modules()}
+    attention_calls.clear()
     count = 0
     proving = False
 
@@ -123,7 +123,7 @@ def record(
         if proving:
             return
         count += 1
-        called = Called((args, dict(kwargs)), output, count)
+        called = ModuleCall((args, dict(kwargs)), output, count)
         calls[module].append(called)
         if prove is not None:
             proving = True
@@ -132,11 +132,11 @@ def record(
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in calls]
     try:
-        output = model(**specimen.inputs)
+        output = model(**dummy.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return Run(specimen, output, calls, list(attended))
+    return Trace(dummy, output, calls, list(attention_calls))
 
 
 def same(left: Any, right: Any) -> bool:
@@ -164,7 +164,7 @@ def require_same(output: Any, expected: Any, what: str) -> None:
         raise UnsupportedError(f"{what} gives other numbers than the model on its own")
 
 
-def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+def with_gradients(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
     """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
 
     Small, so that they take no memory, while the path to them leads through all of the model. There are none where an
@@ -173,7 +173,7 @@ def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any,
     parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
     ordered = sorted(parameters, key=Tensor.numel)
     totals = accumulate(map(Tensor.numel, ordered))
-    small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= SLOPES]
+    small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= COMPARED]
     sharded = any(isinstance(one, DTensor) or is_partitioned(one) for one in parameters)
     if not small or sharded or model.device.type == "meta":
         return model(**inputs), torch.zeros(0, device=model.device)
@@ -184,6 +184,8 @@ def with_slopes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any,
             if tensor.requires_grad:
                 weights = torch.arange(tensor.numel(), device=tensor.device).cos().view(tensor.shape)
                 number = number + torch.where(tensor.isfinite(), tensor, 0).mul(weights).double().sum()
-        slopes = torch.autograd.grad(number, small, allow_unused=True)
-    found = [torch.zeros_like(one) if slope is None else slope for one, slope in zip(small, slopes, strict=True)]
+        gradients = torch.autograd.grad(number, small, allow_unused=True)
+    found = [
+        torch.zeros_like(one) if gradient is None else gradient for one, gradient in zip(small, gradients, strict=True)
+    ]
     return output, torch.cat([one.detach().to(model.dtype).flatten() for one in found])

@@ -1,6 +1,7 @@
 """How the heads of several ranks lie in what an all-to-all sends or receives: integers only.
 
-Made once for all layers of a shape, and used by as many copies as there are runs of ranks alike, not one for each rank.
+Made once for all layers of a shape, and used by as many copies as there are ranges of ranks
+alike, not one for each rank.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
-from sp_attention.ulysses.head_plan import HeadPlan, Span, spans
+from sp_attention.distributed.partition import spans
+from sp_attention.ulysses.head_plan import HeadPlan
 
 # More ranks send their own tokens through the all-to-all too: few of many, and equal parts need no sizes.
 _FEW = 8
@@ -18,7 +20,7 @@ Kind = Literal["query", "kv", "stored"]
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadSlice:
     """Heads of some ranks in a tensor of all heads, from `start`: `each` of them has so many, or all have the same."""
 
     start: int
@@ -27,14 +29,14 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Run:
+class RankRange:
     """Neighbouring ranks, `ranks` of them, whose heads of each tensor are as many, and all the same or side by side.
 
     width: the numbers that one token has for one of them. is_own: this rank alone, whose tokens stay where they are.
     """
 
     ranks: int
-    heads: tuple[Heads, ...]
+    heads: tuple[HeadSlice, ...]
     width: int
     is_own: bool
 
@@ -45,7 +47,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Packing:
+class BufferLayout:
     """What one rank sends and receives when tokens [B, s] of all heads become tokens [B, S] of some, or the reverse.
 
     heads: of this rank, of each tensor. width: the numbers that they are for one token; all_widths: of all ranks.
@@ -54,45 +56,45 @@ class Packing:
     travelling: the numbers of all heads and my tokens, as far as they travel.
     by_heads: for each rank, the numbers of its heads and my tokens. by_tokens: those of my heads and its tokens. None
         where all ranks have as many of both, since the call takes time for each size.
-    runs: the ranks that have any heads, in order.
+    ranges: the ranks that have any heads, in order.
     shares: for each tensor, whether ranks share heads.
     """
 
     heads: tuple[int, ...]
     width: int
     all_widths: int
-    mine: Span
-    sent: Span
+    mine: range
+    sent: range
     travelling: int
     by_heads: list[int] | None
     by_tokens: list[int] | None
-    runs: tuple[Run, ...]
+    ranges: tuple[RankRange, ...]
     shares: tuple[bool, ...]
 
 
 @lru_cache(maxsize=1024)
-def packing(
+def buffer_layout(
     plan: HeadPlan, kinds: tuple[Kind, ...], sizes: tuple[int, ...], batch: int, length: int, me: int
-) -> Packing:
-    """The packing of rank `me`, of tensors with these kinds of heads, each of so many numbers a head."""
+) -> BufferLayout:
+    """The layout of rank `me`, of tensors with these kinds of heads, each of so many numbers a head."""
     ranks = len(plan.query)
     cut, spread = spans(length, ranks), [getattr(plan, kind) for kind in kinds]
     mine = cut[me]
     widths = [sum(len(heads[rank]) * size for heads, size in zip(spread, sizes, strict=True)) for rank in range(ranks)]
     by_heads = [len(mine) * batch * width for width in widths]
     by_tokens = [len(span) * batch * widths[me] for span in cut]
-    sent, own = Span(0, length), None
+    sent, own = range(0, length), None
     if ranks <= _FEW and me in (0, ranks - 1):
-        sent, own = (Span(0, mine.start) if me else Span(mine.stop, length)), me
+        sent, own = (range(0, mine.start) if me else range(mine.stop, length)), me
         by_heads[me] = by_tokens[me] = 0
     are_equal = ranks > _FEW and len({*map(len, cut)}) == len({*widths}) == 1
-    runs: list[Run] = []
+    ranges: list[RankRange] = []
     first = 0
     while first < ranks:
         stop = _end_of_run(first, spread, own)
         if widths[first]:
-            runs.append(
-                Run(
+            ranges.append(
+                RankRange(
                     stop - first,
                     tuple(_heads_of_run(heads, first, stop) for heads in spread),
                     widths[first],
@@ -100,7 +102,7 @@ def packing(
                 )
             )
         first = stop
-    return Packing(
+    return BufferLayout(
         tuple(len(heads[me]) for heads in spread),
         widths[me],
         sum(widths),
@@ -109,13 +111,13 @@ def packing(
         sum(by_heads),
         None if are_equal else by_heads,
         None if are_equal else by_tokens,
-        tuple(runs),
+        tuple(ranges),
         tuple(any(left.stop > right.start for left, right in pairwise(heads)) for heads in spread),
     )
 
 
-def _end_of_run(first: int, spread: list[tuple[Span, ...]], own: int | None) -> int:
-    """Where the run of ranks that begins with `first` stops."""
+def _end_of_run(first: int, spread: list[tuple[range, ...]], own: int | None) -> int:
+    """Where the range of ranks that begins with `first` stops."""
     stop = first + 1
     while stop < len(spread[0]) and own not in (first, stop):
         for heads in spread:
@@ -127,6 +129,6 @@ def _end_of_run(first: int, spread: list[tuple[Span, ...]], own: int | None) -> 
     return stop
 
 
-def _heads_of_run(heads: tuple[Span, ...], first: int, stop: int) -> Heads:
+def _heads_of_run(heads: tuple[range, ...], first: int, stop: int) -> HeadSlice:
     same = stop - first > 1 and heads[first + 1].start == heads[first].start
-    return Heads(heads[first].start, len(heads[first]), same)
+    return HeadSlice(heads[first].start, len(heads[first]), same)

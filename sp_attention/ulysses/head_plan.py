@@ -1,18 +1,9 @@
-"""Who holds which tokens and who computes which heads: integers only."""
+"""Who computes which heads: integers only."""
 
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-
-@dataclass(frozen=True)
-class Span:
-    """Neighbouring tokens or heads: [start, stop)."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+from sp_attention.distributed.partition import spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +15,19 @@ class HeadPlan:
     made once, by `head_plan`, and so is all that follows from them.
     """
 
-    query: tuple[Span, ...]
-    kv: tuple[Span, ...]
+    query: tuple[range, ...]
+    kv: tuple[range, ...]
     queries_per_kv: int
 
     @cached_property
-    def stored(self) -> tuple[Span, ...]:
+    def stored(self) -> tuple[range, ...]:
         """The KV heads that each rank keeps in a cache: its own, or else the last, since a cache tells its length."""
         last = self.kv[-1].stop
-        return tuple(heads if len(heads) else Span(last - 1, last) for heads in self.kv)
+        return tuple(heads if len(heads) else range(last - 1, last) for heads in self.kv)
 
     def kv_of_query(self, rank: int) -> tuple[int, ...]:
         """For each of this rank's query heads, the place of its KV head among this rank's KV heads."""
-        return tuple(head // self.queries_per_kv - self.kv[rank].start for head in _heads(self.query[rank]))
+        return tuple(head // self.queries_per_kv - self.kv[rank].start for head in self.query[rank])
 
     @cached_property
     def grouped(self) -> tuple[bool, ...]:
@@ -62,18 +53,6 @@ class HeadPlan:
         return not rest and all(kv == i // size for i, kv in enumerate(self.kv_of_query(rank)))
 
 
-def span_of(rank: int, length: int, ranks: int) -> Span:
-    """The span of one rank in `spans(length, ranks)`."""
-    size, extra = divmod(length, ranks)
-    start = rank * size + min(rank, extra)
-    return Span(start, start + size + (rank < extra))
-
-
-def spans(length: int, ranks: int) -> tuple[Span, ...]:
-    """Cut `length` tokens (or heads) into `ranks` neighbouring spans whose sizes differ by at most one."""
-    return tuple(span_of(rank, length, ranks) for rank in range(ranks))
-
-
 @cache
 def head_plan(query_heads: int, kv_heads: int, ranks: int) -> HeadPlan:
     """Share out `query_heads` over `ranks` so that sizes differ by at most one, each with the KV heads it needs.
@@ -86,11 +65,7 @@ def head_plan(query_heads: int, kv_heads: int, ranks: int) -> HeadPlan:
     group = query_heads // kv_heads
     query = spans(query_heads, ranks)
     kv = tuple(
-        Span(heads.start // group, (heads.stop - 1) // group + 1) if len(heads) else Span(kv_heads, kv_heads)
+        range(heads.start // group, (heads.stop - 1) // group + 1) if len(heads) else range(kv_heads, kv_heads)
         for heads in query
     )
     return HeadPlan(query, kv, group)
-
-
-def _heads(span: Span) -> range:
-    return range(span.start, span.stop)

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sp_attention import Mask, Request
-from sp_attention.ulysses.all_to_all import Peers, head_to_seq, seq_to_head
-from sp_attention.ulysses.head_plan import HeadPlan, head_plan, span_of
+from sp_attention.distributed.partition import span_of
+from sp_attention.distributed.peers import Peers
+from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
+from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 
 META = torch.device("meta")
 LENGTH, SIZE, KV_HEADS = 2**20 + 7, 128, 8

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sp_attention.kernels.request import Mask, Segment
-from sp_attention.ulysses.head_plan import Span
 
 # The operator's way to say that there is no limit on one side.
 UNLIMITED = 2**31 - 1
@@ -37,7 +36,7 @@ FULL, CAUSAL = Pattern(0), Pattern(3)
 class Whole:
     """One call for the whole batch: all queries, and those keys, which are the same for every row."""
 
-    keys: Span
+    keys: range
     pattern: Pattern
 
 
@@ -85,7 +84,7 @@ def _calls(mask: Mask) -> Whole | Dense | tuple[Packed, ...]:
         return whole
     packed = _packed(mask)
     # Only what is made of it is kept.
-    return dense(mask.dense(Span(0, mask.query_length))) if packed is None else packed
+    return dense(mask.dense(range(0, mask.query_length))) if packed is None else packed
 
 
 def dense(allowed: Tensor) -> Dense:
@@ -99,13 +98,13 @@ def _whole(mask: Mask) -> Whole | None:
         return None
     start, stop, length = mask.offset, mask.offset + mask.query_length, mask.key_length
     if not mask.causal and mask.window is None:
-        return Whole(Span(0, length), FULL)
+        return Whole(range(0, length), FULL)
     if stop > length:
         return None
     if mask.window is None:
-        return Whole(Span(0, stop), CAUSAL)
+        return Whole(range(0, stop), CAUSAL)
     last = stop if mask.causal else min(length, stop + mask.window - 1)
-    return Whole(Span(max(0, start - mask.window + 1), last), _near(mask, stop - last))
+    return Whole(range(max(0, start - mask.window + 1), last), _near(mask, stop - last))
 
 
 def _near(mask: Mask, ahead: int) -> Pattern:
@@ -128,8 +127,8 @@ class _Part:
     """One sequence of a packed call: queries and keys of a row, and how many of these queries it is for."""
 
     row: int
-    queries: Span
-    keys: Span
+    queries: range
+    keys: range
     wanted: int
 
 
@@ -145,7 +144,7 @@ def _real_queries(rows: tuple[tuple[Segment, ...], ...], mask: Mask) -> Iterator
             # Those before the first real key see it too, if it is near enough.
             start = segment.start if mask.window is None else max(segment.start, segment.first - mask.window + 1)
             stop = segment.stop if mask.window is None else segment.last
-        parts.append(_Part(row, Span(start, stop), Span(segment.first, segment.last), stop - start))
+        parts.append(_Part(row, range(start, stop), range(segment.first, segment.last), stop - start))
     pattern = _near(mask, 0) if mask.window is not None else CAUSAL if mask.causal else FULL
     yield parts, pattern
 
@@ -158,16 +157,16 @@ def _later_queries(rows: tuple[tuple[Segment, ...], ...], mask: Mask) -> Iterato
     behind = [(row, segment) for row, segment in _with_keys(rows) if segment.last < segment.stop]
     if mask.window is None:
         for row, segment in behind:
-            queries = Span(segment.last, segment.stop)
-            parts.append(_Part(row, queries, Span(segment.first, segment.last), len(queries)))
+            queries = range(segment.last, segment.stop)
+            parts.append(_Part(row, queries, range(segment.first, segment.last), len(queries)))
         yield parts, FULL
         return
     # The limits hold for all sequences of a call, so all get as many queries, whatever these are, and not all are kept.
     longest = max((segment.stop - segment.last for _, segment in behind), default=0)
     count = min(longest, mask.window - 1)
     for row, segment in behind if count else ():
-        keys = Span(max(segment.first, segment.last - mask.window + 1), segment.last)
-        queries = Span(segment.last, segment.last + count)
+        keys = range(max(segment.first, segment.last - mask.window + 1), segment.last)
+        queries = range(segment.last, segment.last + count)
         parts.append(_Part(row, queries, keys, min(count, segment.stop - segment.last)))
     yield parts, Pattern(4, mask.window - 1 - count)
 
@@ -207,7 +206,7 @@ def _batches(parts: list[_Part]) -> Iterator[list[_Part]]:
         yield batch
 
 
-def _places(spans: list[tuple[int, Span]], rows: int, length: int) -> Tensor:
+def _places(spans: list[tuple[int, range]], rows: int, length: int) -> Tensor:
     """Rows' spans as places in [rows * length]. Those beyond the end, of queries that are not kept, are the last."""
     return torch.cat([row * length + torch.arange(span.start, span.stop) for row, span in spans]).clamp(
         max=rows * length - 1

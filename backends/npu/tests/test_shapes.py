@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from sp_attention.distributed.peers import Peers
 from sp_attention.kernels.request import Mask, Request
-from sp_attention.ulysses.all_to_all import Peers, head_to_seq, seq_to_head
+from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
 from sp_attention.ulysses.head_plan import head_plan
 
 NPU = torch.device("npu:0")

@@ -21,7 +21,8 @@ from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.benchmarks.rounds import Seconds, interleaved
 from sp_attention.cli.figure import draw_ratios
 from sp_attention.cli.reporting import Report, run_reporting
-from sp_attention.ulysses.all_to_all import Peers, head_to_seq, seq_to_head
+from sp_attention.distributed.peers import Peers
+from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
 from sp_attention.ulysses.head_plan import head_plan
 
 LIMIT, OURS = "all-to-all", "sp-attention"

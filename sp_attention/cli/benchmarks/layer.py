@@ -24,12 +24,12 @@ from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.benchmarks.rounds import Seconds, interleaved
 from sp_attention.cli.figure import draw_ratios
 from sp_attention.cli.reporting import Report, run_reporting
+from sp_attention.distributed.peers import Peers
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Mask
 from sp_attention.region.attention import UlyssesAttention
-from sp_attention.region.context import Call, Current
+from sp_attention.region.context import Context, StackPass
 from sp_attention.region.sequence_dims import Extent
-from sp_attention.ulysses.all_to_all import Peers
 
 LENGTH, KERNEL = 2048, "kernel"
 # Relative, in float32: the ranks add up in another order than one process.
@@ -139,7 +139,7 @@ def _limit(seconds: Seconds) -> list[float]:
 
 def _ours(peers: Peers) -> Step:
     """The attention function of an enabled model, inside of a layer, with the mask that all its layers share."""
-    current = Current(Call(Extent(BATCH, LENGTH), peers), is_known=True)
+    current = Context(StackPass(Extent(BATCH, LENGTH), peers), is_known=True)
     attention = UlyssesAttention(candidates("cpu", "sdpa")[0], peers, current, lambda module: "layer")
     module, mask = nn.Module(), Mask(BATCH, LENGTH, LENGTH, torch.device("cpu"))
 
