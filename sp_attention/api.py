@@ -1,8 +1,9 @@
 """`enable`: one line that makes a model sequence-parallel, and the handle that undoes it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import TypeVar
@@ -15,17 +16,16 @@ from transformers import PreTrainedModel
 from sp_attention.distributed.consistency import require_same_options, share_problem
 from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.process_groups import Group, place, resolve
-from sp_attention.errors import BackendError, UnsupportedError
+from sp_attention.errors import BackendError, Refused, UnsupportedError
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Backend
-from sp_attention.loss.tiled_loss import LMHead
-from sp_attention.region.attention import UlyssesAttention
+from sp_attention.region.attention import AttentionFunction
 from sp_attention.region.attn_implementation import Own, attend_as, configs, own_attention
 from sp_attention.region.context import Context
 from sp_attention.region.hooks import Hooks
-from sp_attention.rehearsal.classify import Findings, report
+from sp_attention.rehearsal.findings import Findings, described, report
+from sp_attention.rehearsal.options import LossTile, Options
 from sp_attention.rehearsal.prove import install
-from sp_attention.rehearsal.prove_loss import LossTile
 
 # Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
 # that a copy of a model that was disabled since finds nothing instead of another model's attention.
@@ -69,7 +69,8 @@ class Handle:
     @property
     def refuses_caches(self) -> str | None:
         """Why key/value caches are refused, so that only a suspended model generates; None where they are not."""
-        return None if self.hooks is None else self.hooks.region.no_caches
+        caches = None if self.hooks is None else self.hooks.plan.caches
+        return caches.reason if isinstance(caches, Refused) else None
 
     def disable(self) -> None:
         """Make the model what it was before `enable`: hooks, attributes, configuration and registries."""
@@ -88,7 +89,7 @@ class Handle:
             yield
         finally:
             # Unless it was disabled meanwhile.
-            if vars(self.hooks.region.models[0]).get(_HANDLE) is self:
+            if vars(self.hooks.plan.models[0]).get(_HANDLE) is self:
                 attend_as(ours)
                 self.hooks.install()
 
@@ -108,19 +109,7 @@ class Handle:
         lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
-        loss = self.hooks.region.sharded_loss
-        logits = f"are whole: {loss}" if isinstance(loss, str) else "stay sharded in training with labels, else whole"
-        cut = ", of hidden states that are whole before the head" if self.hooks.region.cut else ""
-        lines.append(f"  logits {logits}{cut}")
-        if not isinstance(loss, str):
-            lines.append(f"  the loss {_tiles(self.hooks.region.head)}")
-        refused = self.hooks.region.no_caches
-        lines.append(f"  key/value caches {self.hooks.region.caches if refused is None else f'are refused: {refused}'}")
-        if self.hooks.region.offloads:
-            lines.append("  inputs of checkpointed layers are in CPU memory until backward")
-        if self.hooks.region.random:
-            lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
-        return "\n".join(lines)
+        return "\n".join(lines + described(self.hooks.plan))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Handle":
         # That of a copied model too: its hooks are the same.
@@ -178,27 +167,20 @@ def enable(
     if inner is None:
         raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
     peers = resolve(group, sp_size, inner.device)
-    problem = _problem(inner, rehearse, whole_logits, loss_tile, mlp_tile, offload)
-    choice = _agreed(lambda: _candidates(inner, backend, rehearse, problem), peers)
+    options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload)
+    choice = _agreed(lambda: _candidates(inner, backend, options), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
-    options = {
-        "rehearse": rehearse,
-        "whole_logits": whole_logits,
-        "loss_tile": loss_tile,
-        "mlp_tile": mlp_tile,
-        "offload": offload,
-    }
-    require_same_options(options, peers)
-    names = {id(module): name for name, module in inner.named_modules()}
+    require_same_options(asdict(options), peers)
+    names = WeakKeyDictionary({module: name for name, module in inner.named_modules()})
     passed_over: dict[str, str] = {}
     own = own_attention(inner)
     for chosen in _of_every_rank(choice, peers):
         undo, key = ExitStack(), next(_KEYS)
-        attention = UlyssesAttention(chosen, peers, Context(), lambda it: names.get(id(it), type(it).__name__))
+        attention = AttentionFunction(chosen, peers, Context(), partial(_name_of, names))
         try:
-            findings, hooks = install(inner, attention, key, undo, rehearse, whole_logits, loss_tile, mlp_tile)
+            findings, hooks = install(inner, attention, key, undo, options)
         except BackendError as error:
             undo.close()
             if backend != "auto":
@@ -208,7 +190,6 @@ def enable(
             undo.close()
             raise
         else:
-            hooks.region = replace(hooks.region, offloads=offload)
             handle = Handle(chosen, passed_over, peers, findings, hooks, own, undo)
             setattr(inner, _HANDLE, handle)
             undo.callback(delattr, inner, _HANDLE)
@@ -223,41 +204,24 @@ def handle_of(model: nn.Module) -> Handle | None:
     return next(filter(None, handles), None)
 
 
-def _tiles(head: LMHead | str) -> str:
-    if isinstance(head, str):
-        return f"is given all of them at once: {head}"
-    return f"makes those of {head.tile} tokens at a time{', by the kernel of Liger' if head.liger else ''}"
+def _name_of(names: Mapping[nn.Module, str], module: nn.Module | None) -> str:
+    """The full name of a module, or what it is where it has none, as in a copy of a model."""
+    return type(module).__name__ if module is None else names.get(module, type(module).__name__)
 
 
-def _problem(
-    model: PreTrainedModel, rehearse: bool, whole_logits: bool, loss_tile: LossTile, mlp_tile: int | None, offload: bool
-) -> str | None:
-    """What is wrong with the arguments that are to spare memory, None if nothing is."""
-    for name, tile in (("loss_tile", loss_tile), ("mlp_tile", mlp_tile)):
-        if tile is None or (name == "loss_tile" and tile == "auto"):
-            continue
-        if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
-            return f"{name}={tile!r} is no number of tokens"
-        if not rehearse:
-            return f"{name}={tile} has to be proven for this model, and rehearse=False proves nothing: leave one out"
-    if whole_logits and isinstance(loss_tile, int):
-        return f"loss_tile={loss_tile} makes logits in tiles, and whole_logits=True all at once: leave one out"
-    if offload and model.device.type == "cpu":
-        return "offload=True keeps tensors of a device in CPU memory, and this model is on the CPU: leave it out"
-    return None
-
-
-def _candidates(model: PreTrainedModel, backend: str, rehearse: bool, problem: str | None) -> tuple[Backend, ...]:
+def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple[Backend, ...]:
+    """The backends to try. Raises BackendError, UnsupportedError or ValueError for what is refused on this rank."""
+    problem = options.problem(model.device)
     if problem is not None:
         raise ValueError(problem)
     handle = vars(model).get(_HANDLE)  # It may be suspended, or that of which this model is a copy.
-    is_suspended = handle is not None and handle.hooks.region.models[0] is model
+    is_suspended = handle is not None and handle.hooks.plan.models[0] is model
     if is_suspended or any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):
         raise ValueError(
             f"this {type(model).__name__} is already enabled, or shares its configuration object with a model that is: "
             "call disable() on the handle first, or build the model from copy.deepcopy(config)"
         )
-    if model.device.type == "meta" and rehearse:
+    if model.device.type == "meta" and options.rehearse:
         raise UnsupportedError(
             "the model's weights are not materialised (meta device), so nothing can be proven: load them before "
             "enable(), or pass rehearse=False"

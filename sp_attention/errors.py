@@ -12,6 +12,8 @@
 Wrong arguments of `enable` are plain ValueErrors. Every one of them is raised on every rank of the group.
 """
 
+from dataclasses import dataclass
+
 
 class UnsupportedError(NotImplementedError):
     """This cannot be done exactly, so it is not done. The text says what, why, and what can be done instead."""
@@ -31,3 +33,10 @@ class ShardedLogitsError(UnsupportedError, AttributeError):
 
 class CheckpointError(OSError):
     """A rank could not write its part of a checkpoint; what is in memory, and earlier checkpoints, are as they were."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """In place of a value: the reason why there is none."""
+
+    reason: str

@@ -16,8 +16,8 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.kernels import registry
 from sp_attention.kernels.request import Backend, Mask, Request
 from sp_attention.launch import run_ranks
-from sp_attention.region.attention import UlyssesAttention
-from sp_attention.region.context import Context, StackPass
+from sp_attention.region.attention import AttentionFunction
+from sp_attention.region.context import Context, Scope, StackPass
 from sp_attention.region.sequence_dims import Extent
 
 LENGTH = 9
@@ -30,12 +30,12 @@ def unused(request: Request) -> Tensor:
 
 def attention(
     attend: Any = unused, refuses: Any = lambda request: None, inside: bool = True, weights: bool = False
-) -> UlyssesAttention:
+) -> AttentionFunction:
     """The attention function of a model, called from inside of its layers or, for whole tensors, from outside."""
     peers = Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    current = Context(StackPass(Extent(2, LENGTH), peers) if inside else None, weights)
-    return UlyssesAttention(
-        Backend("cpu", "test", attend, refuses=refuses), peers, current, lambda module: "layer.attn"
+    context = Context(Scope(StackPass(Extent(2, LENGTH), peers) if inside else None, weights))
+    return AttentionFunction(
+        Backend("cpu", "test", attend, refuses=refuses), peers, context, lambda module: "layer.attn"
     )
 
 
@@ -53,7 +53,7 @@ class Reads(nn.Module):
     """Its attention, were it transformers', would read a flavour."""
 
 
-def refusal(function: UlyssesAttention, *arguments: Any, module: nn.Module | None = None, **options: Any) -> str:
+def refusal(function: AttentionFunction, *arguments: Any, module: nn.Module | None = None, **options: Any) -> str:
     with pytest.raises(UnsupportedError) as refused:
         function(module or nn.Module(), *arguments, **options)
     return str(refused.value)

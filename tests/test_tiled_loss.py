@@ -171,7 +171,7 @@ def error_of(
     tiny, prepared, wrapped, kind, computed = case
     reference, model = prepared(tiny.build()), prepared(tiny.build())
     handle = sp_attention.enable(model, backend="sdpa", **options)
-    handle.hooks.region = replace(handle.hooks.region, offloads=offloads)
+    handle.hooks.plan = replace(handle.hooks.plan, offloads=offloads)
     sizes = sizes_given(next(module for name, module in model.named_modules() if name.endswith(measured)))
     whole = wrapped(model)
     losses = []
@@ -306,7 +306,7 @@ def offloaded() -> dict[str, tuple[float, list[torch.Size]]]:
         found[name] = error, list(Elsewhere.saved)
     model = LLAMA.build()
     handle = sp_attention.enable(model, backend="sdpa")
-    handle.hooks.region = replace(handle.hooks.region, offloads=True)
+    handle.hooks.plan = replace(handle.hooks.plan, offloads=True)
     with pytest.raises(
         sp_attention.UnsupportedError, match=r"nothing checkpoints model.layers.0, so nothing of it can"
     ):

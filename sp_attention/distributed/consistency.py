@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sp_attention.distributed.peers import Peers
-from sp_attention.errors import BackendError, BatchError, UnsupportedError
+from sp_attention.errors import BackendError, BatchError, Refused, UnsupportedError
 
 # Odd multipliers of a multiply-and-shift hash on 64-bit integers (L'Ecuyer 1999, Steele et al. 2014).
 _MIX = (0x2545F4914F6CDD1D, -0x61C8864680B583EB)
@@ -47,15 +47,13 @@ def first_reason(reason: str | None, peers: Peers) -> str | None:
     return next((found for found in reasons if found is not None), None)
 
 
-def attempted(
-    step: Callable[[], Result], peers: Peers, device: torch.device | None = None
-) -> tuple[str | None, Result | None]:
-    """Why a step of the rehearsal failed on any rank, None if it did on none, and what it returned.
+def attempted(step: Callable[[], Result], peers: Peers, device: torch.device | None = None) -> Result | Refused:
+    """What a step of the rehearsal returned, or why it failed on any rank: on all ranks alike.
 
     Whatever the model raises is a reason; what a kernel refuses is raised, since another one can do it. `device` is
     the model's in a step with collectives.
     """
-    reason, refusal, result = None, None, None
+    reason, refusal = None, None
     try:
         result = step() if device is None else peers.watched(step, device)
     except BackendError as error:
@@ -64,7 +62,7 @@ def attempted(
         reason = str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
     share_problem(refusal, peers)
     reason = first_reason(reason, peers)
-    return reason, None if reason is not None else result
+    return result if reason is None else Refused(reason)
 
 
 def require_same_options(options: Mapping[str, Any], peers: Peers) -> None:

@@ -7,7 +7,7 @@ state, so that a layer that is recomputed in backward draws what it drew before.
 
 import random
 import zlib
-from collections.abc import Callable
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -67,18 +67,29 @@ def derived(*parts: int | str) -> int:
     return (zlib.crc32(text) << 30) ^ zlib.crc32(text[::-1])
 
 
-def forked(seed: int, device: torch.device) -> Callable[[], None]:
-    """Seed all generators until the returned function is called, which makes them what they were."""
-    python, host = random.getstate(), torch.get_rng_state()
-    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    own = None if module is None else module.get_rng_state(device)
+class Forked:
+    """Within it all generators are seeded; behind it they are what they were.
 
-    def restore() -> None:
-        random.setstate(python)
-        torch.set_rng_state(host)
-        if module is not None:
-            module.set_rng_state(own, device)
+    As torch.random.fork_rng, with Python's own. That is a generator itself, and would turn back time whenever it is
+    collected, where an interrupt, of which hooks are not told, has left it open.
+    """
 
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return restore
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed, self._device = seed, device
+        self._module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+
+    def __enter__(self) -> None:
+        self._python, self._host = random.getstate(), torch.get_rng_state()
+        self._own = None if self._module is None else self._module.get_rng_state(self._device)
+        random.seed(self._seed)
+        torch.manual_seed(self._seed)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is GeneratorExit:  # Long after: others may have seeded since.
+            return
+        random.setstate(self._python)
+        torch.set_rng_state(self._host)
+        if self._module is not None:
+            self._module.set_rng_state(self._own, self._device)

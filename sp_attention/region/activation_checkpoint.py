@@ -1,8 +1,8 @@
-"""Activation checkpoints inside of a layer, which run it again in backward: they are told which call that was."""
+"""Activation checkpoints inside of a layer, which run it again in backward: they are told in which scope that was."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sp_attention.region.context import Context
+from sp_attention.region.context import Context, Scope
 
 # Where transformers' layers and torch's wrapper keep the function that checkpoints.
 _FUNCTIONS = {GradientCheckpointingLayer: "_gradient_checkpointing_func", CheckpointWrapper: "checkpoint_fn"}
@@ -26,13 +26,13 @@ def checkpoints_in(layer: nn.Module) -> list[Checkpoint]:
 
 @dataclass(eq=False)
 class ActivationCheckpoints:
-    """The checkpoints of the layer in progress, whose functions are bound to its call until `unbind`."""
+    """The checkpoints of the layer in progress, whose functions are bound to its scope meanwhile."""
 
-    current: Context
+    context: Context
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def bind(self, checkpoints: list[Checkpoint], offloads_from: str | None) -> bool:
-        """Tie what is current now to what runs again in backward, when it is no longer current.
+        """Tie the scope of now to what runs again in backward, when it is no longer the scope of now.
 
         offloads_from: the type of the device whose tensors are kept in CPU memory meanwhile, None for no such. Returns
         whether anything runs again.
@@ -42,20 +42,21 @@ class ActivationCheckpoints:
             if of_transformers and not (module.gradient_checkpointing and module.training):
                 continue
             checkpoint = getattr(module, name)
-            setattr(module, name, partial(self._bound_to, replace(self.current), checkpoint, offloads_from))
+            setattr(module, name, partial(self._bound_to, self.context.scope, checkpoint, offloads_from))
             self._bound.append((module, name, checkpoint))
         return bool(self._bound)
 
     def unbind(self) -> None:
+        """Give back their functions; what an error or an interrupt has left bound too."""
         for module, name, checkpoint in self._bound:
             setattr(module, name, checkpoint)
         self._bound.clear()
 
     def _bound_to(
-        self, now: Context, checkpoint: Any, offloads_from: str | None, function: Any, *args: Any, **options: Any
+        self, scope: Scope, checkpoint: Any, offloads_from: str | None, function: Any, *args: Any, **options: Any
     ) -> Any:
         def within(*args: Any, **kwargs: Any) -> Any:
-            with self.current.set_to(now):
+            with self.context.recomputation(scope):
                 return function(*args, **kwargs)
 
         keeping: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -1,4 +1,4 @@
-"""Attention under sequence parallelism: exchange, any kernel, exchange back. Called by models as their attention."""
+"""The attention function that models call, in transformers' calling convention, under sequence parallelism."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,18 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sp_attention.distributed.collectives import gather
 from sp_attention.distributed.peers import Peers
-from sp_attention.errors import BackendError, UnsupportedError
-from sp_attention.kernels import registry
+from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.eager import eager_functions
-from sp_attention.kernels.request import Backend, Mask, Request, reason_against
+from sp_attention.kernels.request import Backend, Mask, Request
 from sp_attention.region.context import Context, StackPass
 from sp_attention.region.kv_cache import one_dtype
 from sp_attention.region.masks import DOCUMENTS, Described
-from sp_attention.region.sequence_dims import Along
-from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head, to_heads
-from sp_attention.ulysses.head_plan import HeadPlan, head_plan
+from sp_attention.ulysses import attention as ulysses
+from sp_attention.ulysses.head_plan import head_plan
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
 # window and the positions in it, and the region knows what is recorded.
@@ -30,20 +27,18 @@ _ABOUT_OTHER_THINGS = {
     "num_items_in_batch", "shift_labels", "logits_to_keep",
 }  # fmt: skip
 
-Attended = tuple[Tensor, Tensor | None]
-
 
 @dataclass(frozen=True)
-class UlyssesAttention:
+class AttentionFunction:
     """The attention function that is registered with transformers for one enabled model.
 
-    `current` tells which call is going on; the region sets it. `name_of` gives a module's full name, for errors.
-    `cross_attention` are the modules whose keys are of another sequence than their queries (cross-attention).
+    `context` tells what is going on; the region's hooks set it. `name_of` gives a module's full name, for errors.
+    `cross_attention` are the modules whose keys are of another sequence than their queries.
     """
 
     backend: Backend
     peers: Peers
-    current: Context
+    context: Context
     name_of: Callable[[nn.Module | None], str]
     cross_attention: frozenset[nn.Module] = frozenset()
 
@@ -61,162 +56,145 @@ class UlyssesAttention:
         position_bias: Tensor | None = None,
         is_causal: bool | None = None,
         **options: Any,
-    ) -> Attended:
+    ) -> ulysses.Output:
         """query [B, H, s | S, D], key, value [B, Hkv, s | S, D | Dv] → [B, s | S, H, Dv], weights [B, H, S, S] | None.
 
         transformers' calling convention for attention functions. `s_aux` [H] are sinks; `position_bias` [1|B, H, S, S]
         is added to the scores. Raises equally on every rank: BackendError for what the kernel does not do exactly, and
         UnsupportedError for arguments that nothing is known of.
         """
+        name = self.name_of(module)
         self._refuse_unknown(module, options)
-        call, kept = self.current.call, self.current.heads_kept(key)
-        query, key, value = one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        length = query.shape[1] if call is None else call.extent.length
-        mine = length if call is None else call.mine.length
-        # Keys that every rank holds whole: of another sequence, or out of latents that a cache keeps.
-        cross_attention = call is not None and kept is None and (module in self.cross_attention or key.shape[1] != mine)
-        memory = length if call is not None and kept is None and not cross_attention else key.shape[1]
+        call = self._read(module, query, key, value)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        given = attention_mask.mask if isinstance(attention_mask, Described) else attention_mask
-        if given is None:
-            if causal and length > 1 and memory != length:
-                raise UnsupportedError(
-                    f"{self.name_of(module)} says that it is causal, and gives no mask to {length} queries and "
-                    f"{memory} keys: nothing tells where in the sequence these queries are"
-                )
-            given = Mask(query.shape[0], length, memory, query.device, causal=causal and length > 1)
-        if call is not None:
-            given, position_bias = call.original(given), call.original(position_bias)
-        mask = as_mask(given, self.name_of(module), query.shape[0], length)
-        if (mask.query_length, mask.key_length, query.shape[1]) != (length, memory, mine):
+        mask, bias = self._mask_and_bias(call, attention_mask, position_bias, causal, name)
+        request = Request(
+            call.query,
+            call.key,
+            call.value,
+            mask,
+            scale=scaling if scaling is not None else query.shape[3] ** -0.5,
+            softcap=softcap,
+            sinks=None if s_aux is None else s_aux.reshape(-1),
+            bias=bias,
+            dropout=dropout,
+            module=module,
+        )
+        return self._attend(request, call, name)
+
+    def _read(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> "_Call":
+        """What transformers passes, in our order of dims, and which of it is of my span or of my heads."""
+        stack_pass, cached_heads = self.context.stack_pass, self.context.heads_kept(key)
+        query, key, value = one_dtype(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        length = query.shape[1] if stack_pass is None else stack_pass.extent.length
+        mine = length if stack_pass is None else stack_pass.mine.length
+        own_keys = stack_pass is not None and cached_heads is None
+        # Keys that every rank holds whole: of another sequence, or out of latents that a cache keeps.
+        whole_keys = own_keys and (module in self.cross_attention or key.shape[1] != mine)
+        key_length = length if own_keys and not whole_keys else key.shape[1]
+        return _Call(query, key, value, length, mine, key_length, stack_pass, cached_heads, whole_keys)
+
+    def _mask_and_bias(
+        self,
+        call: "_Call",
+        given: Described | Mask | Tensor | None,
+        position_bias: Tensor | None,
+        causal: bool,
+        name: str,
+    ) -> tuple[Mask, Tensor | None]:
+        """The mask as a description, and what is added to the scores, of the whole sequence: [1|B, 1|H, 1|S, Sk]."""
+        length, key_length = call.length, call.key_length
+        if isinstance(given, Described):
+            given = given.mask
+        elif given is None:
+            given = _mask_where_none_is_given(call, causal, name)
+        if call.stack_pass is not None:
+            given, position_bias = call.stack_pass.original(given), call.stack_pass.original(position_bias)
+        mask = as_mask(given, name, call.query.shape[0], length)
+        if (mask.query_length, mask.key_length, call.query.shape[1]) != (length, key_length, call.mine):
             raise UnsupportedError(
-                f"{self.name_of(module)}: {query.shape[1]} queries attend to {key.shape[1]} keys, with a mask for "
+                f"{name}: {call.query.shape[1]} queries attend to {call.key.shape[1]} keys, with a mask for "
                 f"{mask.query_length} and {mask.key_length}, in a sequence of {length} tokens of which this rank has "
-                f"{mine}; that is not what enable() saw in its rehearsal"
+                f"{call.mine}; that is not what enable() saw in its rehearsal"
             )
         # From a single query, the last, it hides nothing.
         if mask.is_plainly_causal and not causal and length > 1:
             raise UnsupportedError(
-                f"{self.name_of(module)} says that it is not causal, and is given a causal mask: transformers' kernels "
+                f"{name} says that it is not causal, and is given a causal mask: transformers' kernels "
                 "do not agree on what that is without padding. Give an attention_mask [B, 1, S, S] of your own."
             )
-        bias = None if position_bias is None else _for_all(position_bias, length, memory, self.name_of(module))
+        bias = None if position_bias is None else _for_all(position_bias, length, key_length, name)
         if mask.explicit is not None and mask.explicit.dtype != torch.bool:
             whole, additive = mask, mask.explicit
             # One for all layers, since kernels keep with it what they derive from it.
             mask = whole.once("without explicit", lambda: replace(whole, explicit=None))
             bias = additive if bias is None else additive + bias
-        scale = scaling if scaling is not None else query.shape[3] ** -0.5
-        sinks = None if s_aux is None else s_aux.reshape(-1)
-        request = Request(query, key, value, mask, scale, softcap, sinks, bias, dropout, module)
-        if call is not None and kept is not None:
-            return self._attend_kept(request, call, kept)
-        if call is None or not call.is_shared:
-            self._require_done([request])
-            return self._attend(request)
-        if cross_attention:
-            return self._attend_over_memory(request, call)
-        return self._attend_shared(request, call)
+        return mask, bias
 
-    def _attend_kept(self, request: Request, call: StackPass, kv_heads: int) -> Attended:
-        """All new queries of my heads over keys of my heads: a cache has exchanged those already, or cut them."""
-        query, all_heads = request.query, request.query.shape[2]
-        plan = head_plan(all_heads, kv_heads, self.peers.size)
-        if request.key.shape[2] != len(plan.stored[self.peers.rank]):
+    def _attend(self, request: Request, call: "_Call", name: str) -> ulysses.Output:
+        """The Ulysses step that fits the keys, once the kernel is known to do all that any rank will ask of it."""
+        kernel, peers = ulysses.Kernel(self.backend, self.context.scope.weights), self.peers
+        stack_pass, heads = call.stack_pass, request.query.shape[2]
+        if stack_pass is None or (call.cached_heads is None and not stack_pass.is_shared):
+            ulysses.require_done([request], kernel, name)
+            return kernel(request)
+        if call.whole_keys:
+            ulysses.require_done([ulysses.cut_to_queries(request, stack_pass.span)], kernel, name)
+            return ulysses.attend_to_whole_keys(request, call.length, peers, kernel)
+        plan = head_plan(heads, call.cached_heads or request.key.shape[2], peers.size)
+        if call.cached_heads is not None and request.key.shape[2] != len(plan.stored[peers.rank]):
             raise UnsupportedError(
-                f"{self.name_of(request.module)}: {request.key.shape[2]} of {kv_heads} key heads come out of a cache, "
-                f"where this rank keeps {len(plan.stored[self.peers.rank])} for its share of {all_heads} query heads"
+                f"{name}: {request.key.shape[2]} of {call.cached_heads} key heads come out of a cache, where this rank "
+                f"keeps {len(plan.stored[peers.rank])} for its share of {heads} query heads"
             )
-        self._require_done(_shares(request, plan))
-        request = _of_rank(request, plan, self.peers.rank)
-        if call.is_shared:
-            (query,) = to_heads((query,), plan, ("query",), call.extent.length, self.peers)
-        else:
-            heads = plan.query[self.peers.rank]
-            query = query[:, :, heads.start : heads.stop]
-        out, weights = self._attend_mine(replace(request, query=query), plan)
-        if call.is_shared:
-            return head_to_seq(out, plan, self.peers), weights
-        return gather(out, all_heads, self.peers, 2), weights
-
-    def _attend_over_memory(self, request: Request, call: StackPass) -> Attended:
-        """My span's queries see keys that every rank holds, of all heads: nothing is exchanged."""
-        bias = request.bias
-        if bias is not None and bias.shape[2] != 1:
-            bias = bias[:, :, call.span.start : call.span.stop]
-        request = replace(request, mask=request.mask.rows(call.span), bias=bias)
-        self._require_done([request])
-        out, weights = self._attend(request)
-        return out, None if weights is None else call.whole(weights, Along(2))
-
-    def _attend_shared(self, request: Request, call: StackPass) -> Attended:
-        """All queries and keys of my heads: the exchange, the kernel, the exchange back."""
-        plan = head_plan(request.query.shape[2], request.key.shape[2], self.peers.size)
-        self._require_done(_shares(request, plan))
-        request = _of_rank(request, plan, self.peers.rank)
-        query, key, value = seq_to_head(request.query, request.key, request.value, call.extent.length, plan, self.peers)
-        out, weights = self._attend_mine(replace(request, query=query, key=key, value=value), plan)
-        return head_to_seq(out, plan, self.peers), weights
-
-    def _attend_mine(self, request: Request, plan: HeadPlan) -> Attended:
-        """The attention of my heads, which may be none: more ranks than heads. The weights are of all heads."""
-        query, key, value = request.query, request.key, request.value
-        weights: Tensor | None
-        if not query.shape[2]:
-            # Empty too, and it takes part in backward like that of the others.
-            weights = query.transpose(1, 2) @ key[:, :, :0].permute(0, 2, 3, 1)
-            out = (weights @ value[:, :, :0].transpose(1, 2)).transpose(1, 2)
-        else:
-            if not plan.grouped[self.peers.rank]:
-                order = request.mask.once(("kv of query", plan), lambda: self._kv_of_query(plan, key.device))
-                request = replace(request, key=key.index_select(2, order), value=value.index_select(2, order))
-            out, weights = self._attend(request)
-        if not self.current.weights or weights is None:
-            return out, None
-        return out, gather(weights, plan.query[-1].stop, self.peers, 1)
-
-    def _kv_of_query(self, plan: HeadPlan, device: torch.device) -> Tensor:
-        return torch.tensor(plan.kv_of_query(self.peers.rank), device=device)
-
-    def _attend(self, request: Request) -> Attended:
-        if not self.current.weights:
-            return self.backend.attend(request), None
-        assert self.backend.attend_with_weights is not None
-        return self.backend.attend_with_weights(request)
-
-    def _require_done(self, requests: list[Request]) -> None:
-        """Raise BackendError unless the backend does every one of the requests exactly."""
-        for request in requests:
-            reason = self._why_not(self.backend, request)
-            if reason is not None:
-                device = request.query.device.type
-                able = [
-                    one.kernel
-                    for one in registry.usable(device)
-                    if not any(self._why_not(one, other) for other in requests)
-                ]
-                cure = f'Use enable(model, backend="{able[0]}"). ' if able else ""
-                raise BackendError(
-                    f"{self.name_of(request.module)}: kernel {self.backend.kernel!r} on {device} cannot do this: "
-                    f"{reason}. {cure}Installed kernels that can: {', '.join(able) or 'none'}."
-                )
-
-    def _why_not(self, backend: Backend, request: Request) -> str | None:
-        if self.current.weights and backend.attend_with_weights is None:
-            return "it has no attention weights to return (output_attentions=True)"
-        return reason_against(backend, request)
+        ulysses.require_done(ulysses.requests_of_all_ranks(request, plan), kernel, name)
+        if call.cached_heads is None:
+            return ulysses.attend(request, call.length, plan, peers, kernel)
+        length = call.length if stack_pass.is_shared else None
+        return ulysses.attend_cached(request, length, plan, peers, kernel)
 
     def _refuse_unknown(self, module: nn.Module, options: dict[str, Any]) -> None:
         for name, value in options.items():
             # A flag that is off, or absent, asks for nothing.
             if name in _TOLD_BY_THE_MASK | _ABOUT_OTHER_THINGS or value is None or value is False:
                 continue
-            if id(value) in self.current.given and name not in _read_by_transformers(module):
+            is_users = isinstance(value, Tensor) and value in self.context.scope.given
+            if is_users and name not in _read_by_transformers(module):
                 continue  # The user's own, passed down to no effect: transformers' attention does not look at it.
             raise UnsupportedError(
                 f"{self.name_of(module)}: the attention argument {name!r} is not covered under sequence parallelism "
                 "yet, and would be wrong if it were passed on uncut"
             )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of the attention function.
+
+    query [B, s | S, H, D], key and value [B, s | S | Sk, Hkv | hkv, D | Dv]. length, mine: S and the tokens that this
+    rank has of it. key_length: Sk, of the mask. cached_heads: of how many heads the keys are those that this rank keeps
+    in a cache, None where they are of all. whole_keys: every rank has all keys, and its span of the queries.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    length: int
+    mine: int
+    key_length: int
+    stack_pass: StackPass | None
+    cached_heads: int | None
+    whole_keys: bool
+
+
+def _mask_where_none_is_given(call: _Call, causal: bool, name: str) -> Mask:
+    if causal and call.length > 1 and call.key_length != call.length:
+        raise UnsupportedError(
+            f"{name} says that it is causal, and gives no mask to {call.length} queries and {call.key_length} keys: "
+            "nothing tells where in the sequence these queries are"
+        )
+    query = call.query
+    return Mask(query.shape[0], call.length, call.key_length, query.device, causal=causal and call.length > 1)
 
 
 def _read_by_transformers(module: nn.Module) -> frozenset[str]:
@@ -225,48 +203,12 @@ def _read_by_transformers(module: nn.Module) -> frozenset[str]:
     return frozenset(name for function in functions for name in signature(function).parameters)
 
 
-def _of_rank(request: Request, plan: HeadPlan, rank: int) -> Request:
-    """The request with what is per head, or read from the module by head, cut to one rank's heads."""
-    heads = plan.query[rank]
-    bias = request.bias
-    return replace(
-        request,
-        mask=request.mask.heads(heads),
-        sinks=None if request.sinks is None else request.sinks[heads.start : heads.stop],
-        bias=bias if bias is None or bias.shape[1] == 1 else bias[:, heads.start : heads.stop],
-        heads=heads,
-        all_heads=plan.query[-1].stop,
-    )
-
-
-def _for_all(bias: Tensor, length: int, memory: int, name: str) -> Tensor:
-    if bias.dim() != 4 or bias.shape[2] not in (1, length) or bias.shape[3] != memory:
+def _for_all(bias: Tensor, length: int, key_length: int, name: str) -> Tensor:
+    if bias.dim() != 4 or bias.shape[2] not in (1, length) or bias.shape[3] != key_length:
         raise UnsupportedError(
-            f"{name}: a bias {list(bias.shape)} on the scores is not of {length} queries and {memory} keys"
+            f"{name}: a bias {list(bias.shape)} on the scores is not of {length} queries and {key_length} keys"
         )
     return bias
-
-
-def _shares(request: Request, plan: HeadPlan) -> list[Request]:
-    """What any rank will ask of its kernel: shapes, dtypes and a dense last dim, without memory or values of their own.
-
-    All ranks look at the requests of all, so that a kernel that refuses one of them is refused by every rank, before
-    some wait for the others in the exchange.
-    """
-    queries, keys = request.mask.query_length, request.mask.key_length
-
-    def shaped(like: Tensor, length: int, heads: int) -> Tensor:
-        return like.new_empty(like.shape[3]).expand(like.shape[0], length, heads, -1)
-
-    return [
-        replace(
-            _of_rank(request, plan, rank),
-            query=shaped(request.query, queries, h),
-            key=shaped(request.key, keys, n),
-            value=shaped(request.value, keys, n),
-        )
-        for h, n, rank in plan.kinds
-    ]
 
 
 def as_mask(mask: Mask | Tensor, name: str, batch: int, length: int) -> Mask:

@@ -1,5 +1,6 @@
-"""The two ends of the region: the embedding before the first layer, and the head behind the last."""
+"""The two ends of the region: the embedding before the first layer, and the LM head behind the last."""
 
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -11,48 +12,40 @@ from sp_attention.loss.chunked_grad import autocast_of_now
 from sp_attention.loss.tiled_loss import LMHead, LMHeadInput
 from sp_attention.region.plan import Embedding
 from sp_attention.region.sharded_embedding import can_look_up, looked_up
-from sp_attention.region.state import Hook, RegionState
+from sp_attention.region.state import Around, RegionState
 
 
-def embedding_hooks(running: RegionState, embedding: Embedding, first: nn.Module) -> tuple[Hook, Hook]:
+def around_embedding(state: RegionState, embedding: Embedding, first: nn.Module) -> Around:
     """Let an embedding look up my span of the tokens, where `first`, the first layer, alone gets what it yields."""
-    lengths: list[int] = []
 
-    def before(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def around(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
         ids = args[0] if len(args) == 1 and not kwargs else None
-        if ids is None or id(ids) not in running.current.given:
+        if ids is None or not _looks_up_its_own(state, module, embedding.name, first, ids):
+            yield None
             return None
-        if not _looks_up_its_own(running, module, embedding.name, first, ids):
+        length, span = ids.shape[1], state.peers.span(ids.shape[1])
+        output = yield (ids[:, span.start : span.stop],), {}
+        if state.forward is None or output is None:
             return None
-        lengths.append(ids.shape[1])
-        span = running.peers.span(ids.shape[1])
-        return (ids[:, span.start : span.stop],), {}
+        state.forward.embedded = looked_up(output, length)
+        return state.forward.embedded.whole
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not lengths:
-            return None
-        length = lengths.pop()
-        if running.forward is None or output is None:
-            return None
-        running.forward.embedded = looked_up(output, length)
-        return running.forward.embedded.whole
-
-    return before, after
+    return around
 
 
-def _looks_up_its_own(running: RegionState, module: nn.Embedding, name: str, first: nn.Module, ids: Tensor) -> bool:
+def _looks_up_its_own(state: RegionState, module: nn.Embedding, name: str, first: nn.Module, ids: Tensor) -> bool:
     """Whether only my span of the embeddings is looked up: if nobody but the first layer gets to see them.
 
     A checkpoint around the hooks of the first layer would, which does without gradients, and a module that was put
     in the place that had this name.
     """
-    forward = running.forward
-    if forward is None or not forward.as_rehearsed or ids.shape[-1] < running.peers.size:
+    forward = state.forward
+    if forward is None or not forward.as_rehearsed or ids not in state.context.scope.given:
         return False
-    if not forward.has_in_place(module, name):
+    if ids.shape[-1] < state.peers.size or not forward.has_in_place(module, name):
         return False
     if torch.is_grad_enabled():
-        models: list[nn.Module] = [] if isinstance(first, GradientCheckpointingLayer) else [*running.region.models]
+        models: list[nn.Module] = [] if isinstance(first, GradientCheckpointingLayer) else [*state.plan.models]
         if any(getattr(model, "gradient_checkpointing", False) for model in models):
             return False
         if any(isinstance(one, CheckpointWrapper) for one in forward.model.modules()):
@@ -60,23 +53,23 @@ def _looks_up_its_own(running: RegionState, module: nn.Embedding, name: str, fir
     return can_look_up(module, ids)
 
 
-def head_hook(running: RegionState, name: str) -> Hook:
-    """Give the head my span of hidden states that are whole before it, and keep them for a loss in tiles."""
+def before_lm_head(state: RegionState, name: str) -> Callable[..., Any]:
+    """Give the LM head my span of hidden states that are whole before it, and keep them for a loss in tiles."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        forward, head = running.forward, running.region.head
+        forward, lm_head = state.forward, state.plan.lm_head
         if forward is None or len(args) != 1 or kwargs or not forward.has_in_place(module, name):
             return None
-        hidden, size = args[0], running.peers.size
-        cuts = running.region.cut is not None and forward.as_rehearsed and not forward.cut
+        hidden, size = args[0], state.peers.size
+        cuts = state.plan.cut_before is not None and forward.as_rehearsed and not forward.cut
         if cuts and size <= hidden.shape[1] == forward.stays_sharded:
-            forward.cut, span = hidden.shape[1], running.peers.span(hidden.shape[1])
+            forward.cut, span = hidden.shape[1], state.peers.span(hidden.shape[1])
             hidden = hidden[:, span.start : span.stop]
-        length = forward.sharded(running.region)
-        if length is not None and forward.held is None and isinstance(head, LMHead):
-            _, tiles = forward.counts or running.counts(hidden.shape[0], length)
+        length = forward.sharded(state.plan)
+        if length is not None and forward.lm_head_input is None and isinstance(lm_head, LMHead):
+            _, tiles = forward.tile_counts or state.tile_counts(hidden.shape[0], length)
             if tiles > 1:
-                forward.held = LMHeadInput(head, module, hidden, tiles, autocast_of_now(hidden.device))
+                forward.lm_head_input = LMHeadInput(lm_head, module, hidden, tiles, autocast_of_now(hidden.device))
                 hidden = hidden[:, :0]
         return (hidden,), kwargs
 

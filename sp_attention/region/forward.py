@@ -12,12 +12,13 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import TransformersKwargs
 
 from sp_attention.distributed.peers import Peers
+from sp_attention.errors import Refused
 from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHeadInput
 from sp_attention.region.context import StackPass
 from sp_attention.region.plan import FOR_THE_LOSS, RegionPlan
 from sp_attention.region.sequence_dims import Along
-from sp_attention.region.sharded_embedding import Looked
+from sp_attention.region.sharded_embedding import LookedUp
 
 # The arguments that are the tokens of the stack before the loss.
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
@@ -31,12 +32,13 @@ class Forward:
         cut for it. cut: then, S, once they are.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
-    caches: key/value caches are filled.
-    counts: in how many pieces parts of layers, and in how many tiles the head, are given tokens by all ranks of an
-        engine; None where there is none, and each group of ranks counts its own.
-    held: what the head was given, where the loss makes logits in tiles.
-    records: the user wants hidden states. parts: then, what layers get and give, by id, with where the sequence is.
-    calls: the latest passes through the stacks, by their names. inside: those that have not left their last layer.
+    fills_caches: key/value caches are filled. has_gradients: backward may follow.
+    tile_counts: how many tiles modules of layers, and the LM head, are given by all ranks of an engine; None where
+        there is none, and each group of ranks counts its own.
+    lm_head_input: what the LM head was given, where the loss makes logits in tiles.
+    records: the user wants hidden states. recordable: then, what layers get and give, and where the sequence is in it.
+    passes: how many there were through stacks. latest: the latest by the stack's name. inside: those that have not left
+        their last layer.
     embedded: my span of the embeddings, on the way to the first layer.
     """
 
@@ -46,30 +48,32 @@ class Forward:
     seed: int | None = None
     states: list[Tensor] | None = None
     passes: int = 0
-    calls: dict[str, StackPass] = field(default_factory=dict)
+    latest: dict[str, StackPass] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
-    embedded: Looked | None = None
-    caches: bool = False
-    counts: tuple[int, int] | None = None
+    embedded: LookedUp | None = None
+    fills_caches: bool = False
+    has_gradients: bool = False
+    tile_counts: tuple[int, int] | None = None
     cut: int | None = None
-    held: LMHeadInput | None = None
+    lm_head_input: LMHeadInput | None = None
     records: bool = False
-    parts: dict[int, tuple[Tensor, Along, StackPass]] = field(default_factory=dict)
+    # A tensor that is a key is alive, so that none other is taken for it.
+    recordable: dict[Tensor, tuple[Along, StackPass]] = field(default_factory=dict)
 
     @property
     def as_rehearsed(self) -> bool:
         """Whether nothing but the layers sees what is between them, as far as a rehearsal can tell."""
         return not (self.unseen or self.records)
 
-    def sharded(self, region: RegionPlan) -> int | None:
+    def sharded(self, plan: RegionPlan) -> int | None:
         """S if logits are made of my span of hidden states; None if of all of them."""
-        call = self.calls.get(region.before_loss or "")
-        return call.extent.length if call is not None and call.stays_sharded and call.is_shared else self.cut
+        latest = self.latest.get(plan.before_loss or "")
+        return latest.extent.length if latest is not None and latest.stays_sharded and latest.is_shared else self.cut
 
-    def note(self, tensor: Any, along: Along | None, call: StackPass) -> None:
+    def note(self, tensor: Any, along: Along | None, stack_pass: StackPass) -> None:
         """Remember what a layer is given or returns: transformers may record it inside, before it is whole."""
-        if along is not None and isinstance(tensor, Tensor) and call.is_part(tensor, along):
-            self.parts[id(tensor)] = (tensor, along, call)
+        if self.records and along is not None and isinstance(tensor, Tensor) and stack_pass.is_span(tensor, along):
+            self.recordable[tensor] = (along, stack_pass)
 
     def has_in_place(self, module: nn.Module, name: str) -> bool:
         """Whether a module stands where it had this name, and not within one that was put there, as an adapter is."""
@@ -81,26 +85,28 @@ class Forward:
 
     def recorded(self, value: Any) -> Any:
         """What transformers recorded inside of the layers, as the user may see it: whole."""
-        if id(value) in self.parts:
-            _, along, call = self.parts[id(value)]
-            return call.whole(value, along)
+        if not isinstance(value, Tensor):
+            return value
+        if value in self.recordable:
+            along, stack_pass = self.recordable[value]
+            return stack_pass.whole(value, along)
         # Router logits [B·s, experts], of which the layers' results say nothing.
         rows = Along(0, rows=True)
-        for call in self.calls.values():
-            if isinstance(value, Tensor) and value.dim() == 2 and call.is_shared and call.is_part(value, rows):
-                return call.whole(value, rows)
+        for stack_pass in self.latest.values():
+            if value.dim() == 2 and stack_pass.is_shared and stack_pass.is_span(value, rows):
+                return stack_pass.whole(value, rows)
         return value
 
 
-def refusal(region: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
+def refusal(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
     """Why this forward cannot be exact under sequence parallelism, None when it can."""
-    key = region.implementation
-    if key is not None and any(inner.config._attn_implementation != key for inner in region.models):
+    key = plan.implementation
+    if key is not None and any(inner.config._attn_implementation != key for inner in plan.models):
         return "the attention implementation was changed after enable(): call handle.disable() before you change it"
     is_cached = bool(given.get("use_cache")) or any(isinstance(one, Cache) for one in given.values())
-    if region.no_caches and (is_cached or "past_key_values" in given):
+    if isinstance(plan.caches, Refused) and (is_cached or "past_key_values" in given):
         return (
-            f"a key/value cache (generate(), use_cache=True, past_key_values): {region.no_caches}. Generate "
+            f"a key/value cache (generate(), use_cache=True, past_key_values): {plan.caches.reason}. Generate "
             "within handle.suspended(), by the whole model on every rank, or pass use_cache=False"
         )
     if "past_key_values" in given and not isinstance(given["past_key_values"], Cache):
@@ -115,13 +121,13 @@ def refusal(region: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]
     return None
 
 
-def stays_sharded(region: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], only_loss: bool) -> int | None:
+def stays_sharded(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], only_loss: bool) -> int | None:
     """S if our loss, and nothing but it, will see the logits."""
     kept = given.get("logits_to_keep")
     tokens = next((given[name] for name in TOKENS if name in given), None)
     labels = [given[name] for name in ("labels", "shift_labels") if name in given]
     stays = (
-        model is region.models[0]
+        model is plan.models[0]
         and (model.training or only_loss)
         and "labels" in given
         and tokens is not None
@@ -129,23 +135,24 @@ def stays_sharded(region: RegionPlan, model: PreTrainedModel, given: Mapping[str
         # Another argument is for code in place of the model's own forward, which may use hidden states itself.
         and given.keys() <= _own_arguments(model)
         and (kept is None or (isinstance(kept, int) and kept == 0))
-        and not isinstance(region.sharded_loss, str)
+        and not isinstance(plan.sharded_loss, Refused)
         # Such a mask does not remember for a recomputation that the logits stayed sharded.
         and not (isinstance(mask := given.get("attention_mask"), Tensor) and mask.dim() == 4)
         # The user may have set another since.
-        and model.loss_function is region.sharded_loss
+        and model.loss_function is plan.sharded_loss
     )
     return tokens.shape[1] if stays and tokens is not None else None
 
 
 def fills_caches(
-    region: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], is_given: bool, only_loss: bool
+    plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], is_given: bool, only_loss: bool
 ) -> bool:
     """Whether a cache is filled: one that is given, or that the model makes. In training, only if it is asked to.
 
     Most models make one whenever they are not told otherwise, and nobody looks at it where it is for a loss.
     """
-    return is_given or bool(given.get("use_cache", not (model.training or only_loss or region.no_caches)))
+    makes_one = not (model.training or only_loss or isinstance(plan.caches, Refused))
+    return is_given or bool(given.get("use_cache", makes_one))
 
 
 def is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default: bool = False) -> bool:
@@ -158,11 +165,13 @@ def _own_arguments(model: PreTrainedModel) -> set[str]:
     return {*inspect.signature(type(model).forward).parameters, *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
 
 
-def with_sharded_logits(output: Any, length: int, peers: Peers, held: LMHeadInput | None) -> Any:
+def with_sharded_logits(output: Any, length: int, peers: Peers, lm_head_input: LMHeadInput | None) -> Any:
     """A causal model's output, a dict or (loss, logits, ...), with logits that cannot be taken for the whole."""
-    part = output["logits"] if isinstance(output, dict) else output[1]
-    shape, compute = (part.shape, lambda: part) if held is None else (held.shape, held.logits)
-    logits = ShardedLogits(shape, length, peers, compute)
+    span = output["logits"] if isinstance(output, dict) else output[1]
+    if lm_head_input is None:
+        logits = ShardedLogits(span.shape, length, peers, lambda: span)
+    else:
+        logits = ShardedLogits(lm_head_input.shape, length, peers, lm_head_input.logits)
     if isinstance(output, dict):
         output["logits"] = logits
         return output

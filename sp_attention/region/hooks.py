@@ -1,22 +1,21 @@
-"""The hooks that make an enabled model's region: around its models, its layers and their parts, and its two ends."""
+"""The hooks that make an enabled model's region: around its models, their layers, modules of these, and both ends."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sp_attention.distributed import rng
 from sp_attention.distributed.consistency import SAMPLING, require_same_batch
-from sp_attention.errors import UnsupportedError
+from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints
-from sp_attention.region.embedding_and_head_hooks import embedding_hooks, head_hook
+from sp_attention.region.embedding_and_head_hooks import around_embedding, before_lm_head
 from sp_attention.region.forward import (
     TOKENS,
     Forward,
@@ -28,12 +27,12 @@ from sp_attention.region.forward import (
     without_cache,
 )
 from sp_attention.region.kv_cache import cached_length
-from sp_attention.region.layer_hooks import layer_hooks, part_hooks
+from sp_attention.region.layer_hooks import around_gathered, around_layer
 from sp_attention.region.masks import Described
-from sp_attention.region.plan import Stack, named_arguments, tensor_names
+from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
 from sp_attention.region.pytree import leaves, map_leaves, tensors
 from sp_attention.region.state import RegionState
-from sp_attention.region.tiled_mlp import tile_module
+from sp_attention.region.tiled_mlp import around_tiled
 
 
 @dataclass
@@ -44,30 +43,53 @@ class Hooks(RegionState):
     checkpoints: ActivationCheckpoints = field(init=False)
 
     def __post_init__(self) -> None:
-        self.checkpoints = ActivationCheckpoints(self.current)
+        self.checkpoints = ActivationCheckpoints(self.context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
         # A copied model keeps its hooks, and process groups cannot be copied.
         return self
 
     def install(self) -> None:
-        for model in self.region.models:
+        """Hook what is planned."""
+        plan, hook = self.plan, self.hook_around
+        for model in plan.models:
             # Not looked up by the model when it is called, since that may be a copy of it.
-            self._hook(model, partial(self._before_model, self.region.arguments[model]), self._after_model)
-        for stack in self.region.stacks:
+            self.handles += hook(model, partial(self._around_model, plan.arguments[model]))
+        for stack in plan.stacks:
             if stack.embedding is not None:
-                hooks = embedding_hooks(self, stack.embedding, stack.layers[0].module)
-                self._hook(stack.embedding.module, *hooks)
+                around = around_embedding(self, stack.embedding, stack.layers[0].module)
+                self.handles += hook(stack.embedding.module, around)
             for layer in stack.layers:
-                self._hook(layer.module, *layer_hooks(self, self.checkpoints, stack, layer))
-                for part in layer.parts:
-                    self._hook(part.module, *part_hooks(self, part))
-        head = self.region.cut or self.region.head
-        if not isinstance(head, str):
-            hook = torch.compiler.disable(head_hook(self, head.name))
-            self.handles.append(head.module.register_forward_pre_hook(hook, with_kwargs=True))
-        for module in self.region.pieces:
-            self.handles += tile_module(module, self.pieces_of, self.region.random)
+                self.handles += hook(layer.module, around_layer(self, self.checkpoints, stack, layer))
+                for gathered in layer.gathered_modules:
+                    self.handles += hook(gathered.module, around_gathered(self, gathered))
+        lm_head = plan.lm_head if plan.cut_before is None else plan.cut_before
+        if not isinstance(lm_head, Refused):
+            before = torch.compiler.disable(before_lm_head(self, lm_head.name))
+            self.handles.append(lm_head.module.register_forward_pre_hook(before, with_kwargs=True))
+        for module in plan.tiled_modules:
+            self.handles += hook(module, around_tiled(self.mlp_tiles_of, plan.random))
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    @contextmanager
+    def trying(self, plan: RegionPlan) -> Iterator[None]:
+        """Within it the model is hooked as this plan says, instead of as it was."""
+        before, was_hooked = self.plan, bool(self.handles)
+        self.remove()
+        self.plan = plan
+        self.install()
+        try:
+            yield
+        finally:
+            self.remove()
+            self.plan = before
+            if was_hooked:
+                self.install()
 
     @contextmanager
     def for_the_loss(self) -> Iterator[None]:
@@ -78,37 +100,46 @@ class Hooks(RegionState):
         finally:
             self.only_loss = before
 
-    def hook_instead(self, stacks: tuple[Stack, ...]) -> None:
-        """Hook these stacks in place of the region's."""
-        self.remove()
-        self.region = replace(self.region, stacks=stacks)
-        self.install()
+    @contextmanager
+    def as_in_a_forward(self) -> Iterator[None]:
+        """Within it layers may be called one by one, as if the outermost model had been called."""
+        self.forward = Forward(self.plan.models[0], None, unseen=True)
+        try:
+            with self.context.model((), weights=False):
+                yield
+        finally:
+            self.forward = None
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-    def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-        # A compiled model runs these as they are, and compiles what is between them.
-        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
-        self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
-        # leaves nothing in progress behind.
-        self.handles.append(module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True))
-
-    def _before_model(
+    def _around_model(
         self, seen: frozenset[str], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    ) -> Generator[Any, Any, Any]:
         given = named_arguments(model, args, kwargs)
-        tensors_given = frozenset(id(tensor) for _, tensor in tensors(given))
+        tensors_given = [tensor for _, tensor in tensors(given)]
         unseen = bool(tensor_names(given) - seen - set(TOKENS))  # Tokens and their embeddings are alike.
         if self.forward is not None and self.forward.model is not model:
-            self.current.given |= tensors_given
             # A model inside the one that was called.
             self.forward.unseen |= unseen
             self.forward.records |= is_on("output_hidden_states", model, given)
-            return
+            forward = self.forward
+            with self.context.inner_model(tensors_given):
+                output = yield None
+            return None if output is None else _with_whole_records(output, forward)
+        self.close_interrupted()
+        self._require_alike(model, given)
+        reason = refusal(self.plan, model, given)
+        if reason is not None:
+            raise UnsupportedError(reason)
+        self.checkpoints.unbind()
+        forward = self.forward = self._begun(model, given, unseen)
+        try:
+            with self.context.model(tensors_given, weights=is_on("output_attentions", model, given)):
+                output = yield None
+        finally:
+            self.forward = None
+        return None if output is None else self._for_the_user(forward, output)
+
+    def _require_alike(self, model: PreTrainedModel, given: dict[str, Any]) -> None:
+        """Raise BatchError, on every rank, unless all ranks were given the same, in the same mode."""
         caches = [value for value in given.values() if isinstance(value, Cache)]
         mode: dict[str, Any] = {
             "(training)": model.training,
@@ -121,54 +152,51 @@ class Hooks(RegionState):
             mode[SAMPLING] = rng.sampling_state(model.device)
         # Masks too, where generate() made them beforehand.
         described = [(".".join(map(str, path)), leaf) for path, leaf in leaves(given) if isinstance(leaf, Described)]
-        masks = {f"{name}, {part}": value for name, leaf in described for part, value in leaf.told.items()}
+        masks = {f"{name}, {field}": value for name, leaf in described for field, value in leaf.told.items()}
         require_same_batch({**given, **masks, **mode}, self.peers, model.device)
-        reason = refusal(self.region, model, given)
-        if reason is not None:
-            raise UnsupportedError(reason)
-        self.current.call, self.current.weights = None, is_on("output_attentions", model, given)
-        self.current.given, self.current.is_known, self.current.kept = tensors_given, True, {}
-        self.checkpoints.unbind()
-        self.forward = Forward(
+
+    def _begun(self, model: PreTrainedModel, given: dict[str, Any], unseen: bool) -> Forward:
+        """A forward that begins. Ranks agree on tiles, and on a seed where random numbers are drawn."""
+        has_cache = any(isinstance(value, Cache) for value in given.values())
+        forward = Forward(
             model,
-            stays_sharded(self.region, model, given, self.only_loss),
+            stays_sharded(self.plan, model, given, self.only_loss),
             unseen,
-            caches=fills_caches(self.region, model, given, bool(caches), self.only_loss),
+            fills_caches=fills_caches(self.plan, model, given, has_cache, self.only_loss),
+            has_gradients=torch.is_grad_enabled(),
             records=is_on("output_hidden_states", model, given),
         )
         if model.training or self.only_loss:
-            self.forward.counts = self.counts_of_engine(self.forward, given)
-        if model.training and self.region.random:
-            self.forward.seed = rng.shared_seed(model.device, self.peers)
+            forward.tile_counts = self.tile_counts_of_engine(forward, given)
+        if model.training and self.plan.random:
+            forward.seed = rng.shared_seed(model.device, self.peers)
         elif model.training:
-            self.forward.states = rng.states(model.device)
+            forward.states = rng.states(model.device)
+        return forward
 
-    def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        forward = self.forward
-        if forward is None:
-            return None
-        if forward.model is model:
-            self.forward, self.current.is_known = None, False
-        if output is None:
-            return None
-        if forward.model is model:
-            if forward.inside:
-                raise UnsupportedError(
-                    f"{', '.join(sorted(forward.inside))}: the last layer was not called, unlike in the rehearsal of "
-                    "enable(): a model that skips layers (layerdrop, early exit) is not covered"
-                )
-            before = forward.states
-            if before is not None and not rng.are_equal(rng.states(forward.model.device), before):
-                raise UnsupportedError(
-                    "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
-                    "before enable()"
-                )
-        if isinstance(output, dict):
-            for name in [name for name in output if "hidden_states" in name or "router" in name]:
-                output[name] = map_leaves(lambda _, leaf: forward.recorded(leaf), output[name])
-        if forward.model is not model:
-            return output
-        length = forward.sharded(self.region)
+    def _for_the_user(self, forward: Forward, output: Any) -> Any:
+        """The output of the model that was called. Raises UnsupportedError if it did not run as it was rehearsed."""
+        if forward.inside:
+            raise UnsupportedError(
+                f"{', '.join(sorted(forward.inside))}: the last layer was not called, unlike in the rehearsal of "
+                "enable(): a model that skips layers (layerdrop, early exit) is not covered"
+            )
+        before = forward.states
+        if before is not None and not rng.are_equal(rng.states(forward.model.device), before):
+            raise UnsupportedError(
+                "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
+                "before enable()"
+            )
+        output = _with_whole_records(output, forward)
+        length = forward.sharded(self.plan)
         if length is not None:
-            output = with_sharded_logits(output, length, self.peers, forward.held)
-        return output if forward.caches else without_cache(output)
+            output = with_sharded_logits(output, length, self.peers, forward.lm_head_input)
+        return output if forward.fills_caches else without_cache(output)
+
+
+def _with_whole_records(output: Any, forward: Forward) -> Any:
+    """A model's output with whole tensors in place of what transformers recorded inside of layers."""
+    if isinstance(output, dict):
+        for name in [name for name in output if "hidden_states" in name or "router" in name]:
+            output[name] = map_leaves(lambda _, leaf: forward.recorded(leaf), output[name])
+    return output

@@ -48,27 +48,27 @@ class LayersCache:
     """A user's cache as a layer of the model sees it.
 
     `update` keeps the keys and values of this rank's heads, over the whole sequence, and returns those of all that is
-    cached; `current` learns that they are of these heads. Keys that are not of the attention's heads, such as the
+    cached; `context` learns that they are of these heads. Keys that are not of the attention's heads, such as the
     latents of multi-head latent attention, are kept whole on every rank, and so is all that is no key and value. In
     what is given whole tensors it is the user's cache as it is. Anything else is answered by the user's cache.
 
     heads: how many heads attend to how many in this layer. cross_attention: it is for keys of another sequence.
     """
 
-    __slots__ = ("__weakref__", "_cache", "_current", "_heads", "_over_memory", "_peers")
+    __slots__ = ("__weakref__", "_cache", "_context", "_heads", "_over_memory", "_peers")
     _cache: Any  # a Cache, or one of encoders and decoders, whose own attributes are asked for
-    _current: Context
+    _context: Context
     _heads: HeadCounts
     _over_memory: bool
     _peers: Peers
 
     def __init__(
-        self, cache: Cache, heads: HeadCounts, current: Context, peers: Peers, cross_attention: bool | None = None
+        self, cache: Cache, heads: HeadCounts, context: Context, peers: Peers, cross_attention: bool | None = None
     ):
         own = {
             "_cache": cache,
             "_heads": heads,
-            "_current": current,
+            "_context": context,
             "_peers": peers,
             "_over_memory": {over for over, _ in heads} == {True} if cross_attention is None else cross_attention,
         }
@@ -96,7 +96,7 @@ class LayersCache:
 
     @property
     def layers(self) -> "_Layers":
-        return _Layers(self._cache.layers, self._current)
+        return _Layers(self._cache.layers, self._context)
 
     @property
     def self_attention_cache(self) -> "LayersCache":
@@ -107,22 +107,22 @@ class LayersCache:
         return self._of(self._cache.cross_attention_cache, cross_attention=True)
 
     def _of(self, cache: Cache, cross_attention: bool) -> "LayersCache":
-        return LayersCache(cache, self._heads, self._current, self._peers, cross_attention)
+        return LayersCache(cache, self._heads, self._context, self._peers, cross_attention)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """keys [B, Hkv, s | S, D], values [B, Hkv, s | S, Dv] → those of my heads, of all that is cached."""
-        cache, call, peers = self._cache, self._current.call, self._peers
+        cache, stack_pass, peers = self._cache, self._context.stack_pass, self._peers
         keep: Callable[..., tuple[Tensor, Tensor]] = type(cache).update  # Not `_refuse`, which stands in its place.
-        if call is None:
+        if stack_pass is None:
             return keep(cache, keys, values, layer_idx, *args, **kwargs)
-        exchanged = call.is_shared and not self._over_memory
+        exchanged = stack_pass.is_shared and not self._over_memory
         # Numbers are quantised together with those of other heads, so a quantised cache has all of them.
         quantised = isinstance(cache, QuantizedCache)
         queries = 0 if quantised else self._heads.get((self._over_memory, keys.shape[1]))
         if not queries:
-            if exchanged and call.is_part(keys, Along(2)):
-                keys, values = call.whole(keys, Along(2)), call.whole(values, Along(2))
+            if exchanged and stack_pass.is_span(keys, Along(2)):
+                keys, values = stack_pass.whole(keys, Along(2)), stack_pass.whole(values, Along(2))
             return keep(cache, keys, values, layer_idx, *args, **kwargs)
         plan = head_plan(queries, keys.shape[1], peers.size)
         held = _Held(plan.stored, peers.rank)
@@ -130,28 +130,28 @@ class LayersCache:
         _claim(cache, layer_idx, held)
         if exchanged:
             parts = one_dtype(keys.transpose(1, 2), values.transpose(1, 2))
-            arrived = to_heads(parts, plan, ("stored", "stored"), call.extent.length, peers)
+            arrived = to_heads(parts, plan, ("stored", "stored"), stack_pass.extent.length, peers)
             keys, values = arrived[0].transpose(1, 2), arrived[1].transpose(1, 2)
         else:
             keys, values = keys[:, mine.start : mine.stop], values[:, mine.start : mine.stop]
         keys, values = keep(cache, keys, values, layer_idx, *args, **kwargs)
         setattr(cache.layers[layer_idx], _MARK, held)
         cache.update = _refuse  # for whoever comes to it without us
-        self._current.keep(keys, held.all_heads)
+        self._context.keep(keys, held.all_heads)
         return keys, values
 
 
 class _Layers:
-    """The layers of a cache, of which those that are looked at tell `current` whether they hold this rank's heads."""
+    """The layers of a cache, of which those that are looked at tell `context` whether they hold this rank's heads."""
 
-    def __init__(self, layers: list[Any], current: Context) -> None:
-        self._layers, self._current = layers, current
+    def __init__(self, layers: list[Any], context: Context) -> None:
+        self._layers, self._context = layers, context
 
     def __getitem__(self, index: int) -> Any:
         layer = self._layers[index]
         held = _held_in(layer)
         if held is not None and layer.is_initialized:
-            self._current.keep(layer.keys, held.all_heads)
+            self._context.keep(layer.keys, held.all_heads)
         return layer
 
     def __len__(self) -> int:

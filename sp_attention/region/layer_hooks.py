@@ -1,11 +1,12 @@
 """The layers of a stack, on this rank's span of the sequence.
 
 Before a layer, whatever still has the length of the whole sequence is cut to my span; after the last, the hidden states
-are gathered, or stay sharded when the sharded loss follows. A part of a layer that mixes tokens on its own is given
+are gathered, or stay sharded when the sharded loss follows. A module of a layer that mixes tokens on its own is given
 whole tensors, and my span of what it returns goes on.
 """
 
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,181 +18,244 @@ from sp_attention.distributed import rng
 from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.request import Mask
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints, checkpoints_in
-from sp_attention.region.context import StackPass
-from sp_attention.region.crossing import entering, leaving, text_of, users_own
+from sp_attention.region.context import Scope, StackPass
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.masks import DOCUMENTS, Described
-from sp_attention.region.plan import Layer, Part, Stack
+from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
 from sp_attention.region.pytree import Path, leaf_at, leaves, map_leaves, tensors
-from sp_attention.region.sequence_dims import Extent
-from sp_attention.region.state import Hook, RegionState
+from sp_attention.region.sequence_dims import Along, Extent
+from sp_attention.region.state import Around, RegionState
 
 
-def layer_hooks(
-    running: RegionState, checkpoints: ActivationCheckpoints, stack: Stack, layer: Layer
-) -> tuple[Hook, Hook]:
+def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: Stack, layer: Layer) -> Around:
     """Let a layer work on my span of the sequence."""
     inside = checkpoints_in(layer.module)
-    entered: list[tuple[StackPass, StackPass | None, int, Callable[[], None]]] = []
+    is_last = layer is stack.layers[-1]
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = _call_of(running, stack, layer, (args, kwargs))
+    def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
+        stack_pass, scope = _pass_of(state, stack, layer, (args, kwargs))
 
-        def given_instead(path: Path, leaf: Any) -> Any:
+        def enters(path: Path, leaf: Any) -> Any:
             if isinstance(leaf, Cache):
-                return LayersCache(leaf, layer.heads, running.current, running.peers) if call.fills else None
-            return entering(path, leaf, layer, call)
+                if not stack_pass.fills_cache:
+                    return None
+                return LayersCache(leaf, layer.heads, state.context, state.peers)
+            return entering(path, leaf, layer, stack_pass)
 
-        given = map_leaves(given_instead, (args, kwargs))
-        mine = call.is_shared and not layer.gathered
-        entered.append((call, running.current.call, running.current.pieces, _drawing(running, call, layer.name, mine)))
-        running.current.pieces = call.pieces
-        running.current.call = call if mine or (call.fills and not layer.gathered) else None
-        if running.forward is not None and running.forward.records and call.is_shared:
-            running.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], call)
-        offloads_from = running.region.models[0].device.type if running.region.offloads else None
-        runs_again = checkpoints.bind(inside, offloads_from)
-        if running.region.offloads and not runs_again and module.training and torch.is_grad_enabled():
-            raise UnsupportedError(
-                f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
-                "call model.gradient_checkpointing_enable() before you train, or leave offload out"
-            )
-        return given
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        checkpoints.unbind()
-        if not entered:
-            return None  # An error before this layer began.
-        call, running.current.call, running.current.pieces, restore = entered.pop()
-        restore()
-        is_last = layer is stack.layers[-1]
-        if is_last and running.forward is not None:
-            running.forward.inside.discard(stack.name)
+        given = map_leaves(enters, (args, kwargs))
+        on_span = stack_pass.is_shared and not layer.gathered
+        # What is not cut has caches alone to look after.
+        current = stack_pass if on_span or (stack_pass.fills_cache and not layer.gathered) else None
+        with (
+            _drawing(state, stack_pass, layer.name, alone=on_span),
+            state.context.layer(current, stack_pass.mlp_tiles, scope),
+        ):
+            if state.forward is not None and stack_pass.is_shared:
+                state.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], stack_pass)
+            offloads_from = state.plan.models[0].device.type if state.plan.offloads else None
+            runs_again = checkpoints.bind(inside, offloads_from)
+            if offloads_from is not None and not runs_again and module.training and torch.is_grad_enabled():
+                raise UnsupportedError(
+                    f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
+                    "call model.gradient_checkpointing_enable() before you train, or leave offload out"
+                )
+            try:
+                output = yield given
+            finally:
+                checkpoints.unbind()
+        if is_last and state.forward is not None:
+            state.forward.inside.discard(stack.name)
         if output is None:
             return None
-        if not call.is_shared:
+        if not stack_pass.is_shared:
             return map_leaves(lambda _, leaf: users_own(leaf), output)
-        if running.forward is not None and running.forward.records:
+        if state.forward is not None:
             for path, tensor in tensors(output):
-                running.forward.note(tensor, layer.results.get(path), call)
-        ends = call.is_separate or (is_last and not call.stays_sharded)
-        return map_leaves(lambda path, leaf: leaving(path, leaf, layer, call, ends), output)
+                state.forward.note(tensor, layer.results.get(path), stack_pass)
+        ends = stack_pass.is_separate or (is_last and not stack_pass.stays_sharded)
+        return map_leaves(lambda path, leaf: leaving(path, leaf, layer, stack_pass, ends), output)
 
-    return before, after
+    return around
 
 
-def _call_of(running: RegionState, stack: Stack, layer: Layer, given: Any) -> StackPass:
-    """The call that a layer belongs to; it is new for the first, and for each where they are separate."""
+def around_gathered(state: RegionState, gathered: GatheredModule) -> Around:
+    """Give whole tensors to a module of a layer that mixes tokens, and let my span of what it returns go on."""
+
+    def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
+        stack_pass = state.context.stack_pass
+        if stack_pass is None and not state.context.scope.is_known:
+            raise UnsupportedError(_outside(gathered.name))
+        if stack_pass is None or not stack_pass.is_shared:
+            with state.context.gathered(stack_pass if gathered.attends else None):
+                yield None
+            return None
+        given = map_leaves(lambda path, leaf: _whole(path, leaf, gathered, stack_pass), (args, kwargs))
+        replicated = replace(stack_pass, is_replicated=True) if gathered.attends and stack_pass.fills_cache else None
+        with _drawing(state, stack_pass, gathered.name, alone=False), state.context.gathered(replicated):
+            output = yield given
+
+        def mine(path: Path, leaf: Any) -> Any:
+            along = gathered.results.get(path)
+            if along is None or not isinstance(leaf, Tensor) or not stack_pass.is_whole(leaf, along):
+                return leaf
+            return stack_pass.cut(leaf, along)
+
+        return None if output is None else map_leaves(mine, output)
+
+    return around
+
+
+def _pass_of(state: RegionState, stack: Stack, layer: Layer, given: Any) -> tuple[StackPass, Scope]:
+    """The pass that a call of a layer belongs to, new for the first layer, and its model's scope."""
     mask = next((leaf.mask for _, leaf in leaves(given) if isinstance(leaf, Described)), None)
-    if running.forward is None:
-        return _call_again(running, layer, stack, mask)
-    hidden, along = leaf_at(given, layer.hidden), layer.arguments[layer.hidden]
-    assert along is not None
+    forward = state.forward
+    if forward is None:
+        return _pass_again(state, layer, stack, mask)
     # Whatever the model does with hidden states that it collects, it does with whole ones.
-    is_separate = stack.separate or not running.forward.as_rehearsed
-    call = running.forward.calls.get(stack.name)
+    is_separate = stack.separate or not forward.as_rehearsed
     if layer is stack.layers[0] or is_separate:
-        extent = Extent(hidden.shape[along.dim - 1 if along.dim else 1], hidden.shape[along.dim])
-        running.forward.passes += 1
-        call = StackPass(
-            extent,
-            running.peers,
-            fills=running.forward.caches and any(isinstance(leaf, Cache) for _, leaf in leaves(given)),
-            is_separate=is_separate,
-            stays_sharded=not is_separate
-            and stack.name == running.region.before_loss
-            and running.forward.stays_sharded == extent.length,
-            pieces=(running.forward.counts or running.counts(extent.batch, extent.length))[0],
-            seed=rng.derived(running.forward.seed, running.forward.passes) if running.forward.seed else None,
-        )
-        if stack.embedding is not None and running.forward.embedded is not None:
-            call.embedded, running.forward.embedded = running.forward.embedded, None
-            if hidden.requires_grad and torch.is_grad_enabled():
-                call.embedded.part.requires_grad_()
-            if not call.embedded.is_whole(hidden) or call.embedded.part.requires_grad > torch.is_grad_enabled():
-                raise UnsupportedError(
-                    f"{layer.name} is not given what {stack.embedding.name} looked up, unlike in the rehearsal of "
-                    "enable(), or is checkpointed by other code than transformers': call enable() after whatever "
-                    "changed the model"
-                )
-        running.forward.calls[stack.name] = call
+        stack_pass = forward.latest[stack.name] = _new_pass(state, stack, layer, given, is_separate)
         if not is_separate:
-            running.forward.inside.add(stack.name)
-    if call is None or not (is_separate or stack.name in running.forward.inside):
+            forward.inside.add(stack.name)
+    elif stack.name in forward.inside:
+        stack_pass = forward.latest[stack.name]
+    else:
         raise UnsupportedError(
             f"{layer.name} is called before the first layer of its stack, unlike in the rehearsal of enable(): a "
             "model that skips layers is not covered"
         )
-    if mask is not None:
-        mask.once(("call", stack.name), lambda: call)
-    return call
+    if mask is not None and forward.has_gradients:
+        stack_pass.pending.add(layer.name)
+        state.passes.note(mask, stack.name, stack_pass, state.context.scope)
+    return stack_pass, state.context.scope
 
 
-def _call_again(running: RegionState, layer: Layer, stack: Stack, mask: Mask | None) -> StackPass:
-    """The call of a layer that a checkpoint around its hooks recomputes in backward: the mask remembers it."""
-    call = None if mask is None else mask.once(("call", stack.name), lambda: None)
-    if call is None or (call.is_separate and call.seed is not None):
+def _new_pass(state: RegionState, stack: Stack, layer: Layer, given: Any, is_separate: bool) -> StackPass:
+    """The pass that a layer begins."""
+    forward, hidden, along = state.forward, leaf_at(given, layer.hidden), layer.arguments[layer.hidden]
+    assert forward is not None
+    assert along is not None
+    extent = Extent(hidden.shape[along.dim - 1 if along.dim else 1], hidden.shape[along.dim])
+    is_before_loss = stack.name == state.plan.before_loss and forward.stays_sharded == extent.length
+    forward.passes += 1
+    stack_pass = StackPass(
+        extent,
+        state.peers,
+        fills_cache=forward.fills_caches and any(isinstance(leaf, Cache) for _, leaf in leaves(given)),
+        is_separate=is_separate,
+        stays_sharded=is_before_loss and not is_separate,
+        mlp_tiles=(forward.tile_counts or state.tile_counts(extent.batch, extent.length))[0],
+        seed=rng.derived(forward.seed, forward.passes) if forward.seed else None,
+    )
+    if stack.embedding is not None and forward.embedded is not None:
+        looked_up, forward.embedded = forward.embedded, None
+        if hidden.requires_grad and torch.is_grad_enabled():
+            looked_up.span.requires_grad_()
+        if not looked_up.is_whole(hidden) or looked_up.span.requires_grad > torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"{layer.name} is not given what {stack.embedding.name} looked up, unlike in the rehearsal of "
+                "enable(), or is checkpointed by other code than transformers': call enable() after whatever "
+                "changed the model"
+            )
+        stack_pass.embedded = looked_up
+    return stack_pass
+
+
+def _pass_again(state: RegionState, layer: Layer, stack: Stack, mask: Mask | None) -> tuple[StackPass, Scope]:
+    """The pass of a layer that a checkpoint around its hooks recomputes in backward: found by its mask."""
+    noted = [] if mask is None else state.passes.find(mask, stack.name)
+    if len(noted) > 1:
+        raise UnsupportedError(
+            f"{layer.name} is run again in backward, and its mask was given to several forwards that drew other random "
+            "numbers, or made other use of the logits: give each forward a mask of its own, or use "
+            "model.gradient_checkpointing_enable()"
+        )
+    if not noted or (noted[0][0].is_separate and noted[0][0].seed is not None):
         raise UnsupportedError(_outside(layer.name))
-    return call
+    stack_pass, scope = noted[0]
+    stack_pass.pending.discard(layer.name)
+    return stack_pass, scope
 
 
-def _drawing(running: RegionState, call: StackPass, name: str, mine: bool) -> Callable[[], None]:
-    """Let a layer or a part draw random numbers of its own, or those that all ranks draw; returns what ends it."""
-    if call.seed is None:
-        return lambda: None
-    seed = rng.derived(call.seed, name, *([running.peers.rank] if mine else []))
-    return rng.forked(seed, running.region.models[0].device)
+def _drawing(state: RegionState, stack_pass: StackPass, name: str, alone: bool) -> AbstractContextManager[None]:
+    """Within it a layer or a module draws random numbers of this rank alone, or those that all ranks draw."""
+    if stack_pass.seed is None:
+        return nullcontext()
+    seed = rng.derived(stack_pass.seed, name, *([state.peers.rank] if alone else []))
+    return rng.Forked(seed, state.plan.models[0].device)
 
 
-def part_hooks(running: RegionState, part: Part) -> tuple[Hook, Hook]:
-    """Give whole tensors to a part of a layer that mixes tokens, and let my span of what it returns go on."""
-    entered: list[tuple[StackPass | None, Callable[[], None]]] = []
+def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:
+    """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if stack_pass.embedded is not None and stack_pass.embedded.is_whole(leaf):
+        return stack_pass.embedded.span
+    if not stack_pass.is_shared or path[1] in NEVER_CUT or path in layer.masks:
+        return leaf
+    if path not in layer.arguments:
+        if layer.gathered or stack_pass.extent.length not in leaf.shape:
+            return leaf
+        if path[-1] == "position_ids" and leaf.shape[-1] == stack_pass.extent.length:
+            # Some models hand these on only if they are given them in a shape of their own, as by generate().
+            return stack_pass.cut(leaf, Along(leaf.dim() - 1), remember=True)
+        raise UnsupportedError(_unlike_rehearsed(path, leaf, layer.name, stack_pass))
+    along = layer.arguments[path]
+    if along is None or leaf.shape[along.dim] == 1:
+        return leaf
+    if path in layer.handed and not stack_pass.is_separate and stack_pass.is_span(leaf, along):
+        return stack_pass.whole(leaf, along) if layer.gathered else leaf
+    if stack_pass.is_whole(leaf, along):
+        return leaf if layer.gathered else stack_pass.cut(leaf, along, remember=path not in layer.handed)
+    if stack_pass.fills_cache:
+        # Of the tokens in the cache too: whoever attends to those is given what is about them.
+        return stack_pass.cut_after(leaf, along) if layer.takes_last and not layer.gathered else leaf
+    raise UnsupportedError(_unlike_rehearsed(path, leaf, layer.name, stack_pass))
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = running.current.call
-        if call is None and not running.current.is_known:
-            raise UnsupportedError(_outside(part.name))
-        if call is None or not call.is_shared:
-            entered.append((call, lambda: None))
-            running.current.call = call if part.attends else None
-            return None
 
-        def whole(path: Path, leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or path[1] in DOCUMENTS:
-                return leaf
-            if call.original(leaf) is not leaf:
-                return call.original(leaf)
-            if path not in part.arguments and not {call.mine.length, call.extent.length}.isdisjoint(leaf.shape):
-                raise UnsupportedError(
-                    f"{part.name}: the argument {text_of(path)} {list(leaf.shape)} is not what enable() saw in its "
-                    "rehearsal"
-                )
-            along = part.arguments.get(path)
-            return leaf if along is None or not call.is_part(leaf, along) else call.whole(leaf, along)
+def leaving(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass, ends: bool) -> Any:
+    """What goes on in place of a layer's result: my span to the next layer, all of it to what is outside."""
+    along = layer.results.get(path)
+    if along is None or not isinstance(leaf, Tensor):
+        return users_own(leaf)
+    stays = path in layer.hands and not ends
+    if layer.gathered:
+        return stack_pass.cut(leaf, along) if stays and stack_pass.is_whole(leaf, along) else leaf
+    return leaf if stays or not stack_pass.is_span(leaf, along) else stack_pass.whole(leaf, along)
 
-        given = map_leaves(whole, (args, kwargs))
-        entered.append((call, _drawing(running, call, part.name, mine=False)))
-        running.current.call = replace(call, is_replicated=True) if part.attends and call.fills else None
-        return given
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not entered:
-            return None
-        call, restore = entered.pop()
-        running.current.call = call
-        restore()
-        if output is None or call is None or not call.is_shared:
-            return None
+def users_own(leaf: Any) -> Any:
+    """The user's cache in place of what stood for it in a layer; anything else as it is."""
+    return leaf.cache if type(leaf) is LayersCache else leaf
 
-        def mine(path: Path, leaf: Any) -> Any:
-            along = part.results.get(path)
-            if along is None or not isinstance(leaf, Tensor) or not call.is_whole(leaf, along):
-                return leaf
-            return call.part(leaf, along)
 
-        return map_leaves(mine, output)
+def _whole(path: Path, leaf: Any, gathered: GatheredModule, stack_pass: StackPass) -> Any:
+    """What a module on whole tensors is given in place of an argument."""
+    if not isinstance(leaf, Tensor) or path[1] in DOCUMENTS:
+        return leaf
+    original = stack_pass.original(leaf)
+    if original is not leaf:
+        return original
+    if path in gathered.arguments:
+        along = gathered.arguments[path]
+        return leaf if along is None or not stack_pass.is_span(leaf, along) else stack_pass.whole(leaf, along)
+    if not {stack_pass.mine.length, stack_pass.extent.length}.isdisjoint(leaf.shape):
+        raise UnsupportedError(
+            f"{gathered.name}: the argument {_text_of(path)} {list(leaf.shape)} is not what enable() saw in its "
+            "rehearsal"
+        )
+    return leaf
 
-    return before, after
+
+def _text_of(path: Path) -> str:
+    return ".".join(map(str, path[1:]))
+
+
+def _unlike_rehearsed(path: Path, leaf: Tensor, name: str, stack_pass: StackPass) -> str:
+    return (
+        f"{name}: the argument {_text_of(path)} {list(leaf.shape)} is not what enable() saw in its rehearsal; it is "
+        f"not of {stack_pass.extent.length} tokens and cannot be cut"
+    )
 
 
 def _outside(name: str) -> str:

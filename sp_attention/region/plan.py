@@ -1,4 +1,4 @@
-"""What is hooked in a model, as data: stacks of layers, their parts, and the models around them."""
+"""What is hooked in a model, as data: stacks of layers, modules in them, and the models around them."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sp_attention.errors import Refused
 from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.kv_cache import HeadCounts
 from sp_attention.region.masks import DOCUMENTS
@@ -16,13 +17,14 @@ from sp_attention.region.sequence_dims import Dims
 
 # What transformers hands down through the layers although only the loss uses it.
 FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
+LOGITS_ARE_WHOLE = Refused("logits are whole")
 # Layers are given these as they are.
 NEVER_CUT = FOR_THE_LOSS | DOCUMENTS
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a layer that is given whole tensors, and whose results are cut to my span.
+class GatheredModule:
+    """A module of a layer that is given whole tensors, and whose results are cut to my span.
 
     attends: with a cache each rank does its heads of it.
     """
@@ -54,7 +56,7 @@ class Layer:
     arguments: Dims
     hands: frozenset[Path]
     results: Dims
-    parts: tuple[Part, ...]
+    gathered_modules: tuple[GatheredModule, ...]
     masks: frozenset[Path]
     heads: HeadCounts = field(default_factory=dict)
     gathered: bool = False
@@ -83,8 +85,8 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A module, the head, that is given my span of hidden states in place of all of them, so that logits are of it."""
+class NamedModule:
+    """A module, and its name in the outermost model."""
 
     name: str
     module: nn.Module
@@ -96,29 +98,29 @@ class RegionPlan:
 
     implementation: the key under which transformers knows our attention, None when the model attends on its own.
     sharded_loss: the loss function that takes logits of this rank's span, or why logits are always whole.
-    before_loss: the stack whose hidden states stay sharded for that loss. cut: where whole ones are cut for it instead.
-    head: what makes logits of them in tiles, or why all logits are made at once.
-    pieces: the parts of layers that are given some tokens at a time, at most `piece` of them.
+    before_loss: the stack whose hidden states stay sharded for that loss. cut_before: the LM head that is given my span
+    of hidden states, where these are whole before it.
+    lm_head: what makes logits of them in tiles, or why all logits are made at once.
+    tiled_modules: the modules of layers that are given tiles of tokens, of `mlp_tile` tokens at most.
     offloads: what checkpoints of layers keep for backward is in CPU memory until then.
     arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
     random: in training the model draws random numbers (dropout).
-    no_caches: why key/value caches are refused, None where they are not. caches: what they hold, as text for people.
+    caches: what key/value caches hold, as text for people, or why they are refused.
     """
 
     stacks: tuple[Stack, ...]
     models: tuple[PreTrainedModel, ...]
     arguments: Mapping[nn.Module, frozenset[str]]
     implementation: str | None
-    sharded_loss: Callable[..., Tensor] | str
+    sharded_loss: Callable[..., Tensor] | Refused
     before_loss: str | None = None
-    cut: Cut | None = None
-    head: LMHead | str = "logits are whole"
-    pieces: tuple[nn.Module, ...] = ()
-    piece: int = 1
+    cut_before: NamedModule | None = None
+    lm_head: LMHead | Refused = LOGITS_ARE_WHOLE
+    tiled_modules: tuple[nn.Module, ...] = ()
+    mlp_tile: int = 1
     offloads: bool = False
     random: bool = False
-    no_caches: str | None = None
-    caches: str = "are taken to work: nothing was rehearsed"
+    caches: str | Refused = "are taken to work: nothing was rehearsed"
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
-class Looked:
+class LookedUp:
     """My span of the embeddings, [B, s, E], and what stands for all of them, [B, S, E]."""
 
-    part: Tensor
+    span: Tensor
     whole: Tensor
 
     def is_whole(self, tensor: Tensor) -> bool:
@@ -24,9 +24,9 @@ class Looked:
         return tensor.untyped_storage().data_ptr() == self.whole.untyped_storage().data_ptr()
 
 
-def looked_up(part: Tensor, length: int) -> Looked:
+def looked_up(span: Tensor, length: int) -> LookedUp:
     """My span of the embeddings of `length` tokens."""
-    return Looked(part, part.new_full((), torch.nan).expand(part.shape[0], length, part.shape[2]))
+    return LookedUp(span, span.new_full((), torch.nan).expand(span.shape[0], length, span.shape[2]))
 
 
 def can_look_up(module: nn.Embedding, ids: Tensor) -> bool:

@@ -1,58 +1,109 @@
-"""The sequence-parallel region of an enabled model at work: what hooks of all its parts share."""
+"""The sequence-parallel region of an enabled model at work: what hooks of all its modules share."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.sharded_params import most_of_engine
 from sp_attention.loss.tiled_loss import LMHead
-from sp_attention.region.context import Context
+from sp_attention.region.context import Context, PassesOfMasks
 from sp_attention.region.forward import TOKENS, Forward
 from sp_attention.region.plan import RegionPlan
 
-# Of a module: before its forward, with its arguments, or after it.
-Hook = Callable[..., Any]
+# Around a call of a module: given it and its arguments, yields those that it is called with instead, or None; is sent
+# what the module returned, None after an error; and returns what is returned instead, or None.
+Around = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Generator[Any, Any, Any]]
 
 
 @dataclass
 class RegionState:
     """The region of one enabled model, and its forward in progress, if any.
 
-    current: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
+    context: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
+    passes: those that backward may run again.
     """
 
-    region: RegionPlan
+    plan: RegionPlan
     peers: Peers
-    current: Context
+    context: Context
     forward: Forward | None = None
     only_loss: bool = False
+    passes: PassesOfMasks = field(default_factory=PassesOfMasks)
+    _in_progress: list[tuple[Around, Generator[Any, Any, Any]]] = field(default_factory=list)
 
-    def counts(self, rows: int, length: int) -> tuple[int, int]:
-        """In how many pieces parts of layers, and in how many tiles the head, are given this batch in training.
+    def tile_counts(self, rows: int, length: int) -> tuple[int, int]:
+        """How many tiles of this batch modules of layers, and the LM head, are given in training.
 
         As many on every rank: those of the longest span.
         """
+        plan = self.plan
         longest = length if length < self.peers.size else -(-length // self.peers.size)
-        pieces = -(-longest // max(1, self.region.piece // max(1, rows))) if self.region.pieces else 1
-        return pieces, self.region.head.tiles(rows * longest) if isinstance(self.region.head, LMHead) else 1
+        of_mlp = -(-longest // max(1, plan.mlp_tile // max(1, rows))) if plan.tiled_modules else 1
+        return of_mlp, plan.lm_head.tiles(rows * longest) if isinstance(plan.lm_head, LMHead) else 1
 
-    def counts_of_engine(self, forward: Forward, given: dict[str, Any]) -> tuple[int, int] | None:
+    def tile_counts_of_engine(self, forward: Forward, given: Mapping[str, Any]) -> tuple[int, int] | None:
         """Those of the longest of the sequences that all ranks of an engine have, None where there is no engine.
 
         If the logits of one are whole, those of none are in tiles.
         """
-        if not self.region.pieces and isinstance(self.region.head, str):
+        if not self.plan.tiled_modules and not isinstance(self.plan.lm_head, LMHead):
             return None
         shapes = [given[name].shape[:2] for name in TOKENS if isinstance(given.get(name), Tensor)]
-        pieces, tiles = zip((1, 1), *(self.counts(*shape) for shape in shapes if len(shape) == 2), strict=True)
+        counts = [(1, 1), *(self.tile_counts(*shape) for shape in shapes if len(shape) == 2)]
+        of_mlp, of_head = zip(*counts, strict=True)
         is_sharded = (forward.stays_sharded or 0) >= self.peers.size and forward.as_rehearsed
-        counts = [max(pieces), max(tiles), not is_sharded]
-        most = most_of_engine(counts, forward.model.parameters(), forward.model.device)
+        most = most_of_engine(
+            [max(of_mlp), max(of_head), not is_sharded], forward.model.parameters(), forward.model.device
+        )
         return None if most is None else (most[0], 1 if most[2] else most[1])
 
-    def pieces_of(self, module: nn.Module) -> int:
-        """In how many pieces a part of a layer in this mode is given its tokens now."""
-        return self.current.pieces if module.training or self.only_loss else 1
+    def mlp_tiles_of(self, module: nn.Module) -> int:
+        """In how many tiles a module of a layer in this mode is given its tokens now."""
+        return self.context.scope.mlp_tiles if module.training or self.only_loss else 1
+
+    def hook_around(self, module: nn.Module, around: Around) -> list[RemovableHandle]:
+        """Run `around` around every call of a module: what is before its `yield` before it, and the rest after it."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            running = around(module, args, kwargs)
+            given = next(running)
+            self._in_progress.append((around, running))
+            return given
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if all(one is not around for one, _ in self._in_progress):
+                return None  # An error before this call began.
+            self._close_until(around)
+            return _sent(self._in_progress.pop()[1], output)
+
+        # A compiled model runs these as they are, and compiles what is between them.
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
+            # leaves nothing in progress behind.
+            module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
+        ]
+
+    def close_interrupted(self) -> None:
+        """End what an interrupt, of which hooks are not told, has left in progress."""
+        self._close_until(None)
+        self.forward = None
+
+    def _close_until(self, around: Around | None) -> None:
+        while self._in_progress and self._in_progress[-1][0] is not around:
+            self._in_progress.pop()[1].close()
+
+
+def _sent(running: Generator[Any, Any, Any], output: Any) -> Any:
+    """What a generator returns when it is sent an output."""
+    try:
+        running.send(output)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError(f"{running} yields more than once")

@@ -5,109 +5,21 @@ attends through transformers' attention interface can be head-parallel; a part i
 tokens alone what it gives for them within the sequence; anything else is a mixer, and is given whole tensors.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sp_attention.errors import UnsupportedError
-from sp_attention.region.plan import Embedding, Layer, Part, Stack, named_arguments, tensor_names
-from sp_attention.region.pytree import Path, map_leaves
+from sp_attention.region.plan import Embedding, GatheredModule, Layer, named_arguments, tensor_names
+from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
-from sp_attention.region.tiled_mlp import fits, keeps_more
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
+from sp_attention.rehearsal.findings import EVERYTHING, MIXERS, Findings, LayerFindings
 from sp_attention.rehearsal.layer_stacks import StackDraft, dims_of, drafts_of, embedding_of
 from sp_attention.rehearsal.trace import AttentionCall, ModuleCall, Trace, Traces, record, same
-
-# How much of a layer runs on whole tensors: only its mixers; what attends too; all of it.
-MIXERS, ATTENTION, EVERYTHING = range(3)
-
-
-@dataclass(frozen=True)
-class LayerFindings:
-    """A layer as it was found: what is known of it whatever of it is gathered, and what each of its parts is.
-
-    kinds: by the name of a part, what it is. mixers: the parts that are always given whole tensors; attending: the
-    children that attend, as parts to gather where sharing out their heads is not exact. piecewise: position-wise
-    parts outside of those that keep more for backward than what they are given, such as MLPs and norms.
-    """
-
-    layer: Layer
-    kinds: Mapping[str, str]
-    mixers: tuple[Part, ...]
-    attending: tuple[Part, ...]
-    piecewise: Mapping[str, nn.Module]
-    gathers: int = MIXERS
-
-    def planned(self) -> Layer:
-        if self.gathers == EVERYTHING:
-            return replace(self.layer, gathered=True, parts=())
-        return replace(self.layer, parts=self.mixers + (self.attending if self.gathers == ATTENTION else ()))
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What was found in a model.
-
-    stacks: by name, the layers in the order of their calls. idle: the lists of position-wise modules, which can be
-    shared out where nothing else can. separate: the stacks between whose layers the model works.
-    extents: the narrow extent of each stack. left_alone: the lists of modules that are no stack, and why.
-    models: those around the stacks, outermost first; arguments: the tensor arguments that each was given.
-    embeddings: those of stacks, of which each rank can look up its own tokens only.
-    """
-
-    stacks: Mapping[str, tuple[LayerFindings, ...]]
-    idle: Mapping[str, tuple[LayerFindings, ...]]
-    separate: frozenset[str]
-    extents: Mapping[str, Extent]
-    left_alone: Mapping[str, str]
-    models: tuple[PreTrainedModel, ...]
-    arguments: Mapping[nn.Module, frozenset[str]]
-    cross_attention: frozenset[nn.Module]
-    embeddings: Mapping[str, Embedding]
-
-    @property
-    def shares_nothing(self) -> bool:
-        """Every layer does all of its work on whole tensors and hands on whole ones."""
-        return all(
-            (name in self.separate or len(layers) == 1) and all(found.gathers == EVERYTHING for found in layers)
-            for name, layers in self.stacks.items()
-        )
-
-    def planned(self) -> tuple[Stack, ...]:
-        return tuple(
-            Stack(name, tuple(found.planned() for found in layers), name in self.separate, self.embeddings.get(name))
-            for name, layers in self.stacks.items()
-        )
-
-
-def report(findings: Findings) -> list[str]:
-    """What each part of each kind of layer does, as lines of text."""
-    lines = [f"  {embedding.name}: looks up this rank's tokens" for embedding in findings.embeddings.values()]
-    for name, layers in findings.stacks.items():
-        where = "; each layer cuts and gathers on its own" if name in findings.separate else ""
-        alike: dict[str, list[str]] = {}
-        for found in layers:
-            alike.setdefault("\n".join(_described(found)), []).append(found.layer.name.rsplit(".", 1)[-1])
-        for text, which in alike.items():
-            lines += [f"  {name}, layers {', '.join(which)}{where}:", text]
-    alone = sorted(findings.left_alone.items())
-    return lines + [f"  {name}: left alone: {why}" for name, why in alone if name not in findings.stacks]
-
-
-def _described(found: LayerFindings) -> list[str]:
-    if found.gathers == EVERYTHING:
-        return ["    all of it: gathered: only as a whole does it give the same numbers"]
-    gathered = {part.name for part in found.attending} if found.gathers == ATTENTION else set()
-    kinds = {
-        name: kind
-        for name, kind in found.kinds.items()
-        if not any(name == part or name.startswith(f"{part}.") for part in gathered)
-    }
-    kinds |= dict.fromkeys(gathered, "gathered: attends, and only as a whole gives the same numbers")
-    return [f"    {name.removeprefix(found.layer.name + '.')}: {kind}" for name, kind in sorted(kinds.items())]
 
 
 def explore(
@@ -123,60 +35,99 @@ def explore(
     Unless it `proves`, what does not attend is taken to be position-wise. Raises UnsupportedError when there is nothing
     that works on a sequence, and when the model should attend through us and does not.
     """
-    runs: Traces = []
-    position_wise: dict[nn.Module, bool] = {}
-    for narrow, wide in reversed(pairs):
-        other = record(model, wide, attention_calls)
-        if attends and not other.attention_calls:
-            raise UnsupportedError(f"{type(model).__name__} does not attend through transformers' attention interface")
-        # Proven on the first kind, which has padding, while it is recorded: the other kinds have told the stacks.
-        prove = _Proof(drafts_of(model, runs)[0], other, position_wise) if proves and runs else None
-        runs.insert(0, (record(model, narrow, attention_calls, prove), other))
+    traces, proof = _traced(model, pairs, attention_calls, proves=proves, attends=attends)
     names = {module: name for name, module in model.named_modules()}
-    drafts, left_alone = drafts_of(model, runs)
+    drafts, left_alone = drafts_of(model, traces)
+    position_wise = set(model.modules())
     if proves:
-        rest = _Proof(drafts, runs[0][1], position_wise)
-        if not rest.suspects.keys() <= position_wise.keys():
-            record(model, pairs[0][0], attention_calls, rest)
+        position_wise = _proven(model, pairs[0][0], attention_calls, _Proof(drafts, traces[0][1], proof))
     stacks: dict[str, tuple[LayerFindings, ...]] = {}
     idle: dict[str, tuple[LayerFindings, ...]] = {}
     for draft in drafts:
-        if proves and not draft.attends and all(position_wise.get(layer.module, True) for layer in draft.layers):
+        found = tuple(_found(layer, draft, names, traces, position_wise) for layer in draft.layers)
+        if proves and not draft.attends and all(layer.module in position_wise for layer in draft.layers):
             left_alone[draft.name] = "position-wise"
             if any(parameter.dim() > 1 for layer in draft.layers for parameter in layer.module.parameters()):
-                idle[draft.name] = tuple(_found(layer, draft, names, runs, position_wise) for layer in draft.layers)
-            continue
-        stacks[draft.name] = tuple(_found(layer, draft, names, runs, position_wise) for layer in draft.layers)
+                idle[draft.name] = found
+        else:
+            stacks[draft.name] = found
     if not stacks:
         lists = "; ".join(f"{name}: {why}" for name, why in left_alone.items())
         raise UnsupportedError(
             f"{type(model).__name__} has no stack of layers that hand on a sequence, so there is nothing to share out "
             f"({lists or 'it has no list of modules'})"
         )
-    hooked = {found.layer.module for layers in stacks.values() for found in layers}
-    models = [
-        module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel) and not hooked.isdisjoint(module.modules())
-    ]
+    models = _models_around(model, stacks)
+    inside = tuple(f"{stack}." for stack in stacks)
     findings = Findings(
         stacks,
         idle,
-        frozenset(draft.name for draft in drafts if draft.separate),
-        {draft.name: draft.extents[0] for draft in drafts},
-        {name: why for name, why in left_alone.items() if not name.startswith(tuple(f"{stack}." for stack in stacks))},
-        tuple(models),
-        {one: frozenset().union(*(_given(one, run) for pair in runs for run in pair)) for one in models},
-        frozenset(module for draft in drafts for module, mode in draft.modes.items() if mode == "cross-attention"),
-        _embeddings([draft for draft in drafts if draft.name in stacks], runs, names) if proves else {},
+        separate=frozenset(draft.name for draft in drafts if draft.separate),
+        extents={draft.name: draft.extents[0] for draft in drafts},
+        left_alone={name: why for name, why in left_alone.items() if not name.startswith(inside)},
+        models=models,
+        arguments={one: _given(one, traces) for one in models},
+        cross_attention=frozenset(
+            module for draft in drafts for module, mode in draft.modes.items() if mode == "cross-attention"
+        ),
+        embeddings=_embeddings([draft for draft in drafts if draft.name in stacks], traces, names) if proves else {},
     )
-    return findings, runs
+    return findings, traces
 
 
-def _embeddings(drafts: list[StackDraft], runs: Traces, names: Mapping[nn.Module, str]) -> dict[str, Embedding]:
-    every = [run for pair in runs for run in pair]
+def _traced(
+    model: PreTrainedModel,
+    pairs: list[tuple[DummyBatch, DummyBatch]],
+    attention_calls: list[AttentionCall],
+    *,
+    proves: bool,
+    attends: bool,
+) -> tuple[Traces, dict[nn.Module, bool]]:
+    """A narrow and a wide trace of each pair, and whether parts are position-wise, as far as that was proven."""
+    traces: Traces = []
+    results: dict[nn.Module, bool] = {}
+    for narrow, wide in reversed(pairs):
+        other = record(model, wide, attention_calls)
+        if attends and not other.attention_calls:
+            raise UnsupportedError(f"{type(model).__name__} does not attend through transformers' attention interface")
+        # Proven on the first kind, which has padding, while it is recorded: the other kinds have told the stacks.
+        prove = _Proof(drafts_of(model, traces)[0], other, results) if proves and traces else None
+        traces.insert(0, (record(model, narrow, attention_calls, prove), other))
+    return traces, results
+
+
+def _proven(
+    model: PreTrainedModel, narrow: DummyBatch, attention_calls: list[AttentionCall], proof: "_Proof"
+) -> set[nn.Module]:
+    """The parts that are position-wise; what is still to be proven is, in one more forward. All else is not."""
+    if not proof.suspects.keys() <= proof.results.keys():
+        record(model, narrow, attention_calls, proof)
+    return {module for module, is_position_wise in proof.results.items() if is_position_wise}
+
+
+def _models_around(
+    model: PreTrainedModel, stacks: Mapping[str, tuple[LayerFindings, ...]]
+) -> tuple[PreTrainedModel, ...]:
+    """Those in which there are layers of stacks, outermost first."""
+    hooked = {found.layer.module for layers in stacks.values() for found in layers}
+    return tuple(
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and not hooked.isdisjoint(module.modules())
+    )
+
+
+def _embeddings(drafts: list[StackDraft], traces: Traces, names: Mapping[nn.Module, str]) -> dict[str, Embedding]:
+    every = [trace for pair in traces for trace in pair]
     found = {draft.name: embedding_of(draft.layers[0], every, names) for draft in drafts if not draft.separate}
     return {name: embedding for name, embedding in found.items() if embedding is not None}
+
+
+# What a module does that attends, by how it does.
+_MODES = {
+    "shared": "head-parallel",
+    "cross-attention": "attends from this rank's tokens to all of another sequence",
+}
 
 
 class _Proof:
@@ -198,7 +149,7 @@ class _Proof:
         self.done = dict.fromkeys(self.suspects, 0)
 
     def __call__(self, module: nn.Module, called: ModuleCall) -> None:
-        if module not in self.suspects or not self.results.get(module, True):
+        if module not in self.suspects or (module in self.results and not self.results[module]):
             return
         others, index = self.wide.calls[module], self.done[module]
         self.done[module] += 1
@@ -237,57 +188,73 @@ def _found(
     layer: Layer,
     draft: StackDraft,
     names: Mapping[nn.Module, str],
-    runs: Traces,
-    position_wise: Mapping[nn.Module, bool],
+    traces: Traces,
+    position_wise: Container[nn.Module],
 ) -> LayerFindings:
     """What the parts of a layer are, and which are gathered."""
-    kinds: dict[str, str] = {}
-    mixers: list[Part] = []
-    attending: list[Part] = []
-    piecewise: dict[str, nn.Module] = {}
-    everything = False
-    for module in layer.module.modules():
-        mode = draft.modes.get(module)
-        if mode is not None:
-            kinds[names[module]] = {
-                "shared": "head-parallel",
-                "cross-attention": "attends from this rank's tokens to all of another sequence",
-            }.get(mode, "gathered: attends to something else than the sequence")
+    kinds = {
+        names[module]: _MODES.get(draft.modes[module], "gathered: attends to something else than the sequence")
+        for module in layer.module.modules()
+        if module in draft.modes
+    }
+    mixers: list[GatheredModule] = []
+    attending: list[GatheredModule] = []
+    tileable: dict[str, nn.Module] = {}
     others = {module for module, mode in draft.modes.items() if mode == "other"}
+    everything = layer.module in others
     for child in _children(layer.module):
-        attends = set(draft.modes).intersection(child.modules())
+        attends = not draft.modes.keys().isdisjoint(child.modules())
         if attends:
-            part = _part(child, names, runs, draft)
-            if part is None or others.intersection(child.modules()):
-                everything |= part is None
-                mixers += [part] if part is not None else []
+            gathered = _gathered(child, names, traces, draft)
+            if gathered is None or others.intersection(child.modules()):
+                everything |= gathered is None
+                mixers += [gathered] if gathered is not None else []
                 continue
-            attending.append(replace(part, attends=True))
+            attending.append(replace(gathered, attends=True))
         for module in _parts_of(child, set(draft.modes)):
-            if not runs[0][0].calls[module]:
+            calls = traces[0][0].calls[module]
+            if not calls:
                 # If it is called after all, it is refused for what it is given.
-                mixers.append(Part(names[module], module, {}, {}))
-                continue
-            if position_wise.get(module, True):
+                mixers.append(GatheredModule(names[module], module, {}, {}))
+            elif module in position_wise:
                 kinds[names[module]] = "position-wise"
-                calls = runs[0][0].calls[module]
                 if not attends and keeps_more(module) and all(fits(call.inputs, call.output) for call in calls):
-                    piecewise[names[module]] = module
-                continue
-            kinds[names[module]] = "gathered: mixes tokens"
-            part = _part(module, names, runs, draft)
-            everything |= part is None
-            mixers += [part] if part is not None else []
-    everything |= layer.module in others
+                    tileable[names[module]] = module
+            else:
+                kinds[names[module]] = "gathered: mixes tokens"
+                gathered = _gathered(module, names, traces, draft)
+                everything |= gathered is None
+                mixers += [gathered] if gathered is not None else []
     layer = replace(layer, heads=draft.heads_in(layer.module))
-    return LayerFindings(layer, kinds, tuple(mixers), tuple(attending), piecewise, EVERYTHING if everything else MIXERS)
+    return LayerFindings(layer, kinds, tuple(mixers), tuple(attending), tileable, EVERYTHING if everything else MIXERS)
 
 
-def _part(module: nn.Module, names: Mapping[nn.Module, str], runs: Traces, draft: StackDraft) -> Part | None:
-    """A part to gather; None when its calls disagree on where the sequence is."""
-    arguments = dims_of(module, runs, draft.extents, lambda call: call.inputs)
-    results = dims_of(module, runs, draft.extents, lambda call: call.output)
-    return None if arguments is None or results is None else Part(names[module], module, arguments, results)
+def _gathered(
+    module: nn.Module, names: Mapping[nn.Module, str], traces: Traces, draft: StackDraft
+) -> GatheredModule | None:
+    """A module on whole tensors; None when its calls disagree on where the sequence is."""
+    arguments = dims_of(module, traces, draft.extents, lambda call: call.inputs)
+    results = dims_of(module, traces, draft.extents, lambda call: call.output)
+    return None if arguments is None or results is None else GatheredModule(names[module], module, arguments, results)
+
+
+def fits(inputs: Any, output: Any) -> bool:
+    """Whether a module was given a tensor [..., tokens, E] and nothing else, and returned [..., tokens, E']."""
+    given = dict(tensors(inputs))
+    if given.keys() != {(0, 0)} or not isinstance(output, Tensor):
+        return False
+    return given[0, 0].dim() in (2, 3) and output.shape[:-1] == given[0, 0].shape[:-1]
+
+
+def keeps_more(module: nn.Module) -> bool:
+    """Whether a module keeps more for backward than what it is given: a norm, or what has several matrices."""
+    return matrices_in(module) != 1 and any(True for _ in module.parameters())
+
+
+def matrices_in(module: nn.Module) -> int:
+    """How many matrices a module and its parts have."""
+    # ZeRO-3 keeps the shapes of what it has cut up.
+    return sum(len(getattr(one, "ds_shape", one.shape)) > 1 for one in module.parameters())
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:
@@ -312,6 +279,7 @@ def _parts_of(child: nn.Module, attending: set[nn.Module]) -> Iterator[nn.Module
         yield child
 
 
-def _given(model: nn.Module, run: Trace) -> frozenset[str]:
+def _given(model: nn.Module, traces: Traces) -> frozenset[str]:
     """The names of the tensors that a model was given."""
-    return frozenset().union(*(tensor_names(named_arguments(model, *call.inputs)) for call in run.calls[model]))
+    calls = [call for pair in traces for trace in pair for call in trace.calls[model]]
+    return frozenset().union(*(tensor_names(named_arguments(model, *call.inputs)) for call in calls))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sp_attention.errors import Refused
 from sp_attention.region.kv_cache import HeadCounts
 from sp_attention.region.masks import Described
 from sp_attention.region.plan import Embedding, Layer
@@ -14,16 +15,16 @@ from sp_attention.region.sequence_dims import Dims, Extent, dims, merged
 from sp_attention.rehearsal.trace import ModuleCall, Trace, Traces
 
 
-def drafts_of(model: nn.Module, runs: Traces) -> tuple[list["StackDraft"], dict[str, str]]:
+def drafts_of(model: nn.Module, traces: Traces) -> tuple[list["StackDraft"], dict[str, str]]:
     """The stacks of a model, outermost first, and why the other lists of modules are none."""
     names = {module: name for name, module in model.named_modules()}
     found: list[StackDraft] = []
     left_alone: dict[str, str] = {}
     for name, modules in model.named_modules():
         if isinstance(modules, nn.ModuleList) and not any(name.startswith(f"{draft.name}.") for draft in found):
-            draft = _draft(name, modules, names, runs)
-            if isinstance(draft, str):
-                left_alone[name] = draft
+            draft = _draft(name, modules, names, traces)
+            if isinstance(draft, Refused):
+                left_alone[name] = draft.reason
             else:
                 found.append(draft)
     return found, left_alone
@@ -33,7 +34,7 @@ def drafts_of(model: nn.Module, runs: Traces) -> tuple[list["StackDraft"], dict[
 class StackDraft:
     """A stack before anything is proven.
 
-    extents: those of the narrow and the wide runs. modes: for what attends in it through our function, whether keys
+    extents: those of the narrow and the wide traces. modes: for what attends in it through our function, whether keys
     and queries are both the sequence ("shared"), the keys another ("cross-attention"), or neither ("other"). heads: of
     these, how many attend to how many.
     """
@@ -59,42 +60,42 @@ class StackDraft:
         return bool(self.modes)
 
 
-def _draft(name: str, modules: nn.ModuleList, names: Mapping[nn.Module, str], runs: Traces) -> StackDraft | str:
+def _draft(name: str, modules: nn.ModuleList, names: Mapping[nn.Module, str], traces: Traces) -> StackDraft | Refused:
     """The list of modules as a stack of layers, or why it is none."""
-    narrow, wide = runs[0]
+    narrow, wide = traces[0]
     called = [module for module in dict.fromkeys(modules) if narrow.calls.get(module)]
     if not called:
-        return "not called in the rehearsal"
+        return Refused("not called in the rehearsal")
     first = min(called, key=lambda module: narrow.calls[module][0].order)
     start = _hidden(first, narrow, wide)
     if start is None:
-        return "no sequence goes through it"
+        return Refused("no sequence goes through it")
     extents = start[1]
     layers: list[Layer] = []
     for module in sorted(called, key=lambda module: narrow.calls[module][0].order):
-        arguments = dims_of(module, runs, extents, lambda call: call.inputs)
-        results = dims_of(module, runs, extents, lambda call: call.output)
+        arguments = dims_of(module, traces, extents, lambda call: call.inputs)
+        results = dims_of(module, traces, extents, lambda call: call.output)
         begin = _hidden(module, narrow, wide)
         if begin is None or arguments is None or results is None or arguments.get(begin[0]) is None:
-            return f"{names[module]} is called in ways that do not agree on where the sequence is"
+            return Refused(f"{names[module]} is called in ways that do not agree on where the sequence is")
         if begin[1] != extents or not any(results.values()):
-            return "its modules do not hand on one sequence"
+            return Refused("its modules do not hand on one sequence")
         masks = frozenset(
             path
-            for pair in runs
-            for run in pair
-            for call in run.calls[module]
+            for pair in traces
+            for trace in pair
+            for call in trace.calls[module]
             for path, leaf in leaves(call.inputs)
             if isinstance(leaf, Described)
         )
         layers.append(Layer(names[module], module, begin[0], frozenset(), arguments, frozenset(), results, (), masks))
     modes = _modes(layers, narrow, wide, extents)
     heads = {one.module: one.heads for one in narrow.attention_calls if one.module in modes}
-    return _handing_over(StackDraft(name, tuple(layers), extents, modes, heads, False), runs)
+    return _handing_over(StackDraft(name, tuple(layers), extents, modes, heads, False), traces)
 
 
 def _hidden(module: nn.Module, narrow: Trace, wide: Trace) -> tuple[Path, tuple[Extent, Extent]] | None:
-    """The path of a layer's hidden states [.., B, S, E], and B and S in both runs: its first such float argument."""
+    """The path of a layer's hidden states [.., B, S, E], and B and S in both traces: its first such float argument."""
     if not narrow.calls[module] or not wide.calls[module]:
         return None
     here, there = narrow.dummy, wide.dummy
@@ -118,13 +119,13 @@ def _hidden(module: nn.Module, narrow: Trace, wide: Trace) -> tuple[Path, tuple[
 
 
 def dims_of(
-    module: nn.Module, runs: Traces, extents: tuple[Extent, Extent], side: Callable[[ModuleCall], Any]
+    module: nn.Module, traces: Traces, extents: tuple[Extent, Extent], side: Callable[[ModuleCall], Any]
 ) -> Dims | None:
     """Where the sequence is in the arguments or the results of all calls of a module; None if calls disagree."""
     return merged(
         [
             dims(side(call), side(other), *extents)
-            for narrow, wide in runs
+            for narrow, wide in traces
             for call, other in zip(narrow.calls[module], wide.calls[module], strict=False)
         ]
     )
@@ -144,14 +145,14 @@ def _modes(layers: list[Layer], narrow: Trace, wide: Trace, extents: tuple[Exten
     return modes
 
 
-def _handing_over(draft: StackDraft, runs: Traces) -> StackDraft:
+def _handing_over(draft: StackDraft, traces: Traces) -> StackDraft:
     """The draft with what each layer hands to later ones; separate where the next is not given what one returned."""
-    separate = any(len(narrow.calls[layer.module]) != 1 for narrow, _ in runs for layer in draft.layers)
+    separate = any(len(narrow.calls[layer.module]) != 1 for narrow, _ in traces for layer in draft.layers)
     layers: list[Layer] = []
     for i, layer in enumerate(draft.layers):
         handed: set[Path] = set()
         hands: set[Path] = set()
-        for narrow, _ in runs if not separate else []:
+        for narrow, _ in traces if not separate else []:
             call = narrow.calls[layer.module][0]
             earlier = {_identity(tensor) for one in draft.layers[:i] for tensor in _sequences(one, narrow).values()}
             handed |= {path for path, tensor in tensors(call.inputs) if _identity(tensor) in earlier}
@@ -175,35 +176,35 @@ def _identity(tensor: Tensor) -> Hashable:
     """The same for two tensors that are one, or the same memory seen alike.
 
     An engine may put an autograd function of its own around every layer, which returns its input as a new tensor, as
-    ZeRO-3 does. All tensors of a run are alive together, so that no memory is used twice.
+    ZeRO-3 does. All tensors of a trace are alive together, so that no memory is used twice.
     """
     if type(tensor) is not Tensor or tensor.device.type == "meta":
         return id(tensor)  # It may have no memory of its own.
     return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _sequences(layer: Layer, run: Trace) -> dict[Path, Tensor]:
+def _sequences(layer: Layer, trace: Trace) -> dict[Path, Tensor]:
     """What a layer returned that follows the sequence."""
-    return {path: tensor for path, tensor in tensors(run.calls[layer.module][0].output) if layer.results.get(path)}
+    return {path: tensor for path, tensor in tensors(trace.calls[layer.module][0].output) if layer.results.get(path)}
 
 
-def embedding_of(layer: Layer, runs: list[Trace], names: Mapping[nn.Module, str]) -> Embedding | None:
+def embedding_of(layer: Layer, traces: list[Trace], names: Mapping[nn.Module, str]) -> Embedding | None:
     """The embedding that is called once, with the tokens of the batch, and whose result is what a first layer is given.
 
-    None if there is none in one of the runs, or what it does depends on all of its tokens.
+    None if there is none in one of the traces, or what it does depends on all of its tokens.
     """
-    found = {_embedding_in(run, layer) for run in runs}
+    found = {_embedding_in(trace, layer) for trace in traces}
     module = found.pop()
     if found or module is None or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return None
     return Embedding(names[module], module)
 
 
-def _embedding_in(run: Trace, layer: Layer) -> nn.Embedding | None:
-    hidden = leaf_at(run.calls[layer.module][0].inputs, layer.hidden)
-    makers = [module for module, calls in run.calls.items() if any(call.output is hidden for call in calls)]
-    if len(makers) != 1 or not isinstance(makers[0], nn.Embedding) or len(run.calls[makers[0]]) != 1:
+def _embedding_in(trace: Trace, layer: Layer) -> nn.Embedding | None:
+    hidden = leaf_at(trace.calls[layer.module][0].inputs, layer.hidden)
+    makers = [module for module, calls in trace.calls.items() if any(call.output is hidden for call in calls)]
+    if len(makers) != 1 or not isinstance(makers[0], nn.Embedding) or len(trace.calls[makers[0]]) != 1:
         return None
-    args, kwargs = run.calls[makers[0]][0].inputs
-    are_tokens = len(args) == 1 and not kwargs and any(args[0] is given for given in run.dummy.inputs.values())
+    args, kwargs = trace.calls[makers[0]][0].inputs
+    are_tokens = len(args) == 1 and not kwargs and any(args[0] is given for given in trace.dummy.inputs.values())
     return makers[0] if are_tokens else None

@@ -5,7 +5,7 @@ attends, whole layers on whole tensors; a region around every layer instead of o
 refusal.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,24 +18,28 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from sp_attention.distributed import rng
 from sp_attention.distributed.collectives import mean_over_ranks
 from sp_attention.distributed.consistency import attempted
+from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.sharded_params import is_partitioned
-from sp_attention.errors import BackendError, UnsupportedError
+from sp_attention.errors import BackendError, Refused, UnsupportedError
 from sp_attention.kernels.registry import usable
-from sp_attention.region.attention import UlyssesAttention
+from sp_attention.region.attention import AttentionFunction
 from sp_attention.region.attn_implementation import Masks, attend_by, own_attention, register, release
-from sp_attention.region.forward import Forward
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.masks import describe_for_layers
-from sp_attention.region.plan import RegionPlan
+from sp_attention.region.plan import Layer, RegionPlan, Stack
 from sp_attention.region.pytree import Path, tensors
 from sp_attention.region.sequence_dims import Extent
-from sp_attention.rehearsal.classify import EVERYTHING, Findings, LayerFindings, explore
+from sp_attention.rehearsal.classify import explore
 from sp_attention.rehearsal.dummy_inputs import DummyBatch, dummy_batches
+from sp_attention.rehearsal.findings import EVERYTHING, Findings, LayerFindings
+from sp_attention.rehearsal.options import Options
 from sp_attention.rehearsal.prove_kv_cache import prove_caches
-from sp_attention.rehearsal.prove_loss import LossTile, cut_parts, shard_loss
+from sp_attention.rehearsal.prove_loss import shard_loss
+from sp_attention.rehearsal.prove_tiled_mlp import tile_mlps
 from sp_attention.rehearsal.trace import (
     AttentionCall,
     Trace,
+    Traces,
     require_same,
     same,
     same_buffers,
@@ -43,61 +47,79 @@ from sp_attention.rehearsal.trace import (
     with_gradients,
 )
 
-_UNPROVEN = "enable(rehearse=False) did not prove that the loss can be computed from a part of the logits"
+_UNPROVEN = Refused("enable(rehearse=False) did not prove that the loss can be computed from a part of the logits")
+_NO_LOSS = Refused("the model has no causal loss, or draws random numbers before it")
 
 
 def install(
-    model: PreTrainedModel,
-    attention: UlyssesAttention,
-    key: str,
-    undo: ExitStack,
-    rehearse: bool,
-    whole_logits: bool,
-    loss_tile: LossTile,
-    mlp_tile: int | None,
+    model: PreTrainedModel, attention: AttentionFunction, key: str, undo: ExitStack, options: Options
 ) -> tuple[Findings, Hooks]:
     """Find, prove and hook the region of a model; whatever is put in place can be undone by `undo`.
 
-    `key` is the name under which transformers gets to know `attention`. With `whole_logits` they never stay sharded.
-    Raises UnsupportedError, on every rank.
+    `key` is the name under which transformers gets to know `attention`. Raises UnsupportedError, on every rank.
     """
-    peers = attention.peers
-    size = max(5, 2 * peers.size + 1)
-    narrow, wide = Extent(2, size), Extent(3, size + peers.size + 1)
     with undisturbed(model):
         model.eval()
-        problem, pairs = attempted(partial(dummy_batches, model, narrow, wide), peers)
-        if pairs is None:
-            raise UnsupportedError(_partitioned(model) or problem)
-        if model.device.type == "meta":
-            pairs = pairs[-1:]  # Whether a mask hides anything cannot be read.
-        reasons: dict[str | None, None] = {}
-        own = ALL_MASK_ATTENTION_FUNCTIONS.get(str(model.config._attn_implementation), sdpa_mask)
-        # Masks as descriptions; for models that compute with their masks, what they get on their own; and for models
-        # that cannot attend through us, their own attention.
-        for masks in (describe_for_layers, own, None):
-            with ExitStack() as attempt:
-                step = partial(_place, model, attention, key, masks, pairs, attempt, rehearse)
-                reason, done = attempted(step, peers)
-                if done is not None:
-                    undo.push(attempt.pop_all())
-                    findings, hooks, draws = done
-                    break
-            reasons[reason] = None
-        else:
-            raise UnsupportedError("\n".join(map(str, reasons)))
-        if whole_logits:
-            hooks.region = replace(hooks.region, sharded_loss="enable(whole_logits=True)")
-        elif rehearse and not draws.after:
-            shard_loss(model, hooks, findings, pairs[0][0], undo, loss_tile)
-        if isinstance(loss_tile, int) and isinstance(why := hooks.region.head, str):
-            loss = hooks.region.sharded_loss
-            raise UnsupportedError(
-                f"loss_tile={loss_tile}: {f'{why}: {loss}' if isinstance(loss, str) else why}; leave it out"
-            )
-        if mlp_tile is not None:
-            findings = cut_parts(model, hooks, findings, pairs[0][0], mlp_tile)
+        pairs = _dummy_batches(model, attention.peers)
+        placed = _placed(model, attention, key, pairs, undo, options)
+        hooks, findings, plan = placed.hooks, placed.findings, placed.hooks.plan
+        undo.callback(hooks.remove)
+        if options.whole_logits:
+            plan = replace(plan, sharded_loss=Refused("enable(whole_logits=True)"))
+        elif options.rehearse and not placed.draws.after:
+            plan = shard_loss(model, hooks, plan, findings, pairs[0][0], undo, options.loss_tile)
+        if isinstance(options.loss_tile, int) and isinstance(plan.lm_head, Refused):
+            reasons = [one.reason for one in (plan.lm_head, plan.sharded_loss) if isinstance(one, Refused)]
+            raise UnsupportedError(f"loss_tile={options.loss_tile}: {': '.join(reasons)}; leave it out")
+        if options.mlp_tile is not None:
+            findings, plan = tile_mlps(model, hooks, plan, findings, pairs[0][0], options.mlp_tile)
+        hooks.plan = replace(plan, offloads=options.offload)
+        hooks.install()
     return findings, hooks
+
+
+def _dummy_batches(model: PreTrainedModel, peers: Peers) -> list[tuple[DummyBatch, DummyBatch]]:
+    """Pairs of a narrow and a wide batch that the model takes, of as few tokens as all ranks can share."""
+    size = max(5, 2 * peers.size + 1)
+    narrow, wide = Extent(2, size), Extent(3, size + peers.size + 1)
+    pairs = attempted(partial(dummy_batches, model, narrow, wide), peers)
+    if isinstance(pairs, Refused):
+        raise UnsupportedError(_partitioned(model) or pairs.reason)
+    # Whether a mask hides anything cannot be read where nothing is materialised.
+    return pairs[-1:] if model.device.type == "meta" else pairs
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """What was found in a model that attends by our function now: hooks that are not installed, with a proven plan."""
+
+    findings: Findings
+    hooks: Hooks
+    draws: "Draws"
+
+
+def _placed(
+    model: PreTrainedModel,
+    attention: AttentionFunction,
+    key: str,
+    pairs: list[tuple[DummyBatch, DummyBatch]],
+    undo: ExitStack,
+    options: Options,
+) -> _Placed:
+    """The first way of three in which the model gives the same numbers; raises UnsupportedError if none is."""
+    reasons: dict[str, None] = {}
+    own = ALL_MASK_ATTENTION_FUNCTIONS.get(str(model.config._attn_implementation), sdpa_mask)
+    # Masks as descriptions; for models that compute with their masks, what they get on their own; and for models
+    # that cannot attend through us, their own attention.
+    for masks in (describe_for_layers, own, None):
+        with ExitStack() as attempt:
+            step = partial(_place, model, attention, key, masks, pairs, attempt, options.rehearse)
+            placed = attempted(step, attention.peers)
+            if not isinstance(placed, Refused):
+                undo.push(attempt.pop_all())
+                return placed
+        reasons[placed.reason] = None
+    raise UnsupportedError("\n".join(reasons))
 
 
 def _partitioned(model: PreTrainedModel) -> str | None:
@@ -153,137 +175,154 @@ def _draws(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]
 
 def _place(
     model: PreTrainedModel,
-    attention: UlyssesAttention,
+    attention: AttentionFunction,
     key: str,
     masks: Masks | None,
     pairs: list[tuple[DummyBatch, DummyBatch]],
     undo: ExitStack,
     rehearse: bool,
-) -> tuple[Findings, Hooks, Draws]:
-    peers, narrow = attention.peers, [pair[0] for pair in pairs]
+) -> _Placed:
+    """Let the model attend by our function, with these masks, and find a plan; `undo` takes back what was put there."""
     own = own_attention(model)
     model.eval()
-    attention_calls: list[AttentionCall] = []
-
-    def recorded(module: nn.Module, queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> Any:
-        heads = (queries.shape[1], keys.shape[1])
-        attention_calls.append(
-            AttentionCall(module, (queries.shape[0], queries.shape[2]), (keys.shape[0], keys.shape[2]), heads)
-        )
-        return attention(module, queries, keys, *args, **kwargs)
-
-    if masks is not None:
-        attend_by(model, key, recorded, masks, undo)
-    findings, runs = explore(model, pairs, attention_calls, proves=rehearse, attends=masks is not None)
+    findings, traces = _explored(model, attention, key, masks, pairs, undo, rehearse)
     if masks is not None:
         register(key, replace(attention, cross_attention=findings.cross_attention))
         release(own, findings.models)
-    if rehearse and masks is not None and not all(_is_right(run.output, run.dummy) for run, _ in runs):
-        _require_right_kernel(model, attention, key, narrow)
+    if rehearse and masks is not None and not all(_is_right(trace.output, trace.dummy) for trace, _ in traces):
+        _require_right_kernel(model, attention, key, [pair[0] for pair in pairs])
         raise UnsupportedError("through transformers' attention interface the model gives other numbers")
-    draws, last = _draws(model, findings, narrow[-1].inputs)
+    draws, last = _draws(model, findings, pairs[-1][0].inputs)
     findings = replace(findings, separate=findings.separate | draws.between)
     if draws.anywhere:
         findings = replace(findings, embeddings={})  # Dropout may come between them and the first layer.
-    region = RegionPlan(
+    plan = RegionPlan(
         findings.planned(),
         findings.models,
         findings.arguments,
         key if masks is not None else None,
-        _UNPROVEN if not rehearse else "the model has no causal loss, or draws random numbers before it",
+        _NO_LOSS if rehearse else _UNPROVEN,
         random=draws.anywhere,
     )
-    hooks = Hooks(region, peers, attention.current)
-    undo.callback(hooks.remove)
+    hooks = Hooks(plan, attention.peers, attention.context)
     if rehearse:
-        hooks.region = replace(hooks.region, no_caches="not proven yet")
-        findings = _prove(model, hooks, findings, [pair[0] for pair in runs], last)
+        plan = replace(plan, caches=Refused("not proven yet"))
+        findings = _prove(model, hooks, plan, findings, [pair[0] for pair in traces], last)
+        plan = replace(plan, stacks=findings.planned())
         trains = model.training
         model.eval()
-        prove_caches(model, hooks, own, runs[0])
+        hooks.plan = prove_caches(model, hooks, plan, own, traces[0])
         model.train(trains)
-    else:
-        hooks.install()
-    return findings, hooks, draws
+    return _Placed(findings, hooks, draws)
+
+
+def _explored(
+    model: PreTrainedModel,
+    attention: AttentionFunction,
+    key: str,
+    masks: Masks | None,
+    pairs: list[tuple[DummyBatch, DummyBatch]],
+    undo: ExitStack,
+    rehearse: bool,
+) -> tuple[Findings, Traces]:
+    """What is found in a model that attends by our function, if there are masks for it; its calls are recorded."""
+    calls: list[AttentionCall] = []
+
+    def recorded(module: nn.Module, queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> Any:
+        heads = (queries.shape[1], keys.shape[1])
+        calls.append(AttentionCall(module, (queries.shape[0], queries.shape[2]), (keys.shape[0], keys.shape[2]), heads))
+        return attention(module, queries, keys, *args, **kwargs)
+
+    if masks is not None:
+        attend_by(model, key, recorded, masks, undo)
+    return explore(model, pairs, calls, proves=rehearse, attends=masks is not None)
 
 
 def _prove(
-    model: PreTrainedModel, hooks: Hooks, findings: Findings, runs: list[Trace], last: tuple[Any, Tensor]
+    model: PreTrainedModel,
+    hooks: Hooks,
+    plan: RegionPlan,
+    findings: Findings,
+    traces: list[Trace],
+    last: tuple[Any, Tensor],
 ) -> Findings:
     """The findings with as much gathered as the sharded model needs to give what the whole one gives.
 
-    `last` is what the whole model gives for the last run, in the mode that it is in, with its gradients; the runs were
-    in evaluation.
+    `last` is what the whole model gives for the last trace's batch, in the mode that it is in, with its gradients; the
+    traces were recorded in evaluation.
     """
     trains = model.training
 
-    def tried(plan: Findings) -> str | None:
-        hooks.hook_instead(plan.planned())
+    def compare() -> None:
+        model.eval()
+        for trace in traces[:-1]:
+            require_same(model(**trace.dummy.inputs), trace.output, f"{type(model).__name__} sharded")
+        model.train(trains)
+        output, gradients = with_gradients(model, traces[-1].dummy.inputs)
+        require_same(output, last[0], f"{type(model).__name__} sharded")
+        gradients = mean_over_ranks(gradients, hooks.peers)
+        require_same(gradients, last[1], f"the backward of {type(model).__name__} sharded")
 
-        def compare() -> None:
-            model.eval()
-            for run in runs[:-1]:
-                require_same(model(**run.dummy.inputs), run.output, f"{type(model).__name__} sharded")
-            model.train(trains)
-            output, gradients = with_gradients(model, runs[-1].dummy.inputs)
-            require_same(output, last[0], f"{type(model).__name__} sharded")
-            gradients = mean_over_ranks(gradients, hooks.peers)
-            require_same(gradients, last[1], f"the backward of {type(model).__name__} sharded")
+    def tried(found: Findings) -> Refused | None:
+        with hooks.trying(replace(plan, stacks=found.planned())):
+            return attempted(compare, hooks.peers, model.device)
 
-        return attempted(compare, hooks.peers, model.device)[0]
-
-    reason = tried(findings)
-    if reason is not None and findings.embeddings:
+    refused = tried(findings)
+    if refused is not None and findings.embeddings:
         findings = replace(findings, embeddings={})
-        reason = tried(findings)
-    if reason is None:
+        refused = tried(findings)
+    if refused is None:
         return findings
-    findings = replace(
-        findings,
-        stacks={
-            name: tuple(_gathering_enough(found, hooks, runs) for found in layers)
-            for name, layers in findings.stacks.items()
-        },
-    )
+    for found in _falling_back(hooks, plan, findings, traces):
+        if not found.shares_nothing and tried(found) is None:
+            return found
+    raise UnsupportedError(f"{refused.reason}; nothing of it can be shared out exactly")
+
+
+def _falling_back(hooks: Hooks, plan: RegionPlan, findings: Findings, traces: list[Trace]) -> Iterator[Findings]:
+    """The findings with more and more on whole tensors: mixers and what attends, regions around layers, all of it."""
+    enough = {
+        name: tuple(_gathering_enough(found, hooks, plan, traces) for found in layers)
+        for name, layers in findings.stacks.items()
+    }
+    findings = replace(findings, stacks=enough)
     everything = {
         name: tuple(replace(found, gathers=EVERYTHING) for found in layers) for name, layers in findings.stacks.items()
     }
     apart = frozenset({*findings.stacks, *findings.idle})
-    for plan in (
-        findings,
-        replace(findings, separate=apart),
-        replace(findings, stacks=everything),
-        replace(findings, stacks=findings.idle, separate=apart),
-    ):
-        if not plan.shares_nothing and tried(plan) is None:
-            return plan
-    raise UnsupportedError(f"{reason}; nothing of it can be shared out exactly")
+    yield findings
+    yield replace(findings, separate=apart)
+    yield replace(findings, stacks=everything)
+    yield replace(findings, stacks=findings.idle, separate=apart)
 
 
-def _gathering_enough(found: LayerFindings, hooks: Hooks, runs: list[Trace]) -> LayerFindings:
+def _gathering_enough(found: LayerFindings, hooks: Hooks, plan: RegionPlan, traces: list[Trace]) -> LayerFindings:
     """The layer with as much gathered as it needs to give alone, sharded, what it gave in the rehearsal."""
     for gathers in range(found.gathers, EVERYTHING + 1):
         found = replace(found, gathers=gathers)
         layer = found.planned()
-        stacks = tuple(
-            replace(stack, layers=tuple(layer if one.module is layer.module else one for one in stack.layers))
-            for stack in hooks.region.stacks
-        )
-        hooks.hook_instead(stacks)
 
-        def compare(layer: Any = layer) -> None:
-            for run in runs:
-                for called in run.calls[layer.module]:
-                    hooks.forward = Forward(hooks.region.models[0], None, unseen=True)
-                    hooks.current.is_known = True
-                    args, kwargs = called.inputs
-                    require_same(layer.module(*args, **kwargs), called.output, layer.name)
+        def compare(layer: Layer = layer) -> None:
+            for trace in traces:
+                for called in trace.calls[layer.module]:
+                    with hooks.as_in_a_forward():
+                        args, kwargs = called.inputs
+                        require_same(layer.module(*args, **kwargs), called.output, layer.name)
 
-        reason, _ = attempted(compare, hooks.peers, hooks.region.models[0].device)
-        hooks.forward, hooks.current.call, hooks.current.is_known = None, None, False
-        if reason is None:
+        with hooks.trying(_with_layer(plan, layer)):
+            refused = attempted(compare, hooks.peers, plan.models[0].device)
+        if refused is None:
             break
     return found
+
+
+def _with_layer(plan: RegionPlan, layer: Layer) -> RegionPlan:
+    """The plan with a layer in place of the one of the same module."""
+
+    def changed(stack: Stack) -> Stack:
+        return replace(stack, layers=tuple(layer if one.module is layer.module else one for one in stack.layers))
+
+    return replace(plan, stacks=tuple(map(changed, plan.stacks)))
 
 
 def _is_right(output: Any, dummy: DummyBatch) -> bool:
@@ -291,7 +330,7 @@ def _is_right(output: Any, dummy: DummyBatch) -> bool:
 
 
 def _require_right_kernel(
-    model: PreTrainedModel, attention: UlyssesAttention, key: str, narrow: list[DummyBatch]
+    model: PreTrainedModel, attention: AttentionFunction, key: str, narrow: list[DummyBatch]
 ) -> None:
     """Raise BackendError if it is for the kernel alone that the model gives other numbers: with another it does not."""
     for other in usable(model.device.type):

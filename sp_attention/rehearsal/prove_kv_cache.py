@@ -14,12 +14,12 @@ from transformers.cache_utils import Cache
 
 from sp_attention.distributed.consistency import attempted
 from sp_attention.distributed.peers import Peers
-from sp_attention.errors import BackendError, UnsupportedError
+from sp_attention.errors import BackendError, Refused, UnsupportedError
 from sp_attention.region.attn_implementation import Own, attend_as, own_attention
 from sp_attention.region.forward import TOKENS
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.kv_cache import told_of
-from sp_attention.region.plan import Layer, Stack, named_arguments
+from sp_attention.region.plan import Layer, RegionPlan, Stack, named_arguments
 from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
 from sp_attention.rehearsal.dummy_inputs import Inputs
@@ -53,33 +53,22 @@ class _Batch:
         return cut_inputs
 
 
-def prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, runs: tuple[Trace, Trace]) -> None:
-    """Allow caches if the sharded model goes on from one as the model does that attends on its `own`, or note why not.
+def prove_caches(
+    model: PreTrainedModel, hooks: Hooks, plan: RegionPlan, own: Own, traces: tuple[Trace, Trace]
+) -> RegionPlan:
+    """The plan with caches, if the sharded model goes on from one as it does attending on its `own`, or why not.
 
-    Where the model takes none, it is the models in it that generate with one, if any, which have to. `runs`: a narrow
+    Where the model takes none, it is the models in it that generate with one, if any, which have to. `traces`: a narrow
     and a wide one, in which each of them shows what it is given.
     """
-    takers = _takers(hooks.region.models)
+    takers = _takers(plan.models)
     if not takers:
-        hooks.region = replace(hooks.region, no_caches=None, caches=f"are none: {type(model).__name__} takes none")
-        return
-    ours = own_attention(model)
+        return replace(plan, caches=f"are none: {type(model).__name__} takes none")
     # Put back after the rehearsal. Forwards with a cache compare the ranks' generators, which need not be alike yet.
     torch.manual_seed(0)
-    hooks.remove()
-    attend_as(own)
-    expected: list[tuple[Callable[[], Continued], Tensor]] = []
-    for taker in takers:
-        reason, alone = _alone(taker, runs, hooks.peers)
-        if alone is None:
-            refused = f"{type(taker).__name__} does not go on from a cache: {reason}"
-            break
-        expected.append(alone)
-    attend_as(ours)
-    if len(expected) < len(takers):
-        hooks.install()
-        hooks.region = replace(hooks.region, no_caches=refused)
-        return
+    expected = _expected_of(takers, own, own_attention(model), traces, hooks.peers)
+    if isinstance(expected, Refused):
+        return replace(plan, caches=expected)
 
     def compare() -> str:
         told = []
@@ -90,17 +79,34 @@ def prove_caches(model: PreTrainedModel, hooks: Hooks, own: Own, runs: tuple[Tra
             told.append(told_of(cache))
         return "; ".join(dict.fromkeys(told))
 
-    found = hooks.region.stacks
     for takes_last, keeps_all in product((False, True), repeat=2):
-        hooks.region = replace(hooks.region, no_caches=None)
-        hooks.hook_instead(tuple(_with_caches(stack, takes_last, keeps_all) for stack in found))
-        try:
-            reason, told = attempted(compare, hooks.peers, model.device)
-        except BackendError as error:
-            reason, told = str(error), None
-        hooks.region = replace(hooks.region, no_caches=reason, caches=told or "")
-        if reason is None:
-            return
+        stacks = tuple(_with_caches(stack, takes_last, keeps_all) for stack in plan.stacks)
+        with hooks.trying(replace(plan, stacks=stacks, caches="are being proven")):
+            try:
+                caches = attempted(compare, hooks.peers, model.device)
+            except BackendError as error:
+                caches = Refused(str(error))
+        plan_with = replace(plan, stacks=stacks, caches=caches)
+        if not isinstance(caches, Refused):
+            break
+    return plan_with
+
+
+def _expected_of(
+    takers: list[PreTrainedModel], own: Own, ours: Own, traces: tuple[Trace, Trace], peers: Peers
+) -> list[tuple[Callable[[], Continued], Tensor]] | Refused:
+    """For each model that takes a cache, steps in which it goes on from one, and what it gives on its own in them."""
+    expected = []
+    attend_as(own)
+    try:
+        for taker in takers:
+            alone = _alone(taker, traces, peers)
+            if isinstance(alone, Refused):
+                return Refused(f"{type(taker).__name__} does not go on from a cache: {alone.reason}")
+            expected.append(alone)
+    finally:
+        attend_as(ours)
+    return expected
 
 
 def _takers(models: tuple[PreTrainedModel, ...]) -> list[PreTrainedModel]:
@@ -115,36 +121,37 @@ def _takers(models: tuple[PreTrainedModel, ...]) -> list[PreTrainedModel]:
 
 
 def _alone(
-    model: PreTrainedModel, runs: tuple[Trace, Trace], peers: Peers
-) -> tuple[str | None, tuple[Callable[[], Continued], Tensor] | None]:
+    model: PreTrainedModel, traces: tuple[Trace, Trace], peers: Peers
+) -> tuple[Callable[[], Continued], Tensor] | Refused:
     """Steps in which a model goes on from a cache, and its output in them; or why it does so in none.
 
     So many tokens that the ranks share them, one token, and again so many; or where the model itself does not go on
     with several tokens, all but one, and that. Some models do so without a mask only.
     """
-    reason: str | None = "the rehearsal of enable() does not show what tokens it is given"
-    for several, batch in product((True, False), _batches(model, runs)):
+    refused = Refused("the rehearsal of enable() does not show what tokens it is given")
+    for several, batch in product((True, False), _batches(model, traces)):
         length = batch.extent.length
         stops = (peers.size, peers.size + 1, length) if several else (length - 1, length)
         step = partial(_in_steps, model, batch, stops)
-        reason, continued = attempted(step, peers)
-        if continued is not None:
-            return None, (step, continued[0])
-    return reason, None
+        continued = attempted(step, peers)
+        if not isinstance(continued, Refused):
+            return step, continued[0]
+        refused = continued
+    return refused
 
 
-def _batches(model: PreTrainedModel, runs: tuple[Trace, Trace]) -> Iterator[_Batch]:
-    """What a model was given in a narrow run: as it was, without masks, and with what its encoder, if any, returned."""
-    if not all(run.calls[model] for run in runs):
+def _batches(model: PreTrainedModel, traces: tuple[Trace, Trace]) -> Iterator[_Batch]:
+    """What a model was given in a narrow trace: as it was, without masks, and with what its encoder returned."""
+    if not all(trace.calls[model] for trace in traces):
         return
-    given, other = (named_arguments(model, *run.calls[model][0].inputs) for run in runs)
+    given, other = (named_arguments(model, *trace.calls[model][0].inputs) for trace in traces)
     name = next((name for name in TOKENS if name in given), None)
     if name is None:
         return
     extents = [Extent(*inputs[name].shape[:2]) for inputs in (given, other)]
     unmasked = {one: value for one, value in given.items() if not one.endswith("attention_mask")}
     kinds = [given, unmasked]
-    encoded = runs[0].calls.get(model.get_encoder()) if getattr(model.config, "is_encoder_decoder", False) else None
+    encoded = traces[0].calls.get(model.get_encoder()) if getattr(model.config, "is_encoder_decoder", False) else None
     if encoded:
         kinds.append({**given, "encoder_outputs": encoded[0].output})
     for inputs in kinds:

@@ -27,8 +27,8 @@ from sp_attention.cli.reporting import Report, run_reporting
 from sp_attention.distributed.peers import Peers
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Mask
-from sp_attention.region.attention import UlyssesAttention
-from sp_attention.region.context import Context, StackPass
+from sp_attention.region.attention import AttentionFunction
+from sp_attention.region.context import Context, Scope, StackPass
 from sp_attention.region.sequence_dims import Extent
 
 LENGTH, KERNEL = 2048, "kernel"
@@ -139,8 +139,8 @@ def _limit(seconds: Seconds) -> list[float]:
 
 def _ours(peers: Peers) -> Step:
     """The attention function of an enabled model, inside of a layer, with the mask that all its layers share."""
-    current = Context(StackPass(Extent(BATCH, LENGTH), peers), is_known=True)
-    attention = UlyssesAttention(candidates("cpu", "sdpa")[0], peers, current, lambda module: "layer")
+    context = Context(Scope(StackPass(Extent(BATCH, LENGTH), peers), is_known=True))
+    attention = AttentionFunction(candidates("cpu", "sdpa")[0], peers, context, lambda module: "layer")
     module, mask = nn.Module(), Mask(BATCH, LENGTH, LENGTH, torch.device("cpu"))
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

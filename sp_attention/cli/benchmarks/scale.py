@@ -28,7 +28,7 @@ from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.figure import draw_lines
 from sp_attention.cli.reporting import Report, run_reporting
 from sp_attention.kernels.request import Request
-from sp_attention.region.attention import UlyssesAttention
+from sp_attention.region.attention import AttentionFunction
 from sp_attention.region.attn_implementation import register
 
 # Tokens of a rank, and the depths of the two models, of little width besides their heads.
@@ -168,7 +168,7 @@ def _enabled(depth: int, heads: Heads, ranks: int) -> PreTrainedModel:
     assert handle.peers is not None
     assert handle.hooks is not None
     backend = sp_attention.Backend("cpu", NOTHING, _queries)
-    attention = UlyssesAttention(backend, handle.peers, handle.hooks.current, lambda module: "layer")
+    attention = AttentionFunction(backend, handle.peers, handle.hooks.context, lambda module: "layer")
     register(str(model.config._attn_implementation), attention)
     return _filled(model)
 

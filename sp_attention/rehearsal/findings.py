@@ -1,0 +1,122 @@
+"""What the rehearsal found in a model: its stacks, and what each part of each layer is; as text for people too."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sp_attention.errors import Refused
+from sp_attention.region.plan import Embedding, GatheredModule, Layer, RegionPlan, Stack
+from sp_attention.region.sequence_dims import Extent
+
+# How much of a layer runs on whole tensors: only its mixers; what attends too; all of it.
+MIXERS, ATTENTION, EVERYTHING = range(3)
+
+
+@dataclass(frozen=True)
+class LayerFindings:
+    """A layer as it was found: what is known of it whatever of it is gathered, and what each of its parts is.
+
+    kinds: by the name of a part, what it is. mixers: the parts that are always given whole tensors; attending: the
+    children that attend, as parts to gather where sharing out their heads is not exact. tileable: position-wise
+    parts outside of those that keep more for backward than what they are given, such as MLPs and norms.
+    """
+
+    layer: Layer
+    kinds: Mapping[str, str]
+    mixers: tuple[GatheredModule, ...]
+    attending: tuple[GatheredModule, ...]
+    tileable: Mapping[str, nn.Module]
+    gathers: int = MIXERS
+
+    def planned(self) -> Layer:
+        if self.gathers == EVERYTHING:
+            return replace(self.layer, gathered=True, gathered_modules=())
+        attending = self.attending if self.gathers == ATTENTION else ()
+        return replace(self.layer, gathered_modules=self.mixers + attending)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found in a model.
+
+    stacks: by name, the layers in the order of their calls. idle: the lists of position-wise modules, which can be
+    shared out where nothing else can. separate: the stacks between whose layers the model works.
+    extents: the narrow extent of each stack. left_alone: the lists of modules that are no stack, and why.
+    models: those around the stacks, outermost first; arguments: the tensor arguments that each was given.
+    embeddings: those of stacks, of which each rank can look up its own tokens only.
+    """
+
+    stacks: Mapping[str, tuple[LayerFindings, ...]]
+    idle: Mapping[str, tuple[LayerFindings, ...]]
+    separate: frozenset[str]
+    extents: Mapping[str, Extent]
+    left_alone: Mapping[str, str]
+    models: tuple[PreTrainedModel, ...]
+    arguments: Mapping[nn.Module, frozenset[str]]
+    cross_attention: frozenset[nn.Module]
+    embeddings: Mapping[str, Embedding]
+
+    @property
+    def shares_nothing(self) -> bool:
+        """Every layer does all of its work on whole tensors and hands on whole ones."""
+        return all(
+            (name in self.separate or len(layers) == 1) and all(found.gathers == EVERYTHING for found in layers)
+            for name, layers in self.stacks.items()
+        )
+
+    def planned(self) -> tuple[Stack, ...]:
+        return tuple(
+            Stack(name, tuple(found.planned() for found in layers), name in self.separate, self.embeddings.get(name))
+            for name, layers in self.stacks.items()
+        )
+
+
+def report(findings: Findings) -> list[str]:
+    """What each part of each kind of layer does, as lines of text."""
+    lines = [f"  {embedding.name}: looks up this rank's tokens" for embedding in findings.embeddings.values()]
+    for name, layers in findings.stacks.items():
+        where = "; each layer cuts and gathers on its own" if name in findings.separate else ""
+        alike: dict[str, list[str]] = {}
+        for found in layers:
+            alike.setdefault("\n".join(_described(found)), []).append(found.layer.name.rsplit(".", 1)[-1])
+        for text, which in alike.items():
+            lines += [f"  {name}, layers {', '.join(which)}{where}:", text]
+    alone = sorted(findings.left_alone.items())
+    return lines + [f"  {name}: left alone: {why}" for name, why in alone if name not in findings.stacks]
+
+
+def described(plan: RegionPlan) -> list[str]:
+    """What becomes of logits, caches, checkpoints and random numbers, as lines of text."""
+    loss, lm_head, caches = plan.sharded_loss, plan.lm_head, plan.caches
+    whole = ", of hidden states that are whole before the head" if plan.cut_before else ""
+    if isinstance(loss, Refused):
+        lines = [f"  logits are whole: {loss.reason}{whole}"]
+    else:
+        lines = [f"  logits stay sharded in training with labels, else whole{whole}"]
+        if isinstance(lm_head, Refused):
+            lines.append(f"  the loss is given all of them at once: {lm_head.reason}")
+        else:
+            by = ", by the kernel of Liger" if lm_head.liger else ""
+            lines.append(f"  the loss makes those of {lm_head.tile} tokens at a time{by}")
+    told = f"are refused: {caches.reason}" if isinstance(caches, Refused) else caches
+    lines.append(f"  key/value caches {told}")
+    if plan.offloads:
+        lines.append("  inputs of checkpointed layers are in CPU memory until backward")
+    if plan.random:
+        lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
+    return lines
+
+
+def _described(found: LayerFindings) -> list[str]:
+    if found.gathers == EVERYTHING:
+        return ["    all of it: gathered: only as a whole does it give the same numbers"]
+    gathered = {part.name for part in found.attending} if found.gathers == ATTENTION else set()
+    kinds = {
+        name: kind
+        for name, kind in found.kinds.items()
+        if not any(name == part or name.startswith(f"{part}.") for part in gathered)
+    }
+    kinds |= dict.fromkeys(gathered, "gathered: attends, and only as a whole gives the same numbers")
+    return [f"    {name.removeprefix(found.layer.name + '.')}: {kind}" for name, kind in sorted(kinds.items())]
