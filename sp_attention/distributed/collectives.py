@@ -16,9 +16,9 @@ from sp_attention.distributed.partition import spans
 from sp_attention.distributed.peers import Peers
 
 
-def gather(part: Tensor, length: int, peers: Peers, dim: int = 1) -> Tensor:
+def gather(span: Tensor, length: int, peers: Peers, dim: int = 1) -> Tensor:
     """My span along `dim` → the whole tensor of `length` along `dim`, on every rank. Bit-equal on all ranks."""
-    result: Tensor = _Gather.apply(part, length, peers, dim)  # type: ignore[no-untyped-call]
+    result: Tensor = _Gather.apply(span, length, peers, dim)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -36,17 +36,17 @@ def mean_over_ranks(whole: Tensor, peers: Peers) -> Tensor:
 # torch has no types for `Function.apply`, hence the ignores above.
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, length: int, peers: Peers, dim: int) -> Tensor:
+    def forward(ctx: Any, span: Tensor, length: int, peers: Peers, dim: int) -> Tensor:
         ctx.peers, ctx.dim = peers, dim
         cut = spans(length, peers.size)
-        rows = part.movedim(dim, 0)
+        rows = span.movedim(dim, 0)
         # All spans travel at the length of the longest, since all-gather wants equal shapes.
         padded = rows.new_zeros(len(cut[0]), *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         received = [torch.empty_like(padded) for _ in cut]
         peers.meet(2, length, *padded.shape)
         dist.all_gather(received, padded, group=peers.group)
-        whole = torch.cat([piece[: len(span)] for piece, span in zip(received, cut, strict=True)])
+        whole = torch.cat([rows[: len(tokens)] for rows, tokens in zip(received, cut, strict=True)])
         # Contiguous as the tensor of one process is, which some code takes for granted.
         return whole.movedim(0, dim).contiguous()
 
@@ -58,7 +58,7 @@ class _Gather(torch.autograd.Function):
         cut = spans(rows.shape[0], peers.size)
         mine = len(cut[peers.rank])
         received = rows.new_empty(peers.size * mine, *rows.shape[1:])
-        sizes = [len(span) for span in cut]
+        sizes = [len(tokens) for tokens in cut]
         peers.meet(3, *rows.shape)
         dist.all_to_all_single(received, rows, [mine] * peers.size, sizes, group=peers.group)
         return received.unflatten(0, (peers.size, mine)).sum(0).movedim(0, ctx.dim), None, None, None

@@ -63,7 +63,7 @@ def load() -> Registry:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            # A stranger's code: keep the others alive, and keep the reason. Scripts that end themselves on a wrong
+            # Third-party code: keep the others alive, and keep the reason. Scripts that end themselves on a wrong
             # machine raise SystemExit, and extensions written in Rust panic in a class of their own.
             broken.append(BrokenPlugin(plugin, f"{type(error).__name__}: {error}"))
     offers.sort(key=lambda offer: (offer[1].device, offer[1].kernel, str(offer[0])))
@@ -121,7 +121,7 @@ def _ask(point: EntryPoint) -> list[Backend]:
     return _checked(next(iter(manager.hook.sp_attention_backends()), None), point)
 
 
-# What the fields of a backend are; a stranger's may be anything.
+# What the fields of a backend are; those of others may be anything.
 _KINDS: dict[str, Any] = {
     "device": str,
     "kernel": str,
@@ -148,15 +148,15 @@ def _checked(offered: object, point: EntryPoint) -> list[Backend]:
 
 
 def _problem(plugin: Plugin, backend: Backend, offers: list[tuple[Plugin, Backend]]) -> str | None:
-    twins = [
+    duplicates = [
         other
         for other, offered in offers
         if offered.kernel == backend.kernel
         and (offered.device == backend.device or "any" in (offered.device, backend.device))
     ]
-    # This library's own kernels cannot be broken by a stranger who takes their name.
-    if len(twins) > 1 and not plugin.is_ours:
-        return f"several plugins offer it, {', '.join(map(str, twins))}: uninstall all but one"
+    # This library's own kernels cannot be broken by a plugin that takes their name.
+    if len(duplicates) > 1 and not plugin.is_ours:
+        return f"several plugins offer it, {', '.join(map(str, duplicates))}: uninstall all but one"
     return backend.unavailable
 
 

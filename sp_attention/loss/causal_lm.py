@@ -13,12 +13,13 @@ from sp_attention.loss.tiled_loss import LMHeadInput
 
 
 def sharded_causal_loss(
-    whole: Callable[..., Tensor], peers: Peers, held: Callable[[], LMHeadInput | None]
+    whole: Callable[..., Tensor], peers: Peers, lm_head_input: Callable[[], LMHeadInput | None]
 ) -> Callable[..., Tensor]:
     """A model's `loss_function` that takes logits of the whole sequence, of this rank's span of it, or none at all.
 
     `whole` is transformers' ForCausalLMLoss, which whole logits are given to. No logits are given where the loss makes
-    them in tiles, of what the head was given in the forward in progress, which `held` returns. For a span the labels
+    them in tiles, of what the LM head was given in the forward in progress, which
+    `lm_head_input` returns. For a span the labels
     are shifted at global length first, so that the last token of a span keeps its target; then each rank sums over its
     own targets and the sum of all is divided by what transformers divides by: the number of targets in the whole batch,
     or `num_items_in_batch`. The result is the same on every rank, and NaN where transformers' is. Raises IndexError on
@@ -26,11 +27,11 @@ def sharded_causal_loss(
     """
 
     def sum_in_tiles(targets: Tensor, ignore_index: int) -> Tensor:
-        found = held()
-        assert found is not None
-        return found.loss(targets, ignore_index)
+        given = lm_head_input()
+        assert given is not None
+        return given.loss(targets, ignore_index)
 
-    # A compiled model runs these as they are: they look at values, and call the head.
+    # A compiled model runs these as they are: they look at values, and call the LM head.
     require_tokens, in_tiles = torch.compiler.disable(_require_tokens), torch.compiler.disable(sum_in_tiles)
 
     def loss(

@@ -1,4 +1,4 @@
-"""What stands in `outputs.logits` where logits stay sharded: no tensor, so that nobody takes a part for the whole."""
+"""What stands in `outputs.logits` where logits stay sharded: no tensor, so that nobody takes a span for the whole."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from sp_attention.errors import ShardedLogitsError
 class ShardedLogits:
     """This rank's span of a causal model's logits, in training with labels.
 
-    shape: [B, s, V], of the part. length: S, the tokens of the whole sequence. compute: makes the part, or has it.
+    shape: [B, s, V], of my span. length: S, the tokens of the whole sequence. compute: makes them, or has them.
     Whatever else is asked of it, as if it were a tensor, raises ShardedLogitsError, which says what to do.
     """
 

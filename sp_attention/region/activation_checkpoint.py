@@ -20,7 +20,7 @@ Checkpoint = tuple[nn.Module, str]
 
 
 def checkpoints_in(layer: nn.Module) -> list[Checkpoint]:
-    """Those of a layer and of its parts."""
+    """Those of a layer and of the modules in it."""
     return [(one, name) for one in layer.modules() for kind, name in _FUNCTIONS.items() if isinstance(one, kind)]
 
 

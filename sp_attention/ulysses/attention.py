@@ -93,6 +93,9 @@ def attend_my_heads(request: Request, plan: HeadPlan, peers: Peers, kernel: Kern
         # Empty too, and it takes part in backward like that of the others.
         weights = query.transpose(1, 2) @ key[:, :, :0].permute(0, 2, 3, 1)
         out = (weights @ value[:, :, :0].transpose(1, 2)).transpose(1, 2)
+        # So do sinks and biases, of which engines want a gradient on every rank.
+        for of_heads in (request.sinks, None if request.bias is None else request.bias[:, :0]):
+            out = out if of_heads is None else out + of_heads.sum()
     else:
         if not plan.grouped[peers.rank]:
             order = request.mask.once(
