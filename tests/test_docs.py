@@ -59,10 +59,25 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert command in (ROOT / "README.md").read_text().splitlines()
 
 
-def test_the_readme_names_every_module() -> None:
-    readme = (ROOT / "README.md").read_text()
-    modules = [path.name for path in (ROOT / "sp_attention").glob("*.py") if not path.name.startswith("__")]
-    assert [name for name in modules if f"  {name} " not in readme] == []
+def test_the_tree_of_the_readme_names_every_module_in_its_room_and_no_other() -> None:
+    tree = (ROOT / "README.md").read_text().split("\nsp_attention/\n")[1].split("  integrations/ ")[0]
+    top, *rooms = re.split(r"^  (?=\w+/ )", tree, flags=re.MULTILINE)
+    named = {".": sorted(re.findall(r"\w+\.py", top))}
+    named |= {room.split("/")[0]: sorted(set(re.findall(r"\w+\.py", room))) for room in rooms}
+    folders = {".": ROOT / "sp_attention"} | {room: ROOT / "sp_attention" / room for room in named if room != "."}
+    there = {
+        room: sorted(path.name for path in folder.glob("*.py") if not path.name.startswith("__"))
+        for room, folder in folders.items()
+    }
+    assert named == there
+    assert set(named) == {".", "ulysses", "distributed", "kernels", "loss", "region", "rehearsal"}
+
+
+def test_contributing_says_where_things_are_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = set(re.findall(r"`((?:ulysses|distributed|kernels|loss|region|rehearsal|integrations|cli)/\w+\.py)`", text))
+    assert len(files) > 10
+    assert [file for file in sorted(files) if not (ROOT / "sp_attention" / file).exists()] == []
 
 
 def test_the_table_of_a_long_prompt_is_of_the_raw_numbers() -> None:
