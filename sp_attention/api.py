@@ -24,8 +24,8 @@ from sp_attention.region.attn_implementation import Own, attend_as, configs, own
 from sp_attention.region.context import Context
 from sp_attention.region.hooks import Hooks
 from sp_attention.rehearsal.findings import Findings, described, report
+from sp_attention.rehearsal.install import install
 from sp_attention.rehearsal.options import LossTile, Options
-from sp_attention.rehearsal.prove import install
 
 # Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
 # that a copy of a model that was disabled since finds nothing instead of another model's attention.
