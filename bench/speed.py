@@ -7,7 +7,7 @@ docs/data/speed, and writes the page from all that is there. `--only ""` measure
 import json
 from importlib import import_module
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import click
@@ -15,7 +15,7 @@ import click
 from sp_attention.cli.bench import bench
 from sp_attention.cli.benchmarks.exchange import LIMIT, OURS
 from sp_attention.cli.benchmarks.layer import KERNEL
-from sp_attention.cli.benchmarks.ratios import geometric_mean, ratio
+from sp_attention.cli.benchmarks.ratios import ratio
 from sp_attention.cli.benchmarks.record import Record, Table, markdown
 from sp_attention.cli.benchmarks.training import ALONE, DEEPSPEED
 

@@ -6,13 +6,14 @@ state, so that a layer that is recomputed in backward draws what it drew before.
 """
 
 import random
-import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sp_attention.distributed.fingerprint import fingerprint
 from sp_attention.distributed.peers import Peers
 
 
@@ -23,7 +24,7 @@ def states(device: torch.device) -> list[Tensor]:
 
 def sampling_state(device: torch.device) -> int:
     """A number that tells apart the states of the generator that tokens are sampled with, alike in every process."""
-    return _fingerprint(_of_torch(device)[-1])
+    return _number_of(_of_torch(device)[-1])
 
 
 def _of_torch(device: torch.device) -> list[Tensor]:
@@ -33,8 +34,8 @@ def _of_torch(device: torch.device) -> list[Tensor]:
     return found
 
 
-def _fingerprint(state: Tensor) -> int:
-    return zlib.crc32(state.cpu().numpy().tobytes())
+def _number_of(state: Tensor) -> int:
+    return fingerprint(state.cpu().numpy().tobytes())
 
 
 def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
@@ -47,7 +48,7 @@ def shared_seed(device: torch.device, peers: Peers) -> int:
     Generators that differ between ranks are seeded with it, so that from here on they draw the same.
     """
     seed = int(torch.randint(2**62, ()))
-    python, *others = map(_fingerprint, states(device))
+    python, *others = map(_number_of, states(device))
     mine = torch.tensor([seed, python, derived(*others)], device=device)
     everyone = torch.empty(peers.size, len(mine), dtype=torch.int64, device=device)
     peers.meet(7)
@@ -63,22 +64,18 @@ def shared_seed(device: torch.device, peers: Peers) -> int:
 
 def derived(*parts: int | str) -> int:
     """A seed made of numbers and names, the same in every process."""
-    text = "/".join(map(str, parts)).encode()
-    return (zlib.crc32(text) << 30) ^ zlib.crc32(text[::-1])
+    return fingerprint("/".join(map(str, parts)).encode())
 
 
 def forked(seed: int, device: torch.device) -> Callable[[], None]:
-    """Seed all generators until the returned function is called, which makes them what they were."""
-    python, host = random.getstate(), torch.get_rng_state()
-    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    own = None if module is None else module.get_rng_state(device)
+    """Seed all generators until the returned function is called, which makes them what they were.
 
-    def restore() -> None:
-        random.setstate(python)
-        torch.set_rng_state(host)
-        if module is not None:
-            module.set_rng_state(own, device)
-
+    What torch.random.fork_rng does, opened by one hook and closed by another; it leaves Python's generator alone.
+    """
+    own = [] if device.type in ("cpu", "meta") else [device]
+    stack = ExitStack()
+    stack.enter_context(torch.random.fork_rng(own, device_type=device.type if own else "cpu"))
+    stack.callback(random.setstate, random.getstate())
     random.seed(seed)
     torch.manual_seed(seed)
-    return restore
+    return stack.close

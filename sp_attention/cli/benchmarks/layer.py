@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sp_attention.cli.benchmarks.exchange import BATCH, HEAD_SIZE, HEADS, LIMIT, OURS, TIMEOUT, all_to_all
 from sp_attention.cli.benchmarks.others import OTHERS, Exchange, context_parallel, quieten, reasons
-from sp_attention.cli.benchmarks.ratios import geometric_mean, ratio
+from sp_attention.cli.benchmarks.ratios import ratio
 from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.benchmarks.rounds import Seconds, interleaved
 from sp_attention.cli.figure import draw_ratios
