@@ -73,7 +73,7 @@ loop of its tutorial. Both begin with the same loss.
 """,
     ),
     "memory": (
-        "BufferPool",
+        "Memory",
         """
 Physical memory of a process at most, in two such steps, in new processes. Of it for training: above what stood before
 there was a model.
