@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import sp_attention
-from sp_attention.cli.comparison import ROUNDING, Batch, merged, relative_error, shake, tolerance
+from sp_attention.cli.comparison import ROUNDING, Batch, error_of, merged, shake, tolerance
 from sp_attention.cli.outcomes import (
     DIFFERS,
     EXACT,
@@ -177,7 +177,7 @@ def _distance(ours: Any, expected: Any) -> tuple[float, str]:
     for step, (score, other) in enumerate(zip(ours.scores, expected.scores, strict=True)):
         if not torch.equal(score.isfinite(), other.isfinite()):
             return float("inf"), f"what is impossible at new token {step}"
-        error = relative_error(score, other)
+        error = error_of(score, other)
         if error is not None and error > worst:
             worst, where = error, f"scores of new token {step}"
     return worst, where

@@ -30,6 +30,7 @@ from sp_attention.kernels.request import Mask
 from sp_attention.region.attention import UlyssesAttention
 from sp_attention.region.context import Context, StackPass
 from sp_attention.region.sequence_dims import Extent
+from sp_attention.testing import relative_error
 
 LENGTH, KERNEL = 2048, "kernel"
 # Relative, in float32: the ranks add up in another order than one process.
@@ -86,7 +87,7 @@ def measure(case: Case, rounds: int, report: Report) -> tuple[Seconds, dict[str,
     }
     for name, step in steps.items():
         for got, wanted in zip(_forward_and_backward(step, given, grad), expected, strict=True):
-            if not (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+            if not relative_error(got, wanted) <= TOLERANCE:
                 raise AssertionError(f"{name}: the output or a gradient is not that of one process")
         contenders[name] = partial(_forward_and_backward, step, given, grad)
     interleaved(contenders, 1, 1, lambda number: None)
