@@ -194,5 +194,5 @@ def _speech(model: PreTrainedModel, length: int) -> Iterator[Batch]:
     labels = {"labels": dummy.ids(length)}
     # Besides what is in use, what only some types want.
     bands = dummy.first("feature_projection_input_dim") or 16
-    others = [{name: dummy.noise(ROWS, *shape)} for shape in ((64, bands), (1, 4000))]
+    others = [{name: dummy.noise(ROWS, *shape)} for shape in ((64, bands), (4000,), (1, 4000))]
     yield from (signal | labels for signal in [*dummy.signals(name, length), *others])
