@@ -25,6 +25,7 @@ import transformers
 import sp_attention
 from sp_attention.cli.generate import Clock
 from sp_attention.cli.rss import forget_peak, resident_memory
+from sp_attention.cli.tables import markdown_table
 from sp_attention.launch import run_ranks
 from sp_attention.region.kv_cache import sizes
 
@@ -110,19 +111,19 @@ def run(length: int, new: int) -> Run:
 def table(record: Record) -> str:
     """Markdown: medians over the rounds, with the least and the most; of several ranks, the worst of each round."""
 
-    def row(name: str, allocator: str, of: str, show: Callable[[float], str], worst: Callable[..., float] = max) -> str:
+    def row(
+        name: str, allocator: str, of: str, show: Callable[[float], str], worst: Callable[..., float] = max
+    ) -> list[str]:
         rounds = [one for one in record["rounds"] if one["allocator"] == allocator]
         alone = [one["one_process"][of] for one in rounds]
         shared = [worst(rank[of] for rank in one["ranks"]) for one in rounds]
         cells = [f"{show(median(all))} ({show(min(all))} to {show(max(all))})" for all in (alone, shared)]
-        return f"| {name} | {' | '.join(cells)} | {median(shared) / median(alone):.2f} |"
+        return [name, *cells, f"{median(shared) / median(alone):.2f}"]
 
     def mebibytes(size: float) -> str:
         return f"{size / 2**20:.0f} MiB"
 
-    lines = [
-        f"| {record['tokens']} tokens | one process | each of {RANKS} ranks | ratio |",
-        "|---|---|---|---|",
+    rows = [
         row("time to the first token", DEFAULT, "prefill_seconds", "{:.1f} s".format),
         row("of it, computing on a core", DEFAULT, "prefill_cpu_seconds", "{:.1f} s".format),
         row("tokens/s after it", DEFAULT, "tokens_per_second", "{:.1f}".format, min),
@@ -130,7 +131,7 @@ def table(record: Record) -> str:
         row("peak memory of the prefill, freed memory given back", GIVES_BACK, "prefill_bytes", mebibytes),
         row("peak memory of the prefill, allocator as it comes", DEFAULT, "prefill_bytes", mebibytes),
     ]
-    return "\n".join(lines)
+    return markdown_table([f"{record['tokens']} tokens", "one process", f"each of {RANKS} ranks", "ratio"], rows)
 
 
 @click.command()

@@ -5,9 +5,10 @@ docs/data/speed, and writes the page from all that is there. `--only ""` measure
 """
 
 import json
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ import click
 from sp_attention.cli.bench import bench
 from sp_attention.cli.benchmarks.exchange import LIMIT, OURS
 from sp_attention.cli.benchmarks.layer import KERNEL
-from sp_attention.cli.benchmarks.ratios import geometric_mean, ratio
+from sp_attention.cli.benchmarks.ratios import ratio
 from sp_attention.cli.benchmarks.record import Record, Table, markdown
 from sp_attention.cli.benchmarks.training import ALONE, DEEPSPEED
 
@@ -73,7 +74,7 @@ loop of its tutorial. Both begin with the same loss.
 """,
     ),
     "memory": (
-        "BufferPool",
+        "Memory",
         """
 Physical memory of a process at most, in two such steps, in new processes. Of it for training: above what stood before
 there was a model.
@@ -153,53 +154,80 @@ def page(records: dict[str, Record]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+Row = tuple[str, str, str]  # a figure, what was to be reached, and what was
+
+
 def summary(records: dict[str, Record]) -> Table:
     """What was to be reached, and what was, as far as there are numbers of it."""
-    rows: list[tuple[str, str, str]] = []
-    if "exchange" in records:
-        cases = [case["seconds"] for case in records["exchange"]["cases"]]
-        means = {
-            name: geometric_mean(ratio(case[name], case[LIMIT]).middle for case in cases)
-            for name in cases[0]
-            if name != LIMIT
-        }
-        ours = means.pop(OURS)
-        others = f"; the others {min(means.values()):.2f} to {max(means.values()):.2f}" if means else ""
-        rows.append((f"exchange ÷ raw all-to-all, mean of {len(cases)} cases", "1.3 at most", f"{ours:.2f}{others}"))
-    if "layer" in records:
-        for ranks, goal in ((2, "1.0"), (4, "1.05")):
-            cases = [one["seconds"] for one in records["layer"]["cases"] if one["case"]["ranks"] == ranks]
-            mean = geometric_mean(median(one[OURS]) / (median(one[LIMIT]) + median(one[KERNEL])) for one in cases)
-            rows.append((f"layer ÷ (raw all-to-all + raw kernel), {ranks} ranks", f"{goal} at most", f"{mean:.2f}"))
-    if "model" in records:
-        for one in records["model"]["cases"]:
-            if DEEPSPEED in one["seconds"]:
-                faster = ratio(one["seconds"][DEEPSPEED], one["seconds"][OURS]).middle
-                goal = "1.2 at least" if one["ranks"] == 2 else ""
-                rows.append((f"tokens/s of training ÷ DeepSpeed's, {one['ranks']} ranks", goal, f"{faster:.2f}"))
-    if "memory" in records:
-        peaks = {
-            (one["name"], one["ranks"]): max(each["peak"] for each in one["each"])
-            for one in records["memory"]["peaks"]
-            if one["length"] == 8192
-        }
-        for (name, ranks), peak in peaks.items():
-            goal = "0.5 at most" if (name, ranks) == (OURS, 2) else ""
-            if name != ALONE:
-                what = f"peak of a rank ÷ one process, S 8192, {name} on {ranks} ranks"
-                rows.append((what, goal, f"{peak / peaks[ALONE, 1]:.2f}"))
-    if "limit" in records and len(records["limit"]["longest"]) > 1:
-        ours, others = (_between(one) for one in records["limit"]["longest"])
-        what = "longest sequence within 4 GiB ÷ DeepSpeed ALST's, with a stand-in for attention"
-        rows.append((what, "1.5 at least", f"({ours}) ÷ ({others})"))
-    if "scale" in records:
-        layers: dict[str, list[float]] = {}
-        for one in records["scale"]["cases"]:
-            layers.setdefault(f"{one['heads']['query']} heads, {one['heads']['kv']} key heads", []).append(one["layer"])
-        for heads, each in layers.items():
-            what = f"hooks of a layer's forward, 8 to 1,024 ranks, {heads}"
-            rows.append((what, "flat", f"{min(each):.0f} to {max(each):.0f} µs"))
+    rows = [row for run, rows_of in SUMMARIES.items() if run in records for row in rows_of(records[run])]
     return Table("In short", ("figure", "goal", "measured"), tuple(rows))
+
+
+def _exchange(record: Record) -> Iterator[Row]:
+    cases = [case["seconds"] for case in record["cases"]]
+    means = {
+        name: geometric_mean(ratio(case[name], case[LIMIT]).middle for case in cases)
+        for name in cases[0]
+        if name != LIMIT
+    }
+    ours = means.pop(OURS)
+    others = f"; the others {min(means.values()):.2f} to {max(means.values()):.2f}" if means else ""
+    yield f"exchange ÷ raw all-to-all, mean of {len(cases)} cases", "1.3 at most", f"{ours:.2f}{others}"
+
+
+def _layer(record: Record) -> Iterator[Row]:
+    for ranks, goal in ((2, "1.0"), (4, "1.05")):
+        cases = [one["seconds"] for one in record["cases"] if one["case"]["ranks"] == ranks]
+        mean = geometric_mean(median(one[OURS]) / (median(one[LIMIT]) + median(one[KERNEL])) for one in cases)
+        yield f"layer ÷ (raw all-to-all + raw kernel), {ranks} ranks", f"{goal} at most", f"{mean:.2f}"
+
+
+def _model(record: Record) -> Iterator[Row]:
+    for one in record["cases"]:
+        if DEEPSPEED in one["seconds"]:
+            faster = ratio(one["seconds"][DEEPSPEED], one["seconds"][OURS]).middle
+            goal = "1.2 at least" if one["ranks"] == 2 else ""
+            yield f"tokens/s of training ÷ DeepSpeed's, {one['ranks']} ranks", goal, f"{faster:.2f}"
+
+
+def _memory(record: Record) -> Iterator[Row]:
+    peaks = {
+        (one["name"], one["ranks"]): max(each["peak"] for each in one["each"])
+        for one in record["peaks"]
+        if one["length"] == 8192
+    }
+    for (name, ranks), peak in peaks.items():
+        goal = "0.5 at most" if (name, ranks) == (OURS, 2) else ""
+        if name != ALONE:
+            what = f"peak of a rank ÷ one process, S 8192, {name} on {ranks} ranks"
+            yield what, goal, f"{peak / peaks[ALONE, 1]:.2f}"
+
+
+def _limit(record: Record) -> Iterator[Row]:
+    if len(record["longest"]) > 1:
+        ours, others = (_between(one) for one in record["longest"])
+        what = "longest sequence within 4 GiB ÷ DeepSpeed ALST's, with a stand-in for attention"
+        yield what, "1.5 at least", f"({ours}) ÷ ({others})"
+
+
+def _scale(record: Record) -> Iterator[Row]:
+    layers: dict[str, list[float]] = {}
+    for one in record["cases"]:
+        layers.setdefault(f"{one['heads']['query']} heads, {one['heads']['kv']} key heads", []).append(one["layer"])
+    for heads, each in layers.items():
+        what = f"hooks of a layer's forward, 8 to 1,024 ranks, {heads}"
+        yield what, "flat", f"{min(each):.0f} to {max(each):.0f} µs"
+
+
+# By run, what it says of the goals.
+SUMMARIES: dict[str, Callable[[Record], Iterator[Row]]] = {
+    "exchange": _exchange,
+    "layer": _layer,
+    "model": _model,
+    "memory": _memory,
+    "limit": _limit,
+    "scale": _scale,
+}
 
 
 def _between(one: Record) -> str:

@@ -15,6 +15,7 @@ import transformers
 
 import sp_attention
 from sp_attention.cli.rss import forget_peak, resident_memory
+from sp_attention.cli.tables import markdown_row, markdown_table
 from sp_attention.launch import run_ranks
 
 MODEL = {
@@ -66,11 +67,12 @@ def main(length: int) -> None:
     # glibc keeps freed memory for itself otherwise, and little of what a step takes is seen.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     print(f"{length} tokens, {MODEL}")
-    print("| | MiB of a step | seconds | loss |\n|---|---|---|---|")
+    print(markdown_table(["", "MiB of a step", "seconds", "loss"], []))
     for setting in SETTINGS:
         ranks = run_ranks(2, step_of, setting, length, timeout=600)
         spent, seconds = max(spent for spent, *_ in ranks), max(seconds for _, seconds, _ in ranks)
-        print(f"| {setting} | {spent / 2**20:.0f} | {seconds:.1f} | {ranks[0][2]:.6f} |", flush=True)
+        cells = [setting, f"{spent / 2**20:.0f}", f"{seconds:.1f}", f"{ranks[0][2]:.6f}"]
+        print(markdown_row(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sp_attention import testing
 from sp_attention.cli.kernels import module_for
+from sp_attention.cli.tables import markdown_table
 from sp_attention.kernels import registry
 from sp_attention.kernels.request import Backend
 
@@ -77,8 +78,7 @@ def page() -> str:
         "yes" if backend.attend_with_weights else "never holds them" for backend in backends().values()
     ]
     head = ["", *(f"`{name}`" for name in backends())]
-    lines = [head, ["---"] * len(head), *([feature, *cells] for feature, cells in rows.items())]
-    return TEXT + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + CHECK
+    return f"{TEXT}{markdown_table(head, ([feature, *cells] for feature, cells in rows.items()))}\n{CHECK}"
 
 
 if __name__ == "__main__":

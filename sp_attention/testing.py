@@ -214,7 +214,9 @@ def check(
     expected = _results(attend, exact)
     if tolerance is None:
         own = _results(attend, asked)
-        tolerance = max(LEAST.get(dtype, 0.0), 2 * max(_error(own[name], result) for name, result in expected.items()))
+        tolerance = max(
+            LEAST.get(dtype, 0.0), 2 * max(relative_error(own[name], result) for name, result in expected.items())
+        )
     before = _copies(asked)
     results = _results(backend.attend, asked)
     for name, result in results.items():
@@ -355,9 +357,14 @@ def _copies(asked: Request) -> dict[str, Tensor]:
     return found | {"mask": asked.mask.dense().clone()}
 
 
-def _error(result: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a part of the largest number that is expected."""
-    return float((result.detach().cpu().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+def relative_error(result: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """The largest difference, as a part of the largest number that is expected, or of `scale`; NaN where there is one.
+
+    Two tensors of one shape, on any devices and in any dtypes; computed in float64.
+    """
+    result, expected = (tensor.detach().cpu().double() for tensor in (result, expected))
+    largest = expected.abs().max().clamp_min(1e-300) if scale is None else scale
+    return float((result - expected).abs().max() / largest)
 
 
 def _require_close(backend: Backend, feature: str, name: str, result: Tensor, expected: Tensor, bound: float) -> None:
@@ -365,6 +372,6 @@ def _require_close(backend: Backend, feature: str, name: str, result: Tensor, ex
         raise AssertionError(
             f"{backend.kernel}, {feature}: {name} has shape {list(result.shape)}, not {list(expected.shape)}"
         )
-    error = _error(result, expected)
+    error = relative_error(result, expected)
     if not error <= bound:
         raise AssertionError(f"{backend.kernel}, {feature}: {name} is off by {error:.1e}, more than {bound:.1e}")

@@ -4,7 +4,6 @@
 """
 
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,17 +15,15 @@ import click
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import sp_attention
 from sp_attention.cli.comparison import largest_error
+from sp_attention.cli.tables import markdown_table
 from sp_attention.launch import run_ranks
+from sweep.engine_loops import EITHER_ORDER, ENGINES, Loop, of_torch
 
-STEPS, LEARNING_RATE = 20, 0.1
+STEPS = 20
 # Groups, and the ranks of each.
 SHAPES = ("1 x 1", "1 x 2", "1 x 4", "2 x 1", "2 x 2")
 ACCUMULATIONS = (1, 3)
@@ -46,22 +43,6 @@ float32, and DeepSpeed the gradients; ZeRO-0 is in float32, and tells no norm. S
 alone, without sequence parallelism.
 
 """
-
-
-@dataclass
-class Loop:
-    """What an engine makes of a model, in the words of a training loop.
-
-    model: is called. is_last: is told before each forward whether gradients are averaged in its backward. step: after
-    the last backward; leaves no gradients behind, and returns their norm, None where an engine has none to tell.
-    weights: all of them, whole, on every rank.
-    """
-
-    model: nn.Module
-    is_last: Callable[[bool], None]
-    backward: Callable[[Tensor], None]
-    step: Callable[[], float | None]
-    weights: Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -85,110 +66,6 @@ class Errors:
     norm: float
     first: float
     last: float
-
-
-# The engines
-
-
-def _of_torch(
-    model: nn.Module, wrapped: nn.Module, is_last: Callable[[bool], None], before_step: Callable[[], None]
-) -> Loop:
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-
-    def step() -> float:
-        before_step()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-    def weights() -> dict[str, Tensor]:
-        return {
-            name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
-            for name, weight in model.named_parameters()
-        }
-
-    return Loop(wrapped, is_last, Tensor.backward, step, weights)
-
-
-def none(model: nn.Module, accumulation: int, sp_size: int) -> Loop:
-    return _of_torch(model, model, lambda last: None, partial(sp_attention.average_gradients, model))
-
-
-def ddp(model: nn.Module, accumulation: int, sp_size: int, **options: bool) -> Loop:
-    wrapped = DistributedDataParallel(model, **options)
-
-    def is_last(last: bool) -> None:
-        # What `no_sync` does, which torch itself does not take in the first backward of a static graph.
-        wrapped.require_backward_grad_sync = last or wrapped.static_graph
-
-    return _of_torch(model, wrapped, is_last, lambda: None)
-
-
-def fsdp2(
-    model: nn.Module, accumulation: int, sp_size: int, *, hybrid: bool = False, offload: OffloadPolicy | None = None
-) -> Loop:
-    world = dist.get_world_size()
-    # Hybrid: weights are sharded in a group, and replicated over groups.
-    shape, names = ((world // sp_size, sp_size), ("replicate", "shard")) if hybrid else ((world,), ("shard",))
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    for layer in (*model.model.layers, model):
-        fully_shard(layer, mesh=mesh, offload_policy=offload or OffloadPolicy())
-    return _of_torch(model, model, model.set_requires_gradient_sync, lambda: None)
-
-
-def zero(model: nn.Module, accumulation: int, sp_size: int, *, stage: int) -> Loop:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": f"{dist.get_rank()}", "LOCAL_RANK": f"{dist.get_rank()}"}
-    os.environ |= {"WORLD_SIZE": f"{dist.get_world_size()}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    import deepspeed
-    import deepspeed.ops
-
-    # What it would compile for CPUs as soon as it starts, training does not use.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    if not stage:
-        model.float()  # It takes no float64 on CPUs.
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-    }
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    lasts = [True]
-
-    def backward(loss: Tensor) -> None:
-        # Stage 0 divides the model's own tensor by the accumulated micro-batches, asked or not.
-        engine.backward(loss * 1, scale_wrt_gas=False)
-        if not lasts[0]:
-            engine.step()
-
-    def step() -> float | None:
-        engine.step()
-        norm = engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
-
-    def weights() -> dict[str, Tensor]:
-        with deepspeed.zero.GatheredParameters([*model.parameters()]):
-            return {name: weight.detach().double().clone() for name, weight in model.named_parameters()}
-
-    return Loop(engine, partial(lasts.__setitem__, 0), backward, step, weights)
-
-
-ENGINES: dict[str, Callable[[nn.Module, int, int], Loop]] = {
-    "none": none,
-    "DDP": ddp,
-    "DDP, static graph": partial(ddp, static_graph=True),
-    "DDP, unused parameters": partial(ddp, find_unused_parameters=True),
-    "FSDP2": fsdp2,
-    "FSDP2, offloaded": partial(fsdp2, offload=CPUOffloadPolicy(pin_memory=False)),
-    "HSDP": partial(fsdp2, hybrid=True),
-    **{f"ZeRO-{stage}": partial(zero, stage=stage) for stage in range(4)},
-}
-EITHER_ORDER = ("DDP", "FSDP2")
 
 
 # Training
@@ -265,7 +142,7 @@ def errors_of(engine: str, wrapped_first: bool, sp_size: int, accumulation: int)
 
 def _alone(groups: int, accumulation: int) -> Run:
     model = build()
-    loop = _of_torch(model, model, lambda last: None, lambda: None)
+    loop = of_torch(model, model, lambda last: None, lambda: None)
     return train(loop, list(range(groups)), groups, accumulation)
 
 
@@ -317,14 +194,14 @@ def page(found: dict[Case, Errors]) -> str:
     shapes = dict.fromkeys(case[2:] for case in found)
     head = ["engine", "loss", "`grad_norm`", "weights, step 1"]
     head += [f"{groups} x {size}{', 3 micro-batches' if number > 1 else ''}" for size, groups, number in shapes]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for engine, first in dict.fromkeys((case[0], case[1]) for case in found):
         mine = {case[2:]: errors for case, errors in found.items() if case[:2] == (engine, first)}
         worst = [max(getattr(errors, name) for errors in mine.values()) for name in ("loss", "norm", "first")]
         worst += [mine[shape].last for shape in shapes]
         told = ["" if math.isnan(error) else f"{error:.0e}" for error in worst]
         rows.append([f"{engine}{', before `enable`' if first else ''}", *told])
-    return HEAD + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return f"{HEAD}{markdown_table(head, rows)}\n"
 
 
 @click.command()

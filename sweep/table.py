@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sp_attention.cli.outcomes import parts_of
 from sp_attention.cli.reduced import TASKS
+from sp_attention.cli.tables import markdown_table
 from sweep.running import Record, read
 
 OUTCOMES = ("exact", "partly refused", "refused", "not buildable", "not comparable", "silently wrong", "other errors")
@@ -99,15 +100,14 @@ def write(results: Path, target: Path) -> None:
         types = sorted({kind for name, kind, _ in records if name == mapping})
         if not types:
             continue
-        rows = ["| type | result | kernel | largest error | remarks |", "|---|---|---|---|---|"]
+        rows = []
         for kind in types:
             found = [record for (name, of, _), record in records.items() if (name, of) == (mapping, kind)]
             worst = min(found, key=lambda record: (outcome(record) == "exact", record["ranks"]))
             result = outcome(worst) + (f", {how(worst)}" if outcome(worst) == "exact" else "")
             error = max((error for record in found if (error := largest(record)) is not None), default=None)
-            remark = reason(worst).replace("|", "\\|").replace("\n", " ")[:200]
             shown = "" if error is None else f"{error:.0e}"
-            rows.append(f"| {kind} | {result} | {worst.get('kernel', '')} | {shown} | {remark} |")
-        sections += [f"## {mapping}", "\n".join(rows)]
+            rows.append([kind, result, worst.get("kernel", ""), shown, reason(worst)[:200]])
+        sections += [f"## {mapping}", markdown_table(("type", "result", "kernel", "largest error", "remarks"), rows)]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n\n".join(sections) + "\n")

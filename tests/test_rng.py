@@ -1,5 +1,7 @@
 """Dropout: shared outside of the layers, each rank's own inside, and the same again when a layer is recomputed."""
 
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import sp_attention
-from sp_attention.distributed.rng import derived
+from sp_attention.distributed.rng import Forked, are_equal, derived, states
 from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
 
@@ -173,4 +175,28 @@ def test_a_model_without_dropout_draws_nothing_and_dropout_that_comes_later_is_r
 def test_seeds_are_made_of_numbers_and_names() -> None:
     seeds = {derived(1, "model.layers.0"), derived(1, "model.layers.1"), derived(2, "model.layers.0"), derived(1, 0)}
     assert len(seeds) == 4
-    assert derived(1, "model.layers.0") == derived(1, "model.layers.0")
+    # In every process, and every version of Python.
+    assert derived(1, "model.layers.0") == 1_779_183_235_841_561_334
+
+
+def test_generators_draw_what_a_seed_tells_until_they_are_what_they_were() -> None:
+    device = torch.device("cpu")
+    before, drawn = states(device), []
+    for _ in range(2):
+        with Forked(7, device):
+            drawn.append((random.random(), torch.rand(()).item()))
+        assert are_equal(states(device), before)
+    assert drawn[0] == drawn[1]
+
+
+def test_generators_are_left_alone_where_an_interrupt_has_left_a_seed_behind() -> None:
+    def interrupted() -> Iterator[None]:
+        with Forked(7, torch.device("cpu")):
+            yield
+
+    running = interrupted()
+    next(running)
+    torch.manual_seed(3)  # what somebody does after the interrupt
+    expected = torch.get_rng_state()
+    running.close()
+    assert torch.equal(torch.get_rng_state(), expected)

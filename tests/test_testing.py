@@ -267,6 +267,15 @@ def test_wrong_weights_are_told() -> None:
         testing.check(backend, "causal")
 
 
+def test_an_error_is_relative_to_the_largest_number_that_is_expected() -> None:
+    expected = torch.tensor([4.0, -8.0], dtype=torch.float64)
+    assert testing.relative_error(torch.tensor([3.0, -8.0], dtype=torch.bfloat16), expected) == 0.125
+    assert testing.relative_error(torch.tensor([3.0, -8.0]), expected, scale=2.0) == 0.5
+    assert not testing.relative_error(torch.tensor([float("nan"), -8.0]), expected) <= 1.0
+    assert testing.relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert testing.relative_error(expected, torch.zeros(2)) > 1.0
+
+
 def test_the_reference_agrees_with_torch() -> None:
     """Where torch has it all: the reference is not only compared with what is compared with it."""
     request = testing.FEATURES["additive bias"]()

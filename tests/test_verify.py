@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sp_attention.cli.comparison import largest_error, relative_error
+from sp_attention.cli.comparison import error_of, largest_error
 from sp_attention.cli.outcomes import Comparison, Verdict, parts_of
 from sp_attention.cli.reduced import NotBuildableError, build, prepare, tasks_of, types_of
 from sp_attention.cli.subject import Subject, prepared
@@ -176,8 +176,8 @@ def test_what_cannot_be_built_says_why() -> None:
 
 def test_errors_are_relative_to_the_whole_and_only_where_that_is_finite() -> None:
     whole = torch.tensor([4.0, 2.0, float("inf")])
-    assert relative_error(torch.tensor([4.0, 1.0, 0.0]), whole) == 0.25
-    assert relative_error(whole[2:], whole[2:]) is None
+    assert error_of(torch.tensor([4.0, 1.0, 0.0]), whole) == 0.25
+    assert error_of(whole[2:], whole[2:]) is None
     assert largest_error({"loss": whole}, {"loss": whole, "logits": whole}) == (float("inf"), "logits")
     assert largest_error({"loss": whole * float("nan")}, {"loss": whole}) == (float("inf"), "loss")
 

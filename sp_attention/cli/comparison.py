@@ -25,6 +25,7 @@ from sp_attention.cli.outcomes import (
 )
 from sp_attention.distributed.partition import spans
 from sp_attention.region.pytree import Path, tensors
+from sp_attention.testing import relative_error
 
 # The largest relative error that is still the same number. Models in float64 compute some parts in float32.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -212,7 +213,7 @@ def largest_error(values: Values, expected: Values) -> tuple[float, str]:
         of_gradient = name.startswith("gradient of ")
         if name in expected and name in values:
             is_cut = "hidden_states." in name and values[name].shape != expected[name].shape  # they are promised whole
-            error = relative_error(values[name], expected[name], noise if of_gradient else 0.0)
+            error = error_of(values[name], expected[name], noise if of_gradient else 0.0)
             error = float("inf") if is_cut else error
         else:  # a gradient that is nowhere may as well be zero
             alone = values.get(name, expected.get(name))
@@ -222,8 +223,11 @@ def largest_error(values: Values, expected: Values) -> tuple[float, str]:
     return worst, where
 
 
-def relative_error(value: Tensor, expected: Tensor, noise: float = 0.0) -> float | None:
-    """How far a tensor, whole or this rank's span of it, is from the whole; None when nothing can be compared."""
+def error_of(value: Tensor, expected: Tensor, noise: float = 0.0) -> float | None:
+    """How far a tensor, whole or this rank's span of it, is from the whole; None when nothing can be compared.
+
+    Relative to the largest number of the whole, or to `noise` where that is larger.
+    """
     matching = matching_part(expected, value.shape)
     if matching is None:
         return float("inf")
@@ -231,7 +235,7 @@ def relative_error(value: Tensor, expected: Tensor, noise: float = 0.0) -> float
     if not finite.any():
         return None
     scale = max(expected[expected.isfinite()].abs().max().item(), noise) or 1.0
-    return ((value[finite] - matching[finite]).abs().max() / scale).item()
+    return relative_error(value[finite], matching[finite], scale)
 
 
 def matching_part(whole: Tensor, shape: torch.Size) -> Tensor | None:
@@ -268,7 +272,7 @@ def _parting(reference: PreTrainedModel, model: PreTrainedModel, batch: Batch, v
         for path, value in got.get(call, {}).items():
             if path not in outputs or matching_part(outputs[path], value.shape) is None:
                 continue  # something inside attention, of other heads
-            error = relative_error(value, outputs[path])
+            error = error_of(value, outputs[path])
             if error is not None and not error <= tolerance(model):
                 return Parting(call[0] or type(model).__name__, error, position)
     return None

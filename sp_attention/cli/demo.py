@@ -162,15 +162,15 @@ def _compare_under_torchrun(
 
 
 def _compared(alone: "Trained", ranks: "list[Trained]") -> Comparison:
+    from sp_attention.testing import relative_error
+
     losses = [
         abs(ours - theirs) / abs(theirs)
         for rank in ranks
         for ours, theirs in zip(rank.losses, alone.losses, strict=True)
     ]
     gradients = [
-        ((ranks[0].gradients[name] - theirs).abs().max() / theirs.abs().max()).item()
-        for name, theirs in alone.gradients.items()
-        if theirs.any()
+        relative_error(ranks[0].gradients[name], theirs) for name, theirs in alone.gradients.items() if theirs.any()
     ]
     # A NaN must not count as small, which the order of max() decides: not <= is what is asked of it in the end.
     worst = next((loss for loss in losses if loss != loss), max(losses))

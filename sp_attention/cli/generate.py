@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from sp_attention.errors import Refused
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -127,9 +129,9 @@ def generate(
         answers = run_ranks(ranks, _generate, request, timeout=TIMEOUT)
     except RanksError as error:
         raise click.ClickException(str(error)) from error
-    refused = next((answer for answer in answers if isinstance(answer, str)), None)
+    refused = next((answer for answer in answers if isinstance(answer, Refused)), None)
     if refused is not None:
-        raise click.UsageError(refused)
+        raise click.UsageError(refused.reason)
     if as_json:
         click.echo(json.dumps(_record(folder, answers), indent=2))
     else:
@@ -137,7 +139,7 @@ def generate(
     return 0
 
 
-def _generate(request: Request) -> Generated | str:
+def _generate(request: Request) -> Generated | Refused:
     """On every rank: load the model and let it generate; or why it cannot, which is the same everywhere."""
     import warnings
 
@@ -157,14 +159,14 @@ def _generate(request: Request) -> Generated | str:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(request.folder)
     except (OSError, ValueError, ImportError) as error:
-        return f"{request.folder} has no tokenizer that can be loaded: {_one_line(error)}"
+        return Refused(f"{request.folder} has no tokenizer that can be loaded: {_one_line(error)}")
     batch = tokenizer(request.prompt, return_tensors="pt")
     if not batch["input_ids"].shape[1]:
-        return f"the tokenizer of {request.folder} makes no tokens of the prompt: are all of its files there?"
+        return Refused(f"the tokenizer of {request.folder} makes no tokens of the prompt: are all of its files there?")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(request.folder, dtype=request.dtype)
     except (OSError, ValueError, ImportError) as error:
-        return f"{request.folder} has no causal language model that can be loaded: {_one_line(error)}"
+        return Refused(f"{request.folder} has no causal language model that can be loaded: {_one_line(error)}")
     writes = request.as_text and dist.get_rank() == 0
     clock = Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if writes else None)
     options = {} if request.temperature is None else {"temperature": request.temperature}
@@ -184,7 +186,7 @@ def _generate(request: Request) -> Generated | str:
             **options,
         )
     except sp_attention.UnsupportedError as error:
-        return str(error)
+        return Refused(str(error))
     cache = generated.past_key_values
     mine, whole = sizes(cache) if isinstance(cache, Cache) else (None, None)
     given = batch["input_ids"].shape[1]

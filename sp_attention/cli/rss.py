@@ -1,4 +1,7 @@
-"""Physical memory of this process."""
+"""Physical memory of this process, from Linux itself.
+
+psutil tells what is resident now, but neither the most that was, nor how to count that anew.
+"""
 
 import resource
 import sys

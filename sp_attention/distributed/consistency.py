@@ -3,7 +3,6 @@
 A rank that raises alone leaves the others waiting in a collective, so a problem is shared first and then raised by all.
 """
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sp_attention.distributed.fingerprint import fingerprint
 from sp_attention.distributed.peers import Peers
 from sp_attention.errors import BackendError, BatchError, Refused, UnsupportedError
 
@@ -122,9 +122,8 @@ def _describe(value: Any, device: torch.device) -> str:
 
 
 def _salt(text: str) -> int:
-    """An odd 62-bit integer that is the same in every process, unlike hash()."""
-    data = text.encode()
-    return ((zlib.crc32(data) << 30) ^ zlib.crc32(data[::-1] + b"|")) | 1
+    """An odd 62-bit integer."""
+    return fingerprint(text.encode()) | 1
 
 
 def _digest(value: Any, device: torch.device) -> Tensor:

@@ -6,13 +6,13 @@ state, so that a layer that is recomputed in backward draws what it drew before.
 """
 
 import random
-import zlib
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sp_attention.distributed.fingerprint import fingerprint
 from sp_attention.distributed.peers import Peers
 
 
@@ -23,7 +23,7 @@ def states(device: torch.device) -> list[Tensor]:
 
 def sampling_state(device: torch.device) -> int:
     """A number that tells apart the states of the generator that tokens are sampled with, alike in every process."""
-    return _fingerprint(_of_torch(device)[-1])
+    return _number_of(_of_torch(device)[-1])
 
 
 def _of_torch(device: torch.device) -> list[Tensor]:
@@ -33,8 +33,8 @@ def _of_torch(device: torch.device) -> list[Tensor]:
     return found
 
 
-def _fingerprint(state: Tensor) -> int:
-    return zlib.crc32(state.cpu().numpy().tobytes())
+def _number_of(state: Tensor) -> int:
+    return fingerprint(state.cpu().numpy().tobytes())
 
 
 def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
@@ -47,7 +47,7 @@ def shared_seed(device: torch.device, peers: Peers) -> int:
     Generators that differ between ranks are seeded with it, so that from here on they draw the same.
     """
     seed = int(torch.randint(2**62, ()))
-    python, *others = map(_fingerprint, states(device))
+    python, *others = map(_number_of, states(device))
     mine = torch.tensor([seed, python, derived(*others)], device=device)
     everyone = torch.empty(peers.size, len(mine), dtype=torch.int64, device=device)
     peers.meet(7)
@@ -63,8 +63,7 @@ def shared_seed(device: torch.device, peers: Peers) -> int:
 
 def derived(*parts: int | str) -> int:
     """A seed made of numbers and names, the same in every process."""
-    text = "/".join(map(str, parts)).encode()
-    return (zlib.crc32(text) << 30) ^ zlib.crc32(text[::-1])
+    return fingerprint("/".join(map(str, parts)).encode())
 
 
 class Forked:

@@ -6,7 +6,7 @@ from torch.utils.data import Sampler
 from transformers import set_seed
 
 from sp_attention.errors import UnsupportedError
-from sp_attention.integrations.transformers import InGroups
+from sp_attention.integrations.trainer import InGroups
 
 # What generates, or shows, by ways of its own.
 _REFUSED = ("use_vllm", "use_transformers_continuous_batching", "log_completions")

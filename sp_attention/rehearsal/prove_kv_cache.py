@@ -22,7 +22,7 @@ from sp_attention.region.kv_cache import told_of
 from sp_attention.region.plan import Layer, RegionPlan, Stack, named_arguments
 from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
-from sp_attention.rehearsal.dummy_inputs import Inputs
+from sp_attention.rehearsal.dummy_tensors import Inputs
 from sp_attention.rehearsal.trace import Trace, same
 
 # What a model gives for a batch in steps, and the cache that it goes on from.

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sp_attention.cli.benchmarks.others import OTHERS, Exchange, Kernel, quieten, reasons
-from sp_attention.cli.benchmarks.ratios import Ratio, geometric_mean, ratio
+from sp_attention.cli.benchmarks.ratios import Ratio, ratio
 from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.benchmarks.rounds import Seconds, interleaved
 from sp_attention.cli.figure import draw_ratios

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sp_attention.cli.benchmarks.exchange import BATCH, HEAD_SIZE, HEADS, LIMIT, OURS, TIMEOUT, all_to_all
 from sp_attention.cli.benchmarks.others import OTHERS, Exchange, context_parallel, quieten, reasons
-from sp_attention.cli.benchmarks.ratios import geometric_mean, ratio
+from sp_attention.cli.benchmarks.ratios import ratio
 from sp_attention.cli.benchmarks.record import Record, Table
 from sp_attention.cli.benchmarks.rounds import Seconds, interleaved
 from sp_attention.cli.figure import draw_ratios
@@ -30,6 +30,7 @@ from sp_attention.kernels.request import Mask
 from sp_attention.region.attention import AttentionFunction
 from sp_attention.region.context import Context, Scope, StackPass
 from sp_attention.region.sequence_dims import Extent
+from sp_attention.testing import relative_error
 
 LENGTH, KERNEL = 2048, "kernel"
 # Relative, in float32: the ranks add up in another order than one process.
@@ -86,7 +87,7 @@ def measure(case: Case, rounds: int, report: Report) -> tuple[Seconds, dict[str,
     }
     for name, step in steps.items():
         for got, wanted in zip(_forward_and_backward(step, given, grad), expected, strict=True):
-            if not (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+            if not relative_error(got, wanted) <= TOLERANCE:
                 raise AssertionError(f"{name}: the output or a gradient is not that of one process")
         contenders[name] = partial(_forward_and_backward, step, given, grad)
     interleaved(contenders, 1, 1, lambda number: None)

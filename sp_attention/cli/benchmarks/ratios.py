@@ -1,7 +1,5 @@
-"""What rounds of seconds say: the median of one over another's, with the quartiles, and means over cases."""
+"""What rounds of seconds say: the median of one over another's, with the quartiles."""
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -23,8 +21,3 @@ def ratio(times: list[float], base: list[float]) -> Ratio:
     of = median(base)
     low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return Ratio(median(times) / of, low / of, high / of)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logarithms = [math.log(value) for value in values]
-    return math.exp(sum(logarithms) / len(logarithms))

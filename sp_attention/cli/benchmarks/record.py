@@ -7,6 +7,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from sp_attention.cli.machine import installed
+from sp_attention.cli.tables import markdown_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,5 @@ def show(table: Table, console: "Console") -> None:
 
 def markdown(table: Table) -> str:
     """The same for a page."""
-    rows = [table.columns, ("---",) * len(table.columns), *table.rows]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
-    return "\n".join([f"{table.title}:", "", *lines, *notes])
+    return "\n".join([f"{table.title}:", "", markdown_table(table.columns, table.rows), *notes])

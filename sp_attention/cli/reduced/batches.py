@@ -1,4 +1,4 @@
-"""Whole batches for a model, by kind: what it takes of ids, masks, positions, labels, pixels and features."""
+"""Whole batches with labels for a model, by kind: what it takes of ids, masks, positions, pixels and features."""
 
 import re
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sp_attention.cli.outcomes import KINDS
 from sp_attention.cli.reduced.configuration import configurations
 from sp_attention.cli.reduced.sizes import FIRST_TOKEN, POSITIONS
+from sp_attention.rehearsal.dummy_tensors import DummyTensors
 
 ROWS = 2
 Batch = dict[str, Any]
@@ -32,7 +33,7 @@ def candidates(model: PreTrainedModel, task: str, length: int) -> Iterator[dict[
         text = {kind: _text(model, task, kind, length) for kind in kinds}
         yield text
         # Some decoders of encoder-decoders start from as many tokens as the encoder reads.
-        alike = {"labels": _ids(model, length, length + 1)}
+        alike = {"labels": _ids(model, length, seed=1)}
         if model.config.is_encoder_decoder and task == "seq2seq-lm":
             yield {"plain": text["plain"] | alike}
         if "num_codebooks" in vars(model.config):
@@ -78,21 +79,12 @@ def _with_image_tokens(batch: Batch, takes: Any, marker: int, count: int) -> Bat
     return batch | extra | {"input_ids": ids.masked_fill(is_image, marker), "labels": labels}
 
 
-def _generator(length: int) -> torch.Generator:
-    return torch.Generator().manual_seed(length)
+def _tensors(model: PreTrainedModel, rows: int = 1) -> DummyTensors:
+    return DummyTensors(model, ROWS, rows, FIRST_TOKEN, tuple(configurations(model.config)))
 
 
-def _of_parts(model: PreTrainedModel, *names: str) -> Any:
-    """The first value that a configuration of the model, or one inside it, has for one of these names."""
-    parts = configurations(model.config)
-    values = (getattr(part, name, None) for name in names for part in parts)
-    return next((value for value in values if value is not None), None)
-
-
-def _ids(model: PreTrainedModel, length: int, seed: int) -> Tensor:
-    sizes = [getattr(part, "vocab_size", None) for part in configurations(model.config)]
-    vocabulary = min([size for size in sizes if isinstance(size, int) and size > FIRST_TOKEN] or [FIRST_TOKEN + 1])
-    return torch.randint(FIRST_TOKEN, vocabulary, (ROWS, length), generator=_generator(seed))
+def _ids(model: PreTrainedModel, length: int, seed: int = 0) -> Tensor:
+    return _tensors(model).ids(length, seed)
 
 
 def _takes_positions(model: PreTrainedModel, task: str) -> bool:
@@ -101,12 +93,9 @@ def _takes_positions(model: PreTrainedModel, task: str) -> bool:
 
 def _text(model: PreTrainedModel, task: str, kind: str, length: int) -> Batch:
     takes = signature(model.forward).parameters
-    ids = _ids(model, length, length)
-    mask = torch.ones_like(ids)
-    if kind == "left-padded":
-        mask[0, : length // 3] = 0
-    if kind == "right-padded":
-        mask[0, length - length // 3 :] = 0
+    dummy = _tensors(model)
+    ids, third = dummy.ids(length), length // 3
+    mask = dummy.padding(length, third if kind == "left-padded" else 0, third if kind == "right-padded" else 0)
     padding = getattr(model.config, "pad_token_id", None)
     if isinstance(padding, int):
         ids[mask == 0] = padding  # Some heads look for the last token that is none.
@@ -115,10 +104,12 @@ def _text(model: PreTrainedModel, task: str, kind: str, length: int) -> Batch:
     if kind.endswith("padded"):
         batch["attention_mask"] = mask
     if kind == "packed":
-        batch |= {"position_ids": _packed_positions(length), "use_cache": False}
+        # Row 0 has three documents, row 1 is one.
+        first, second = length // 4, length // 2 + 1
+        positions = dummy.positions([first, second - first, length - second], [length])
+        batch |= {"position_ids": positions, "use_cache": False}
     if "bbox" in takes:
-        corners = torch.randint(0, POSITIONS // 2, (ROWS, length, 4), generator=_generator(length))
-        batch["bbox"] = corners + corners.roll(2, dims=2) * torch.tensor([0, 0, 1, 1])
+        batch["bbox"] = dummy.boxes(length)
     return batch
 
 
@@ -134,13 +125,6 @@ def _mark(model: PreTrainedModel, task: str, ids: Tensor, mask: Tensor) -> None:
             ids[rows, place] = separator
 
 
-def _packed_positions(length: int) -> Tensor:
-    """Row 0 has three documents, row 1 is one."""
-    first, second = length // 4, length // 2 + 1
-    documents = torch.cat([torch.arange(first), torch.arange(second - first), torch.arange(length - second)])
-    return torch.stack([documents, torch.arange(length)])
-
-
 def _labels(model: PreTrainedModel, task: str, kind: str, ids: Tensor, mask: Tensor) -> Batch:
     length = ids.shape[1]
     if task == "sequence-classification":
@@ -148,7 +132,7 @@ def _labels(model: PreTrainedModel, task: str, kind: str, ids: Tensor, mask: Ten
     if task == "question-answering":
         return {"start_positions": torch.tensor([length // 2, 3]), "end_positions": torch.tensor([length // 2 + 4, 9])}
     if model.config.is_encoder_decoder and task in ("seq2seq-lm", "speech-seq2seq", "image-text-to-text"):
-        labels = _ids(model, 2 * length // 3, length + 1)  # not as long as what the encoder reads
+        labels = _ids(model, 2 * length // 3, seed=1)  # not as long as what the encoder reads
         if kind == "right-padded":
             labels[0, length // 2 :] = -100
         return {"labels": labels}
@@ -163,7 +147,7 @@ def _labels(model: PreTrainedModel, task: str, kind: str, ids: Tensor, mask: Ten
 def _codes(model: PreTrainedModel, length: int) -> Batch:
     """Music: the ids of every codebook are rows of their own, [B·books, S], and labels are [B, S, books]."""
     books = model.config.num_codebooks
-    ids = torch.cat([_ids(model, length, length + book) for book in range(books)])
+    ids = _tensors(model, books).ids(length)
     return {"input_ids": ids, "labels": ids.view(ROWS, books, length).transpose(1, 2).clone()}
 
 
@@ -172,34 +156,31 @@ def _images(model: PreTrainedModel) -> Iterator[Batch]:
     for pixels in _pixels(model):
         yield pixels | labels
     if model.main_input_name == "input_ids":  # an image is a text of colours
-        yield {"input_ids": _ids(model, POSITIONS, POSITIONS)} | labels
-    yield {"inputs": _random(model, (ROWS, 3, 16, 16))} | labels
+        yield {"input_ids": _ids(model, POSITIONS)} | labels
+    yield {"inputs": _tensors(model).noise(ROWS, 3, 16, 16)} | labels
 
 
 def _pixels(model: PreTrainedModel) -> Iterator[Batch]:
     """What belongs to one image in every row, in the ways in which models want it."""
-    takes = signature(model.forward).parameters
-    size, patch = _of_parts(model, "image_size", "force_image_size"), _of_parts(model, "patch_size")
-    channels = _of_parts(model, "num_channels", "in_channels")
-    height, width = size if isinstance(size, (list, tuple)) else (size or 64, size or 64)
-    channels = channels if isinstance(channels, int) else 3
+    takes, dummy = signature(model.forward).parameters, _tensors(model)
+    channels, height, width = dummy.image
+    patch, frames = dummy.first("patch_size"), dummy.first("temporal_patch_size")
     side = patch if isinstance(patch, int) else 4
-    frames = _of_parts(model, "temporal_patch_size")
     frames = frames if isinstance(frames, int) else 1
     down, across = height // side, width // side
     dims = channels * side * side
     if "image_grid_thw" in takes:
         grid = torch.tensor([[1, down, across]] * ROWS)
-        patches = _random(model, (ROWS * down * across, dims * frames))
+        patches = dummy.noise(ROWS * down * across, dims * frames)
         yield {"pixel_values": patches, "image_grid_thw": grid}
     if "spatial_shapes" in takes:
         seen = torch.ones(ROWS, down * across, dtype=torch.long)
         shapes = torch.tensor([[down, across]] * ROWS)
-        patches = _random(model, (ROWS, down * across, dims))
+        patches = dummy.noise(ROWS, down * across, dims)
         yield {"pixel_values": patches, "pixel_attention_mask": seen, "spatial_shapes": shapes}
-    image = _random(model, (ROWS, channels, height, width))
+    image = dummy.noise(ROWS, channels, height, width)
     if "qformer_input_ids" in takes:
-        yield {"pixel_values": image, "qformer_input_ids": _ids(model, 7, 7)}
+        yield {"pixel_values": image, "qformer_input_ids": _ids(model, 7)}
     if "image_sizes" in takes:
         sizes = torch.tensor([[height, width]] * ROWS)
         yield {"pixel_values": image, "image_sizes": sizes}
@@ -209,13 +190,9 @@ def _pixels(model: PreTrainedModel) -> Iterator[Batch]:
 
 
 def _speech(model: PreTrainedModel, length: int) -> Iterator[Batch]:
-    bins = _of_parts(model, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim") or 16
-    positions = _of_parts(model, "max_source_positions")
-    labels = {"labels": _ids(model, length, length)}
-    frames = 2 * positions if isinstance(positions, int) else 64
-    for shape in ((ROWS, frames, bins), (ROWS, bins, frames), (ROWS, 4000), (ROWS, 1, 4000)):
-        yield {model.main_input_name: _random(model, shape)} | labels
-
-
-def _random(model: PreTrainedModel, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=_generator(shape[-1]), dtype=torch.float64).to(model.dtype)
+    dummy, name = _tensors(model), model.main_input_name
+    labels = {"labels": dummy.ids(length)}
+    # Besides what is in use, what only some types want.
+    bands = dummy.first("feature_projection_input_dim") or 16
+    others = [{name: dummy.noise(ROWS, *shape)} for shape in ((64, bands), (4000,), (1, 4000))]
+    yield from (signal | labels for signal in [*dummy.signals(name, length), *others])
