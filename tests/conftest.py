@@ -22,16 +22,16 @@ launch.CONTEXT.set_forkserver_preload(
     ]
 )
 
-STRANGERS = Path(__file__).parent / "strangers"
+THIRD_PARTY = Path(__file__).parent / "third_party"
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Install third-party plugins from tests/strangers for one test; new processes see them too."""
+    """Install third-party plugins from tests/third_party for one test; new processes see them too."""
 
     def installed(*names: str) -> None:
         target = tmp_path / "site"
-        sources = [str(STRANGERS / name) for name in names]
+        sources = [str(THIRD_PARTY / name) for name in names]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
         subprocess.run([*pip, "--target", str(target), *sources], check=True)
         monkeypatch.syspath_prepend(target)

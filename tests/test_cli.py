@@ -134,7 +134,7 @@ def test_fewer_ranks_than_torchrun_started_is_a_wrong_option(monkeypatch: pytest
 
 
 def test_backends_lists_every_kernel_with_its_origin(install: Callable[..., None]) -> None:
-    install("good", "twin", "broken_import", "broken_answer")
+    install("good", "duplicate", "broken_import", "broken_answer")
     ran = run("backends", columns=320)
     assert ran.returncode == 0
     rows = {line.split("│")[2].strip(): line for line in ran.stdout.splitlines() if line.startswith("│")}
@@ -143,9 +143,10 @@ def test_backends_lists_every_kernel_with_its_origin(install: Callable[..., None
     assert "sp-attention" in rows["transformers:sdpa"]
     assert "it needs a moon; wait for one to rise" in rows["not-here"]
     assert "its mask does not travel as a tensor" in rows["transformers:flash_attention_2"]
-    assert "several plugins offer it, stranger-good 1.0 (good), stranger-twin 1.0 (twin)" in rows["written-out"]
+    taken = "several plugins offer it, third-party-duplicate 1.0 (duplicate), third-party-good 1.0 (good)"
+    assert taken in rows["written-out"]
     assert "broken plugin: ModuleNotFoundError: No module named 'package_that_does_not_exist'" in ran.stdout
-    assert "broken plugin: TypeError: stranger_broken_answer returned 'cuda' among its backends" in ran.stdout
+    assert "broken plugin: TypeError: third_party_broken_answer returned 'cuda' among its backends" in ran.stdout
 
 
 def test_help_and_version() -> None:

@@ -21,7 +21,7 @@ from sp_attention.kernels.request import Backend, Request
 LONGEST = "padding on both sides, 4096 tokens"
 WritePlugin = Callable[[str, str], None]
 
-# Kernels of a stranger: one for a device that is nowhere, one that takes one dtype, one that cannot be asked.
+# Third-party kernels: one for a device that is nowhere, one that takes one dtype, one that cannot be asked.
 PICKY = """
 import sp_attention, torch
 from sp_attention import testing
