@@ -5,8 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import THIRD_PARTY, Selected
 
 from sp_attention.distributed import launch
 
@@ -22,7 +24,23 @@ launch.CONTEXT.set_forkserver_preload(
     ]
 )
 
-THIRD_PARTY = Path(__file__).parent / "third_party"
+
+@pytest.fixture
+def selected(request: pytest.FixtureRequest) -> Selected:
+    """selected("name", ranks=2): what `name` is in the cases of this test that are run and have these parameters.
+
+    So one start of ranks serves all cases of a test, and with `-k llama` it computes those of llama only.
+    """
+
+    def values(name: str, **others: Any) -> tuple[Any, ...]:
+        cases = [
+            item.callspec.params
+            for item in request.session.items
+            if (item.path, getattr(item, "originalname", None)) == (request.path, request.node.originalname)
+        ]
+        return tuple(dict.fromkeys(case[name] for case in cases if others.items() <= case.items()))
+
+    return values
 
 
 @pytest.fixture
