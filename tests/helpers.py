@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import transformers
 from models import MODELS, Tiny, batch_of
@@ -42,6 +43,20 @@ Selected = Callable[..., tuple[Any, ...]]
 
 def world() -> Peers:
     return Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+
+
+class WholeOnEveryRank(torch.autograd.Function):
+    """The identity on a tensor that all ranks hold, whose gradient is the mean over ranks, as for parameters."""
+
+    @staticmethod
+    def forward(ctx: object, whole: Tensor) -> Tensor:
+        return whole.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
 
 
 def pair(tiny: Tiny, backend: str = "sdpa") -> tuple[PreTrainedModel, PreTrainedModel]:

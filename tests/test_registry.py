@@ -5,8 +5,8 @@ from time import monotonic
 
 import pytest
 import torch
-from conftest import THIRD_PARTY
-from models import MODELS, batch_of
+from helpers import THIRD_PARTY, train_on
+from models import MODELS
 
 import sp_attention
 from sp_attention.errors import BackendError
@@ -46,26 +46,11 @@ def test_a_kernel_that_is_unavailable_is_refused_with_its_reason() -> None:
         find("cpu", "transformers:flex_attention")
 
 
-def train_with(kernel: str) -> tuple[float, float, str]:
-    """Loss and worst gradient error of a model on another kernel, and which one it says it uses."""
-    reference, model = MODELS["llama-5q1kv"].build(), MODELS["llama-5q1kv"].build()
-    handle = sp_attention.enable(model, backend=kernel)
-    losses = []
-    for each in (reference, model):
-        loss = each(**batch_of("right-padded", 33)).loss
-        loss.backward()
-        losses.append(loss.item())
-    sp_attention.average_gradients(model)
-    pairs = zip(model.parameters(), reference.parameters(), strict=True)
-    error = max(((ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()).item() for ours, theirs in pairs)
-    return abs(losses[1] - losses[0]) / losses[0], error, handle.report()
-
-
 def test_a_third_party_kernel_is_found_by_its_entry_point_and_trains(install: Install) -> None:
     source = (THIRD_PARTY / "good" / "third_party_good.py").read_text()
     assert len(source.splitlines()) < 40
     install("good")
-    for loss_error, gradient_error, report in run_ranks(2, train_with, "written-out"):
+    for loss_error, gradient_error, report in run_ranks(2, train_on, "written-out"):
         assert loss_error < 1e-6
         assert gradient_error < 1e-5
         assert "kernel 'written-out'" in report
@@ -73,7 +58,7 @@ def test_a_third_party_kernel_is_found_by_its_entry_point_and_trains(install: In
 
 @pytest.mark.parametrize("kernel", ["transformers:eager", "transformers:sdpa"])
 def test_transformers_own_functions_train(kernel: str) -> None:
-    for loss_error, gradient_error, _ in run_ranks(2, train_with, kernel):
+    for loss_error, gradient_error, _ in run_ranks(2, train_on, kernel):
         assert loss_error < 1e-6
         assert gradient_error < 1e-5
 
@@ -156,7 +141,7 @@ def test_two_broken_plugins_and_a_duplicate_leave_the_library_as_it_was(install:
     install("good", "duplicate", "broken_import", "broken_answer")
     assert len(load().broken) == 2
     assert sum("several plugins offer it" in (problem or "") for problem in kernels().values()) == 4
-    for loss_error, gradient_error, report in run_ranks(2, train_with, "auto"):
+    for loss_error, gradient_error, report in run_ranks(2, train_on, "auto"):
         assert loss_error < 1e-6
         assert gradient_error < 1e-5
         assert "kernel 'sdpa'" in report
