@@ -5,8 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import THIRD_PARTY, Selected
 
 from sp_attention.distributed import launch
 
@@ -22,16 +24,32 @@ launch.CONTEXT.set_forkserver_preload(
     ]
 )
 
-STRANGERS = Path(__file__).parent / "strangers"
+
+@pytest.fixture
+def selected(request: pytest.FixtureRequest) -> Selected:
+    """selected("name", ranks=2): what `name` is in the cases of this test that are run and have these parameters.
+
+    So one start of ranks serves all cases of a test, and with `-k llama` it computes those of llama only.
+    """
+
+    def values(name: str, **others: Any) -> tuple[Any, ...]:
+        cases = [
+            item.callspec.params
+            for item in request.session.items
+            if (item.path, getattr(item, "originalname", None)) == (request.path, request.node.originalname)
+        ]
+        return tuple(dict.fromkeys(case[name] for case in cases if others.items() <= case.items()))
+
+    return values
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Install third-party plugins from tests/strangers for one test; new processes see them too."""
+    """Install third-party plugins from tests/third_party for one test; new processes see them too."""
 
     def installed(*names: str) -> None:
         target = tmp_path / "site"
-        sources = [str(STRANGERS / name) for name in names]
+        sources = [str(THIRD_PARTY / name) for name in names]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
         subprocess.run([*pip, "--target", str(target), *sources], check=True)
         monkeypatch.syspath_prepend(target)

@@ -1,5 +1,6 @@
 """Tiny models with weights large enough that a wrong mask shows in the loss."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,11 @@ class Tiny:
     settings: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-5
 
+    @property
+    def name(self) -> str:
+        """What ids of tests call it, so that `-k llama` runs its cases only."""
+        return re.split("For|LMHead", self.cls)[0].lower()
+
     def build(self, dtype: torch.dtype = torch.float64) -> transformers.PreTrainedModel:
         """The same weights every time, in training mode."""
         model_class = getattr(transformers, self.cls)
@@ -64,6 +70,7 @@ MODELS = {
     "gpt2": Tiny("GPT2LMHeadModel", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "mixtral": Tiny("MixtralForCausalLM", {"num_local_experts": 4, "experts_implementation": "eager"}, tolerance=1e-3),
 }
+LLAMA = MODELS["llama-6q3kv"]
 
 
 def batch_of(kind: str, length: int, rows: int = 2) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """A loop with accelerate: rows, losses, gradient norms and weights of as many processes as there are groups."""
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -10,10 +9,11 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from models import MODELS
-from test_trainer import Collator, Stream, Texts, as_launched, fsdp_on_cpus
+from helpers import Selected, as_launched, run_once
+from models import LLAMA
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from trainers import Collator, Stream, Texts, fsdp_on_cpus
 
 import sp_attention
 from sp_attention.integrations.accelerate import GroupAccelerator, data_loader, gather, gather_for_metrics
@@ -62,7 +62,7 @@ def loop(way: dict[str, Any], sp_size: int) -> dict[str, Any]:
     set_seed(5)
     accelerator = accelerator_for(engine, sp_size)
     assert accelerator.is_fsdp2 == (engine is not None and sp_size > 1)
-    model = MODELS["llama-6q3kv"].build()
+    model = LLAMA.build()
     loader: Any = DataLoader(dataset, batch_size=2, collate_fn=Collator(noise), **options)
     handle = None
     if sp_size > 1:
@@ -105,17 +105,13 @@ def run(ways: tuple[str, ...], sp_size: int) -> dict[str, dict[str, Any]]:
     return {name: loop(WAYS[name], sp_size) for name in ways}
 
 
-@cache
-def runs(groups: int, sp_size: int) -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(groups * sp_size, run, WAYS_OF[groups], sp_size, timeout=240)
-
-
 WAYS_OF = {1: ("shuffled", "workers", "fsdp2"), 2: tuple(WAYS)}
 
 
 @pytest.mark.parametrize(("groups", "way"), [(groups, way) for groups, ways in WAYS_OF.items() for way in ways])
-def test_a_loop_is_that_of_as_many_processes_as_there_are_groups(groups: int, way: str) -> None:
-    plain, sharded = runs(groups, 1), runs(groups, 2)
+def test_a_loop_is_that_of_as_many_processes_as_there_are_groups(groups: int, way: str, selected: Selected) -> None:
+    ways = selected("way", groups=groups)
+    plain, sharded = (run_once(groups * size, run, ways, size, timeout=240) for size in (1, 2))
     for rank, found in enumerate(sharded):
         expected = plain[rank // 2][way]
         assert found[way]["seen"] == expected["seen"]
@@ -129,7 +125,7 @@ def test_a_loop_is_that_of_as_many_processes_as_there_are_groups(groups: int, wa
 def counted() -> dict[str, Any]:
     as_launched()
     accelerator = Accelerator(cpu=True)
-    model = MODELS["llama-6q3kv"].build()
+    model = LLAMA.build()
     handle = sp_attention.enable(model, backend="sdpa", sp_size=2)
     group = handle.data_parallel_rank
     rows = torch.arange(3) + 10 * group

@@ -1,10 +1,11 @@
-"""Checkpoints around the hooks of layers: what backward runs again finds the pass that it is of by its mask."""
+"""Layers that are computed again in backward, each in the pass that it was of, which it finds by its mask."""
 
 from typing import Any
 
 import pytest
 import torch
-from models import Tiny
+from helpers import Step, hidden_states_step, largest_error, loss_step, relative_error, too_large, two_forwards_step
+from models import MODELS, Tiny
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -17,7 +18,7 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
 
 LENGTH = 13
-LLAMA = Tiny("LlamaForCausalLM", {"attention_dropout": 0.2})
+DROPOUT = Tiny("LlamaForCausalLM", {"attention_dropout": 0.2})
 
 
 def trained(wraps: bool, steps: str) -> list[Tensor]:
@@ -25,7 +26,7 @@ def trained(wraps: bool, steps: str) -> list[Tensor]:
 
     steps: "one after the other", or "both before backward".
     """
-    model = LLAMA.build()
+    model = DROPOUT.build()
     sp_attention.enable(model, backend="sdpa")
     if wraps:
         layers = tuple(model.model.layers)
@@ -51,7 +52,7 @@ def mask_of(model: nn.Module, ids: Tensor) -> Any:
 
 def differences(steps: str) -> float:
     alone, wrapped = (trained(wraps, steps) for wraps in (False, True))
-    return max(float((one - other).abs().max() / one.abs().max()) for one, other in zip(alone, wrapped, strict=True))
+    return max(relative_error(other, one) for one, other in zip(alone, wrapped, strict=True))
 
 
 def test_a_mask_that_serves_step_after_step_is_run_again_with_the_draws_of_its_own() -> None:
@@ -68,3 +69,28 @@ def refused() -> str:
 def test_a_mask_that_serves_two_forwards_before_a_backward_is_refused_where_they_draw_other_numbers() -> None:
     for text in run_ranks(2, refused, timeout=120):
         assert "its mask was given to several forwards that drew other random numbers" in text
+
+
+STEPS: dict[str, Step] = {
+    "one forward": loss_step,
+    "two forwards": two_forwards_step,
+    "hidden states": hidden_states_step,
+}
+
+
+def run_checkpointed(reentrant: bool) -> dict[str, float]:
+    errors = {}
+    for name, step in STEPS.items():
+        models = MODELS["mistral-window5"].build(), MODELS["mistral-window5"].build()
+        for model in models:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        sp_attention.enable(models[1], backend="sdpa")
+        errors[name] = largest_error(*models, step)
+    return errors
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False], ids=["mistral-reentrant", "mistral-not-reentrant"])
+def test_layers_that_are_recomputed_in_backward_find_their_own_forward(reentrant: bool) -> None:
+    for errors in run_ranks(2, run_checkpointed, reentrant):
+        assert not too_large(errors)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import WholeOnEveryRank, world
 from torch import Tensor
 
-from sp_attention.distributed.collectives import gather, sum_over_ranks
+from sp_attention.distributed.collectives import gather
 from sp_attention.distributed.peers import Peers
 from sp_attention.launch import run_ranks
 from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
@@ -14,10 +15,6 @@ from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 # (query heads, KV heads): even, uneven, groups that span ranks, one KV head, fewer heads than ranks.
 # Of the last, on four ranks, neighbours share one of their two key heads.
 HEADS = [(4, 4), (6, 3), (7, 7), (5, 1), (8, 2), (2, 1), (12, 6)]
-
-
-def world() -> Peers:
-    return Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
 
 
 def tagged(batch: int, length: int, heads: int, size: int, tag: float) -> Tensor:
@@ -101,20 +98,6 @@ def test_many_ranks_exchange_alike() -> None:
     assert all(run_ranks(9, check_many))
 
 
-class WholeOnEveryRank(torch.autograd.Function):
-    """The identity on a tensor that all ranks hold, whose gradient is the mean over ranks, as for parameters."""
-
-    @staticmethod
-    def forward(ctx: object, whole: Tensor) -> Tensor:
-        return whole.clone()
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
-
-
 def attention_of_whole(query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, peers: Peers) -> Tensor:
     """Whole q, k, v on every rank → cut, exchanged, used, exchanged back, gathered: a function of whole tensors."""
     length, span = query.shape[1], peers.span(query.shape[1])
@@ -139,31 +122,6 @@ def check_gradients(query_heads: int, kv_heads: int) -> bool:
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(3, 1), (4, 2), (2, 2)], ids="H{}".format)
 def test_gradients_of_the_exchange_are_numerically_right(ranks: int, query_heads: int, kv_heads: int) -> None:
     assert all(run_ranks(ranks, check_gradients, query_heads, kv_heads))
-
-
-def check_other_gradients() -> bool:
-    peers = world()
-    torch.manual_seed(0)
-    whole = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-
-    def gathered_along(whole: Tensor, dim: int) -> Tensor:
-        span = peers.span(whole.shape[dim])
-        mine = WholeOnEveryRank.apply(whole).narrow(dim, span.start, len(span))
-        return gather(mine**2, whole.shape[dim], peers, dim)
-
-    def summed(whole: Tensor) -> Tensor:
-        return sum_over_ranks((cut(WholeOnEveryRank.apply(whole), peers.span(5)) ** 3).sum(), peers) ** 2
-
-    return (
-        torch.autograd.gradcheck(lambda x: gathered_along(x, 1), whole)
-        and torch.autograd.gradcheck(lambda x: gathered_along(x, 2), whole)
-        and torch.autograd.gradcheck(summed, whole)
-    )
-
-
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
-def test_gradients_of_gather_and_sum_are_numerically_right(ranks: int) -> None:
-    assert all(run_ranks(ranks, check_other_gradients))
 
 
 def check_compiles() -> bool:
@@ -211,35 +169,3 @@ def test_shapes_that_do_not_fit_are_an_error_before_anything_is_sent() -> None:
     first = run_ranks(2, check_refusals)[0]
     assert first[1] == "a tensor torch.float64 [1, 3, 2, 2] does not fit 3 of 6 tokens, 2 heads and torch.float32"
     assert first[3] == "an output [1, 3, 4, 2] does not hold this rank's 2 heads"
-
-
-def a_step_that_fails_on_one_rank() -> list[str]:
-    """What every rank is told of steps that rank 1 ends, before, between and after their collectives, or not."""
-    peers = Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    part = torch.ones(1, len(peers.span(7)), 2)
-
-    def step(failing: int, different: bool = False) -> float:
-        for i in range(3):
-            if peers.rank == 1 and i == failing:
-                raise ValueError("rank 1 is ill")
-            total = sum_over_ranks(part[:, :1], peers) if different and peers.rank == 1 else gather(part, 7, peers)
-        return float(total.sum())
-
-    told = []
-    for failing, different in ((0, False), (1, False), (2, False), (3, True), (3, False)):
-        try:
-            told.append(str(peers.watched(lambda f=failing, d=different: step(f, d), torch.device("cpu"))))
-        except (ValueError, RuntimeError) as error:
-            told.append(f"{type(error).__name__}: {error}")
-    # No rank is left behind, and what is not watched is as it was.
-    return [*told, str(float(gather(part, 7, peers).sum()))]
-
-
-def test_a_watched_step_that_ends_on_one_rank_ends_on_all() -> None:
-    first, second, third = run_ranks(3, a_step_that_fails_on_one_rank, timeout=30)
-    assert second[:3] == ["ValueError: rank 1 is ill"] * 3
-    for told in (first, third):
-        assert all(text.startswith("RuntimeError: ") and "rank" in text for text in told[:3]), told
-    for told in (first, second, third):
-        assert told[3].startswith("RuntimeError: "), told
-        assert told[4:] == ["14.0", "14.0"]

@@ -4,39 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from test_cli import run
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from contenders import require_step_of_one_process
+from helpers import run_command
 
-import sp_attention
 from sp_attention.cli.benchmarks import exchange, memory, training
 from sp_attention.cli.benchmarks.record import markdown
-from sp_attention.launch import run_ranks
-
-
-def gradients(name: str) -> tuple[float, dict[str, Tensor]]:
-    """The loss of the first forward of a contender, in a small model, and the gradients of the whole sequence."""
-    torch.manual_seed(0)
-    sizes = training.MODEL | {"vocab_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).train()
-    ids = torch.randint(128, (1, 64))
-    loss = training.LOSSES[name](model, ids)()
-    sp_attention.average_gradients(model)
-    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", [training.OURS, training.OURS_LONG])
 def test_a_training_step_of_ours_is_that_of_one_process(name: str) -> None:
-    ((loss, expected),) = run_ranks(1, gradients, training.ALONE)
-    for other, got in run_ranks(2, gradients, name):
-        assert other == pytest.approx(loss, rel=1e-5)
-        for parameter, grad in expected.items():
-            torch.testing.assert_close(got[parameter], grad, rtol=0, atol=1e-5 * grad.abs().max().item())
+    require_step_of_one_process(name)
 
 
 def test_exchange_measures_ours_over_the_limit(tmp_path: Path) -> None:
-    ran = run("bench", "exchange", "--quick", "--ranks", "2", "--rounds", "3", "--out", str(tmp_path), "--json")
+    ran = run_command("bench", "exchange", "--quick", "--ranks", "2", "--rounds", "3", "--out", str(tmp_path), "--json")
     assert ran.returncode == 0, ran.stderr
     record = json.loads(ran.stdout)
     assert record == json.loads((tmp_path / "exchange.json").read_text())
@@ -51,7 +32,7 @@ def test_exchange_measures_ours_over_the_limit(tmp_path: Path) -> None:
 
 
 def test_memory_measures_each_rank_and_one_process() -> None:
-    ran = run("bench", "memory", "--model", "1M", "--length", "1024", "--ranks", "2", "--json")
+    ran = run_command("bench", "memory", "--model", "1M", "--length", "1024", "--ranks", "2", "--json")
     assert ran.returncode == 0, ran.stderr
     record = json.loads(ran.stdout)
     peaks = {(one["name"], one["ranks"]): one["each"] for one in record["peaks"]}
@@ -64,7 +45,7 @@ def test_memory_measures_each_rank_and_one_process() -> None:
 
 
 def test_memory_can_be_measured_with_an_attention_that_computes_nothing() -> None:
-    ran = run("bench", "memory", "--model", "1M", "--length", "1024", "--no-attention", "--json")
+    ran = run_command("bench", "memory", "--model", "1M", "--length", "1024", "--no-attention", "--json")
     assert ran.returncode == 0, ran.stderr
     record = json.loads(ran.stdout)
     assert {one["name"] for one in record["peaks"]} >= {"one process", "sp-attention"}
@@ -73,7 +54,7 @@ def test_memory_can_be_measured_with_an_attention_that_computes_nothing() -> Non
 
 
 def test_scale_tells_what_a_layer_costs_one_of_many_ranks() -> None:
-    ran = run("bench", "scale", "--ranks", "8", "--rounds", "1", "--json")
+    ran = run_command("bench", "scale", "--ranks", "8", "--rounds", "1", "--json")
     assert ran.returncode == 0, ran.stderr
     record = json.loads(ran.stdout)
     for one, heads in zip(record["cases"], ((1024, 1024, 8), (128, 8, 128)), strict=True):
@@ -106,7 +87,7 @@ def test_memory_finds_the_longest_sequence_within_a_limit() -> None:
     # A torch that is built for CUDA takes half a GiB by itself.
     far = 2**22
     lengths = [argument for length in (256, 1024, far) for argument in ("--length", str(length))]
-    ran = run("bench", "memory", "--model", "1M", *lengths, "--limit", "1.2", "--json")
+    ran = run_command("bench", "memory", "--model", "1M", *lengths, "--limit", "1.2", "--json")
     assert ran.returncode == 0, ran.stderr
     record = json.loads(ran.stdout)
     ours = record["longest"][0]

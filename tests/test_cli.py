@@ -1,24 +1,14 @@
 """The command line as a user runs it: in processes of its own."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import run_command
 from models import Tiny
 
 SMALL = ["--steps", "3", "--seq", "128", "--layers", "1"]
-
-
-def run(*arguments: str, launcher: tuple[str, ...] = ("-m",), columns: int = 200) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, "sp_attention", *arguments]
-    environment = os.environ | {"COLUMNS": str(columns), "OMP_NUM_THREADS": "1"}
-    # Away from the source tree, so that the installed package runs.
-    options = {"cwd": Path(__file__).parent, "timeout": 300, "env": environment}
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def numbers(out: Path) -> dict[str, object]:
@@ -26,7 +16,7 @@ def numbers(out: Path) -> dict[str, object]:
 
 
 def test_demo_compares_trainings_and_writes_plot_and_numbers(tmp_path: Path) -> None:
-    ran = run("demo", *SMALL, "--ranks", "3", "--out", str(tmp_path / "out"))
+    ran = run_command("demo", *SMALL, "--ranks", "3", "--out", str(tmp_path / "out"))
     assert ran.returncode == 0, ran.stderr
     assert "loss, one process" in ran.stdout
     assert "peak resident memory" in ran.stdout
@@ -43,7 +33,7 @@ def test_demo_compares_trainings_and_writes_plot_and_numbers(tmp_path: Path) -> 
 
 def test_demo_runs_under_torchrun(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
-    ran = run("demo", *SMALL, "--out", str(tmp_path), launcher=torchrun)
+    ran = run_command("demo", *SMALL, "--out", str(tmp_path), launcher=torchrun)
     assert ran.returncode == 0, ran.stderr
     assert len(numbers(tmp_path)["ranks"]) == 2
     assert ran.stdout.count("loss, 2 ranks") == 1
@@ -60,7 +50,7 @@ def test_demo_takes_a_model_and_a_text_of_the_users(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     text.write_text("It was a dark and stormy night. " * 20)
-    ran = run("demo", *SMALL, "--model", str(folder), "--text", str(text), "--out", str(tmp_path / "out"))
+    ran = run_command("demo", *SMALL, "--model", str(folder), "--text", str(text), "--out", str(tmp_path / "out"))
     assert ran.returncode == 0, ran.stderr
     settings = numbers(tmp_path / "out")["settings"]
     assert (settings["model"], settings["text"]) == (str(folder), str(text))
@@ -68,7 +58,7 @@ def test_demo_takes_a_model_and_a_text_of_the_users(tmp_path: Path) -> None:
 
 def test_demo_on_a_third_party_kernel(tmp_path: Path, install: Callable[..., None]) -> None:
     install("good")
-    ran = run("demo", *SMALL, "--backend", "written-out", "--out", str(tmp_path))
+    ran = run_command("demo", *SMALL, "--backend", "written-out", "--out", str(tmp_path))
     assert ran.returncode == 0, ran.stderr
     assert "kernel written-out" in ran.stdout
 
@@ -100,7 +90,7 @@ def test_a_kernel_with_wrong_numbers_is_exit_status_1(
     longest: int, message: str, tmp_path: Path, write_plugin: Callable[[str, str], None]
 ) -> None:
     write_plugin("wrong_kernel", WRONG_KERNEL.replace("LONGEST", str(longest)))
-    ran = run("demo", *SMALL, "--backend", "wrong", "--out", str(tmp_path / "out"))
+    ran = run_command("demo", *SMALL, "--backend", "wrong", "--out", str(tmp_path / "out"))
     assert ran.returncode == 1
     assert message in ran.stderr
 
@@ -119,7 +109,7 @@ def test_a_kernel_with_wrong_numbers_is_exit_status_1(
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_wrong_option_gets_one_clear_line(options: list[str], line: str) -> None:
-    ran = run("demo", *options)
+    ran = run_command("demo", *options)
     assert ran.returncode == 2
     assert ran.stderr.startswith(line)
     assert ran.stderr.count("\n") == 1
@@ -128,14 +118,14 @@ def test_a_wrong_option_gets_one_clear_line(options: list[str], line: str) -> No
 def test_fewer_ranks_than_torchrun_started_is_a_wrong_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
-    ran = run("demo", "--ranks", "2")
+    ran = run_command("demo", "--ranks", "2")
     assert ran.returncode == 2
     assert ran.stderr == "sp-attention: --ranks 2 does not fit torchrun's 4 processes; leave it out\n"
 
 
 def test_backends_lists_every_kernel_with_its_origin(install: Callable[..., None]) -> None:
-    install("good", "twin", "broken_import", "broken_answer")
-    ran = run("backends", columns=320)
+    install("good", "duplicate", "broken_import", "broken_answer")
+    ran = run_command("backends", columns=320)
     assert ran.returncode == 0
     rows = {line.split("│")[2].strip(): line for line in ran.stdout.splitlines() if line.startswith("│")}
     assert "any" in rows["transformers:sdpa"]
@@ -143,13 +133,14 @@ def test_backends_lists_every_kernel_with_its_origin(install: Callable[..., None
     assert "sp-attention" in rows["transformers:sdpa"]
     assert "it needs a moon; wait for one to rise" in rows["not-here"]
     assert "its mask does not travel as a tensor" in rows["transformers:flash_attention_2"]
-    assert "several plugins offer it, stranger-good 1.0 (good), stranger-twin 1.0 (twin)" in rows["written-out"]
+    taken = "several plugins offer it, third-party-duplicate 1.0 (duplicate), third-party-good 1.0 (good)"
+    assert taken in rows["written-out"]
     assert "broken plugin: ModuleNotFoundError: No module named 'package_that_does_not_exist'" in ran.stdout
-    assert "broken plugin: TypeError: stranger_broken_answer returned 'cuda' among its backends" in ran.stdout
+    assert "broken plugin: TypeError: third_party_broken_answer returned 'cuda' among its backends" in ran.stdout
 
 
 def test_help_and_version() -> None:
-    assert "Commands:" in run().stdout
-    assert run("--help").stdout == run().stdout
-    assert run("--version").stdout.startswith("sp-attention 0.")
-    assert "--ranks" in run("demo", "--help").stdout
+    assert "Commands:" in run_command().stdout
+    assert run_command("--help").stdout == run_command().stdout
+    assert run_command("--version").stdout.startswith("sp-attention 0.")
+    assert "--ranks" in run_command("demo", "--help").stdout

@@ -4,15 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from models import MODELS, batch_of
-from test_parity import relative_error
+from helpers import largest_error, loss_step, relative_error, world
+from models import MODELS
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import sp_attention
 from sp_attention.distributed.collectives import gather, sum_over_ranks
-from sp_attention.distributed.peers import Peers
 from sp_attention.launch import run_ranks
 from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
 from sp_attention.ulysses.head_plan import head_plan
@@ -22,9 +20,7 @@ LENGTH, HEADS, KV_HEADS = 7, 5, 1
 
 def exchanged() -> list[float]:
     """Errors of a value that went through every exchange, and of its gradients, in one graph against none."""
-    world = dist.group.WORLD
-    assert world is not None
-    peers = Peers(world, dist.get_rank(), dist.get_world_size())
+    peers = world()
     plan = head_plan(HEADS, KV_HEADS, peers.size)
 
     def through(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> Tensor:
@@ -60,21 +56,14 @@ def trained(compiled_first: bool) -> dict[str, Any]:
         compiled = torch.compile(model, backend="aot_eager")
     errors, graphs = [], []
     for _ in range(3):
-        losses = []
-        for each in (reference, compiled):
-            each.zero_grad()
-            loss = each(**batch_of("left-padded", 33)).loss
-            loss.backward()
-            losses.append(loss.detach())
-        sp_attention.average_gradients(model)
-        errors.append(relative_error(losses[1], losses[0]))
-        pairs = zip(model.parameters(), reference.parameters(), strict=True)
-        errors.append(max(relative_error(ours.grad, theirs.grad) for ours, theirs in pairs))
+        reference.zero_grad()
+        compiled.zero_grad()
+        errors.append(largest_error(reference, compiled, loss_step))
         graphs.append(counters["stats"]["unique_graphs"])
     return {"error": max(errors), "graphs": graphs, "breaks": [*counters["graph_break"]]}
 
 
-@pytest.mark.parametrize("compiled_first", [False, True], ids=["enabled first", "compiled first"])
+@pytest.mark.parametrize("compiled_first", [False, True], ids=["mistral, enabled first", "mistral, compiled first"])
 def test_a_compiled_model_gives_the_same_and_is_compiled_once(compiled_first: bool) -> None:
     for found in run_ranks(2, trained, compiled_first, timeout=240):
         assert found["error"] < 1e-5

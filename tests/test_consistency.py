@@ -5,18 +5,18 @@ from time import monotonic
 import pytest
 import torch
 import torch.distributed as dist
-from models import MODELS, batch_of
+from helpers import world
+from models import LLAMA, batch_of
 
 import sp_attention
 from sp_attention.distributed.consistency import share_problem
-from sp_attention.distributed.peers import Peers
 from sp_attention.errors import BatchError, UnsupportedError
 from sp_attention.launch import run_ranks
 
 
 def different_batches() -> dict[str, tuple[str, float]]:
     """The error, and the seconds it took, for every way in which the last of the ranks gets another batch."""
-    model = MODELS["llama-6q3kv"].build(torch.float32)
+    model = LLAMA.build(torch.float32)
     sp_attention.enable(model, backend="sdpa")
     odd = dist.get_rank() == dist.get_world_size() - 1
     other_id = batch_of("plain", 33)
@@ -71,7 +71,7 @@ def test_different_batches_are_an_error_on_every_rank(ranks: int) -> None:
 
 
 def different_modes() -> str:
-    model = MODELS["llama-6q3kv"].build(torch.float32)
+    model = LLAMA.build(torch.float32)
     sp_attention.enable(model, backend="sdpa")
     model.train(dist.get_rank() == 0)
     with pytest.raises(BatchError) as error:
@@ -84,7 +84,7 @@ def test_training_on_one_rank_and_evaluating_on_another_is_an_error() -> None:
 
 
 def a_problem_on_rank_1() -> str:
-    peers = Peers(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    peers = world()
     share_problem(None, peers)
     with pytest.raises(UnsupportedError) as error:
         share_problem(UnsupportedError("no moon") if peers.rank == 1 else None, peers)

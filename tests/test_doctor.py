@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from test_cli import run
+from helpers import run_command
 
 from sp_attention import testing
 from sp_attention.cli import cli, machine
@@ -21,7 +21,7 @@ from sp_attention.kernels.request import Backend, Request
 LONGEST = "padding on both sides, 4096 tokens"
 WritePlugin = Callable[[str, str], None]
 
-# Kernels of a stranger: one for a device that is nowhere, one that takes one dtype, one that cannot be asked.
+# Third-party kernels: one for a device that is nowhere, one that takes one dtype, one that cannot be asked.
 PICKY = """
 import sp_attention, torch
 from sp_attention import testing
@@ -75,7 +75,7 @@ def test_doctor_says_what_is_installed_in_one_block(
     installed_but_broken(tmp_path / "site", "flash_attn", "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetD")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
-    ran = run("doctor")
+    ran = run_command("doctor")
     assert ran.returncode == 0, ran.stderr
     found = rows(ran.stdout)
     for package in ("sp-attention", "transformers", "accelerate"):
@@ -94,7 +94,7 @@ def test_doctor_says_what_is_installed_in_one_block(
 
 def test_doctor_writes_the_same_as_json_whatever_plugins_print(write_plugin: WritePlugin) -> None:
     write_plugin("picky", PICKY)
-    ran = run("doctor", "--json")
+    ran = run_command("doctor", "--json")
     assert "hello from a plugin" in ran.stderr
     found = json.loads(ran.stdout)
     assert found["packages"]["torch"] == version("torch")
@@ -112,7 +112,7 @@ def test_doctor_answers_where_torch_npu_keeps_torch_from_being_imported(
     cannot = "libhccl.so: cannot open shared object file"
     installed_but_broken(tmp_path, "torch_npu", cannot, "[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    ran = run("doctor")
+    ran = run_command("doctor")
     assert ran.returncode == 0, ran.stderr
     found = rows(ran.stdout)
     assert found["torch-npu"] == "9.9"
@@ -120,12 +120,12 @@ def test_doctor_answers_where_torch_npu_keeps_torch_from_being_imported(
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in found["torch"]
     assert f"Because of ImportError: {cannot}" in found["torch"]
     assert found["backends"] == "not asked, for want of torch"
-    ran = run("doctor", "--run", "--json")
+    ran = run_command("doctor", "--run", "--json")
     assert ran.returncode == 2
     assert ran.stderr == "sp-attention: kernels cannot be checked, for torch cannot be imported\n"
     assert json.loads(ran.stdout)["plugins"] is None
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    found = rows(run("doctor").stdout)
+    found = rows(run_command("doctor").stdout)
     assert "sdpa on any" in found["backends"]
     assert found["environment"] == "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
 
@@ -273,7 +273,7 @@ def test_kernels_of_other_devices_are_asked_in_narrow_dtypes_first() -> None:
 
 def test_backends_says_what_each_kernel_refuses(write_plugin: WritePlugin) -> None:
     write_plugin("picky", PICKY)
-    ran = run("backends", "--json")
+    ran = run_command("backends", "--json")
     assert ran.returncode == 0, ran.stderr
     assert "hello from a plugin" in ran.stderr
     found = {each["kernel"]: each for each in json.loads(ran.stdout)["backends"]}
@@ -289,7 +289,7 @@ def test_backends_says_what_each_kernel_refuses(write_plugin: WritePlugin) -> No
     assert found["mute"]["refuses"].keys() == testing.FEATURES.keys() | {"float32", "bfloat16", "float16"}
     assert found["mute"]["refuses"]["causal"] == "asking it raised LookupError: no table"
     assert found["far"]["asked"] is None
-    text = run("backends").stdout
+    text = run_command("backends").stdout
     assert "softcap: torch's" in text
     assert "everything: asking it raised LookupError" in text
     assert "not asked: there is no moon here" in text

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import MODELS, batch_of
-from test_trainer import as_launched, logged, trainer, weights
+from helpers import as_launched
+from models import LLAMA, batch_of
 from torch import Tensor
+from trainers import logged, trainer, weights
 from transformers import LlamaForCausalLM
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
@@ -29,7 +30,7 @@ SECONDS_OF_THE_GROUP = 10
 def step_until(signal_number: int) -> None:
     """Train; rank 1 gets a signal in its second step."""
     group = dist.new_group(timeout=timedelta(seconds=SECONDS_OF_THE_GROUP))
-    model = MODELS["llama-6q3kv"].build()
+    model = LLAMA.build()
     sp_attention.enable(model, backend="sdpa", group=group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):

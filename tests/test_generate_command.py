@@ -1,9 +1,7 @@
 """`sp-attention generate`: the text of one process, what it cost, and why not."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,6 +9,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import run_command
 from models import Tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -24,10 +23,7 @@ NEW = 20
 
 
 def run(folder: Path, *arguments: str, prompt: str = PROMPT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}
-    options = {"cwd": Path(__file__).parent, "timeout": 120, "env": environment, "encoding": "utf-8", "input": prompt}
-    command = [sys.executable, "-m", "sp_attention", "generate", str(folder), "--prompt", "-", *arguments]
-    return subprocess.run(command, capture_output=True, check=False, **options)
+    return run_command("generate", str(folder), "--prompt", "-", *arguments, columns=120, text=prompt)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,14 @@
 """Architectures of every kind, small, on several ranks: loss, outputs and every gradient against one process."""
 
-import warnings
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch.distributed as dist
-import transformers
+from helpers import Selected, be_quiet, run_once
 
 from sp_attention.cli.comparison import compare
 from sp_attention.cli.outcomes import VARIANTS, Comparison
 from sp_attention.cli.reduced import prepare
-from sp_attention.launch import run_ranks
 
 LENGTH = 33
 
@@ -63,11 +60,10 @@ VARIANTS_OF = {2: VARIANTS, 3: ("reentrant-checkpointing", "two-forwards")}
 KERNELS = {"gemma2": "transformers:eager"}
 
 
-def compare_all(models: dict[str, str]) -> dict[str, tuple[Comparison, list[str]]]:
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
+def compare_all(models: tuple[tuple[str, str], ...]) -> dict[str, tuple[Comparison, list[str]]]:
+    be_quiet()
     found = {}
-    for name, task in models.items():
+    for name, task in models:
         model, batches = prepare(name, task, LENGTH)
         plain = compare(model, batches, "auto")
         # One batch, padded where it can be, in every variant.
@@ -77,18 +73,13 @@ def compare_all(models: dict[str, str]) -> dict[str, tuple[Comparison, list[str]
     return found
 
 
-@cache
-def comparisons(group: int, ranks: int) -> dict[str, tuple[Comparison, list[str]]]:
-    found: dict[str, tuple[Comparison, list[str]]] = run_ranks(ranks, compare_all, MODELS[group], timeout=400)[0]
-    return found
-
-
 @pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
 @pytest.mark.parametrize(
     ("group", "name"), [pytest.param(i, name, id=name) for i, models in enumerate(MODELS) for name in models]
 )
-def test_every_number_is_that_of_one_process(group: int, name: str, ranks: int) -> None:
-    comparison, kinds = comparisons(group, ranks)[name]
+def test_every_number_is_that_of_one_process(group: int, name: str, ranks: int, selected: Selected) -> None:
+    models = tuple((each, MODELS[group][each]) for each in selected("name", group=group, ranks=ranks))
+    comparison, kinds = run_once(ranks, compare_all, models, timeout=400)[0][name]
     assert not comparison.refused
     assert comparison.kernel == KERNELS.get(name, "sdpa")
     wrong = [verdict for verdict in comparison.verdicts if verdict.outcome != "exact"]

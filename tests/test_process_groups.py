@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import MODELS, batch_of
+from models import LLAMA, MODELS, batch_of
 from torch.distributed.device_mesh import init_device_mesh
 
 import sp_attention
@@ -97,7 +97,7 @@ def test_eight_processes_are_told_their_choices() -> None:
 
 def train_in_two_groups() -> tuple[float, list[torch.Tensor]]:
     """A step of 2 groups x 2 ranks, each group with its own batch; the mean over all ranks of the gradients."""
-    model = MODELS["llama-6q3kv"].build()
+    model = LLAMA.build()
     handle = sp_attention.enable(model, backend="sdpa", sp_size=2)
     assert handle.report().startswith("sp_attention: 4 processes = 2 groups x 2 ranks, ")
     loss = model(**batch_of("plain", 33 - dist.get_rank() // 2)).loss
@@ -107,7 +107,7 @@ def train_in_two_groups() -> tuple[float, list[torch.Tensor]]:
 
 
 def test_groups_train_on_their_own_batches_and_gradients_are_the_mean_of_theirs() -> None:
-    model, losses = MODELS["llama-6q3kv"].build(), []
+    model, losses = LLAMA.build(), []
     for length in (33, 32):
         loss = model(**batch_of("plain", length)).loss
         (loss / 2).backward()
@@ -119,7 +119,7 @@ def test_groups_train_on_their_own_batches_and_gradients_are_the_mean_of_theirs(
 
 
 def test_one_process_changes_nothing() -> None:
-    model = MODELS["llama-6q3kv"].build()
+    model = LLAMA.build()
     before = dict(vars(model))
     handle = sp_attention.enable(model, backend="sdpa")
     assert vars(model) == before
@@ -130,16 +130,16 @@ def test_one_process_changes_nothing() -> None:
 
 def test_more_than_one_rank_in_a_lone_process_names_torchrun() -> None:
     with pytest.raises(ValueError, match=r"sp_size=2 needs 2 processes or more, and this is one: use torchrun"):
-        sp_attention.enable(MODELS["llama-6q3kv"].build(), backend="sdpa", sp_size=2)
+        sp_attention.enable(LLAMA.build(), backend="sdpa", sp_size=2)
 
 
 SCRIPT = r"""
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
-from models import MODELS, batch_of
+from models import LLAMA, batch_of
 import sp_attention
-model = MODELS["llama-6q3kv"].build()
+model = LLAMA.build()
 sp_attention.enable(model, backend="sdpa")
 loss = model(**batch_of("plain", 33)).loss.item()
 print(f"{dist.get_rank()} {dist.get_backend()} {loss:.4f}\n", end="", flush=True)
@@ -158,5 +158,5 @@ def test_under_torchrun_enable_starts_the_process_group(tmp_path: Path) -> None:
         timeout=120,
         check=True,
     )
-    loss = MODELS["llama-6q3kv"].build()(**batch_of("plain", 33)).loss.item()
+    loss = LLAMA.build()(**batch_of("plain", 33)).loss.item()
     assert sorted(ran.stdout.splitlines()) == [f"{rank} gloo {loss:.4f}" for rank in (0, 1)]

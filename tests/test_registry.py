@@ -5,8 +5,8 @@ from time import monotonic
 
 import pytest
 import torch
-from conftest import STRANGERS
-from models import MODELS, batch_of
+from helpers import THIRD_PARTY, train_on
+from models import MODELS
 
 import sp_attention
 from sp_attention.errors import BackendError
@@ -46,26 +46,11 @@ def test_a_kernel_that_is_unavailable_is_refused_with_its_reason() -> None:
         find("cpu", "transformers:flex_attention")
 
 
-def train_with(kernel: str) -> tuple[float, float, str]:
-    """Loss and worst gradient error of a model on another kernel, and which one it says it uses."""
-    reference, model = MODELS["llama-5q1kv"].build(), MODELS["llama-5q1kv"].build()
-    handle = sp_attention.enable(model, backend=kernel)
-    losses = []
-    for each in (reference, model):
-        loss = each(**batch_of("right-padded", 33)).loss
-        loss.backward()
-        losses.append(loss.item())
-    sp_attention.average_gradients(model)
-    pairs = zip(model.parameters(), reference.parameters(), strict=True)
-    error = max(((ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()).item() for ours, theirs in pairs)
-    return abs(losses[1] - losses[0]) / losses[0], error, handle.report()
-
-
 def test_a_third_party_kernel_is_found_by_its_entry_point_and_trains(install: Install) -> None:
-    source = (STRANGERS / "good" / "stranger_good.py").read_text()
+    source = (THIRD_PARTY / "good" / "third_party_good.py").read_text()
     assert len(source.splitlines()) < 40
     install("good")
-    for loss_error, gradient_error, report in run_ranks(2, train_with, "written-out"):
+    for loss_error, gradient_error, report in run_ranks(2, train_on, "written-out"):
         assert loss_error < 1e-6
         assert gradient_error < 1e-5
         assert "kernel 'written-out'" in report
@@ -73,23 +58,23 @@ def test_a_third_party_kernel_is_found_by_its_entry_point_and_trains(install: In
 
 @pytest.mark.parametrize("kernel", ["transformers:eager", "transformers:sdpa"])
 def test_transformers_own_functions_train(kernel: str) -> None:
-    for loss_error, gradient_error, _ in run_ranks(2, train_with, kernel):
+    for loss_error, gradient_error, _ in run_ranks(2, train_on, kernel):
         assert loss_error < 1e-6
         assert gradient_error < 1e-5
 
 
 def test_broken_plugins_are_recorded_and_break_nothing(install: Install) -> None:
     install("good", "broken_import", "broken_hook", "broken_answer")
-    assert kernels()["written-out from stranger-good 1.0 (good)"] is None
+    assert kernels()["written-out from third-party-good 1.0 (good)"] is None
     reasons = {str(broken.plugin): broken.reason for broken in load().broken}
     assert reasons == {
-        "stranger-broken-import 1.0 (broken_import)": "ModuleNotFoundError: No module named "
+        "third-party-broken-import 1.0 (broken_import)": "ModuleNotFoundError: No module named "
         "'package_that_does_not_exist'",
-        "stranger-broken-hook 1.0 (broken_hook)": reasons["stranger-broken-hook 1.0 (broken_hook)"],
-        "stranger-broken-answer 1.0 (broken_answer)": "TypeError: stranger_broken_answer returned 'cuda' among its "
-        "backends",
+        "third-party-broken-hook 1.0 (broken_hook)": reasons["third-party-broken-hook 1.0 (broken_hook)"],
+        "third-party-broken-answer 1.0 (broken_answer)": "TypeError: third_party_broken_answer returned 'cuda' "
+        "among its backends",
     }
-    assert "unknown hook 'sp_attention_backend'" in reasons["stranger-broken-hook 1.0 (broken_hook)"]
+    assert "unknown hook 'sp_attention_backend'" in reasons["third-party-broken-hook 1.0 (broken_hook)"]
     assert find("cpu", "sdpa").kernel == "sdpa"
     with pytest.raises(BackendError, match=r"unknown backend 'x'.*broken_import\) is broken: ModuleNotFoundError"):
         find("cpu", "x")
@@ -97,7 +82,7 @@ def test_broken_plugins_are_recorded_and_break_nothing(install: Install) -> None
 
 OFFER = "import sp_attention\n@sp_attention.hookimpl\ndef sp_attention_backends():\n    return "
 PANIC = "class PanicException(BaseException): pass\nraise PanicException('index out of bounds')"
-# What a plugin of a stranger does instead of offering backends, and the reason that is kept.
+# What a third-party plugin does instead of offering backends, and the reason that is kept.
 FAULTS = {
     "ends_the_process": ("import sys; sys.exit('no GPU here')", "SystemExit: no GPU here"),
     "panics": (PANIC, "PanicException: index out of bounds"),
@@ -152,11 +137,11 @@ def test_a_slow_plugin_costs_its_time_once(write_plugin: Callable[[str, str], No
     assert loaded - start > 1.5 > monotonic() - loaded
 
 
-def test_two_broken_plugins_and_a_twin_leave_the_library_as_it_was(install: Install) -> None:
-    install("good", "twin", "broken_import", "broken_answer")
+def test_two_broken_plugins_and_a_duplicate_leave_the_library_as_it_was(install: Install) -> None:
+    install("good", "duplicate", "broken_import", "broken_answer")
     assert len(load().broken) == 2
     assert sum("several plugins offer it" in (problem or "") for problem in kernels().values()) == 4
-    for loss_error, gradient_error, report in run_ranks(2, train_with, "auto"):
+    for loss_error, gradient_error, report in run_ranks(2, train_on, "auto"):
         assert loss_error < 1e-6
         assert gradient_error < 1e-5
         assert "kernel 'sdpa'" in report
@@ -171,10 +156,11 @@ def test_a_reason_is_what_asking_for_the_kernel_raises(install: Install) -> None
 
 
 def test_a_name_taken_twice_is_refused_and_our_own_cannot_be_taken(install: Install) -> None:
-    install("good", "twin")
-    twice = "several plugins offer it, stranger-good 1.0 (good), stranger-twin 1.0 (twin): uninstall all but one"
-    assert kernels()["written-out from stranger-twin 1.0 (twin)"] == twice
-    with pytest.raises(BackendError, match=r"several plugins offer it, stranger-good 1\.0"):
+    install("good", "duplicate")
+    both = "third-party-duplicate 1.0 (duplicate), third-party-good 1.0 (good)"
+    twice = f"several plugins offer it, {both}: uninstall all but one"
+    assert kernels()["written-out from third-party-duplicate 1.0 (duplicate)"] == twice
+    with pytest.raises(BackendError, match=r"several plugins offer it, third-party-duplicate 1\.0"):
         find("cpu", "written-out")
     assert find("cpu", "sdpa").attend.__module__ == "sp_attention.kernels.sdpa"
     assert find("cpu", "transformers:eager").attend.__module__ == "sp_attention.kernels.transformers"

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from models import MODELS, Tiny, batch_of
-from test_parity import relative_error
+from helpers import relative_error
+from models import LLAMA, Tiny, batch_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -18,8 +18,6 @@ import sp_attention
 from sp_attention.cli.reduced import build
 from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
-
-LLAMA = MODELS["llama-6q3kv"]
 
 
 def before(hidden: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Embeddings: each rank looks up its own tokens, and nothing of a training step is as large as the whole sequence."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import MODELS, Tiny, batch_of
-from test_parity import relative_error
+from helpers import Selected, errors_of, loss_step, run_once
+from models import LLAMA, Tiny
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -13,12 +14,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sp_attention
 from sp_attention.launch import run_ranks
-
-LLAMA = MODELS["llama-6q3kv"]
 
 
 class Largest(TorchDispatchMode):
@@ -69,50 +69,53 @@ class Scaled(nn.Module):
         return self.base(ids) * 1.5
 
 
-def errors(change: str, batch: dict[str, Tensor]) -> dict[str, float]:
-    """Largest relative errors of loss and gradients of a model that was changed after `enable`."""
-    reference, model = LLAMA.build(), LLAMA.build()
-    loss = reference(**batch).loss
-    loss.backward()
-    handle = sp_attention.enable(model, backend="sdpa")
-    assert "embed_tokens: looks up this rank's tokens" in handle.report()
-    if change == "a hook that scales":
-        for one in (reference, model):
-            one.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.5)
-        reference.zero_grad()
-        loss = reference(**batch).loss
-        loss.backward()
-    if change == "a module in its place":
-        model.set_input_embeddings(Scaled(model.get_input_embeddings()))
-        reference.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.5)
-        reference.zero_grad()
-        loss = reference(**batch).loss
-        loss.backward()
-    if change == "re-entrant":
-        model.activation_checkpointing_enable({"use_reentrant": True})
-    if change == "wrapped re-entrant":
-        apply_activation_checkpointing(
-            model,
-            checkpoint_wrapper_fn=lambda layer: checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.REENTRANT),
-            check_fn=lambda module: isinstance(module, LlamaDecoderLayer),
-        )
-    ours = model(**batch).loss
-    ours.backward()
-    sp_attention.average_gradients(model)
-    theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    within = ("_checkpoint_wrapped_module.", "base.")
-    mine = {name.replace(within[0], "").replace(within[1], ""): one.grad for name, one in model.named_parameters()}
-    assert mine.keys() == theirs.keys()
-    return {"loss": relative_error(ours, loss)} | {name: relative_error(mine[name], theirs[name]) for name in theirs}
+def scale_by_a_hook(model: PreTrainedModel) -> None:
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output * 1.5)
 
 
-CHANGES = ["none", "a hook that scales", "a module in its place", "re-entrant", "wrapped re-entrant"]
+def scale_by_a_module(model: PreTrainedModel) -> None:
+    model.set_input_embeddings(Scaled(model.get_input_embeddings()))
+
+
+def checkpoint(model: PreTrainedModel) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def wrap(model: PreTrainedModel) -> None:
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=lambda layer: checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.REENTRANT),
+        check_fn=lambda module: isinstance(module, LlamaDecoderLayer),
+    )
+
+
+# What is done to a model after enable(), and to one of one process.
+CHANGES: dict[str, Callable[[PreTrainedModel], None]] = {
+    "none": lambda model: None,
+    "a hook that scales": scale_by_a_hook,
+    "a module in its place": scale_by_a_module,
+    "re-entrant": checkpoint,
+    "wrapped re-entrant": wrap,
+}
+
+
+def changed(names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Errors of loss and gradients."""
+    found = {}
+    for name in names:
+        reference, model = LLAMA.build(), LLAMA.build()
+        handle = sp_attention.enable(model, backend="sdpa")
+        assert "embed_tokens: looks up this rank's tokens" in handle.report()
+        for each in (reference, model):
+            CHANGES[name](each)
+        found[name] = errors_of(reference, model, lambda each: loss_step(each, "plain", 31))
+    return found
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whoever_else_sees_the_embeddings_sees_all_of_them(change: str) -> None:
-    for found in run_ranks(3, errors, change, batch_of("plain", 31)):
-        assert max(found.values()) < 1e-5, found
+def test_whoever_else_sees_the_embeddings_sees_all_of_them(change: str, selected: Selected) -> None:
+    for found in run_once(3, changed, selected("change")):
+        assert max(found[change].values()) < 1e-5, found[change]
 
 
 def no_such_token() -> str:

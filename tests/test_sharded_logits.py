@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MODELS, batch_of
-from test_parity import relative_error
+from helpers import largest_error, pair, relative_error
+from models import LLAMA, batch_of
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import sp_attention
 from sp_attention import ShardedLogits, ShardedLogitsError
@@ -42,9 +44,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 
 def uses() -> dict[str, Any]:
-    tiny = MODELS["llama-6q3kv"]
-    reference, model = tiny.build(), tiny.build()
-    sp_attention.enable(model, backend="sdpa")
+    reference, model = pair(LLAMA)
     batch = batch_of("plain", 33)
     outputs = model(**batch)
     texts: dict[str, Any] = {}
@@ -61,21 +61,20 @@ def uses() -> dict[str, Any]:
         with pytest.raises((TypeError, RuntimeError)) as error:  # a process group cannot be copied
             duplicate(outputs.logits)
         assert error.type is not RecursionError
+
     # Whole, with a gradient: the user's own loss beside the model's.
-    for each in (reference, model):
+    def step(each: PreTrainedModel) -> list[Tensor]:
         output = each(**batch)
         logits = output.logits if each is reference else output.logits.whole()
         (output.loss + torch.nn.functional.cross_entropy(logits[:, 16], torch.arange(2))).backward()
-        texts[f"logits of {each is model}"] = logits.detach()
-    sp_attention.average_gradients(model)
-    pairs = [(texts.pop("logits of True"), texts.pop("logits of False"))]
-    pairs += [(ours.grad, theirs.grad) for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True)]
-    texts["error"] = max(relative_error(*pair) for pair in pairs)
+        return [logits.detach()]
+
+    texts["error"] = largest_error(reference, model, step)
     # Asked for whole, they are tensors.
-    always = tiny.build()
+    always = LLAMA.build()
     handle = sp_attention.enable(always, backend="sdpa", whole_logits=True)
     output = always(**batch)
-    texts["whole"] = relative_error(output.logits, pairs[0][1])
+    texts["whole"] = relative_error(output.logits, reference(**batch).logits)
     output.loss.backward()
     texts["report"] = handle.report().splitlines()[-2]
     return texts
@@ -94,14 +93,12 @@ def test_sharded_logits_are_used_in_part_or_whole_and_in_no_other_way() -> None:
 
 
 def head_of_others() -> float:
-    """The error of gradients with a forward of somebody else's in place of the model's, which has its own head."""
-    tiny, batch = MODELS["llama-6q3kv"], batch_of("left-padded", 33)
-    models = [tiny.build(), tiny.build()]
-    sp_attention.enable(models[1], backend="sdpa")
-    for model in models:
+    """The error with a forward of somebody else's in place of the model's, which has its own head."""
+
+    def step(model: PreTrainedModel) -> list[Tensor]:
         own = model.forward
 
-        def forward(*args: Any, fused: bool = False, model: Any = model, own: Any = own, **kwargs: Any) -> Any:
+        def forward(*args: Any, fused: bool = False, **kwargs: Any) -> Any:
             if not fused:
                 return own(*args, **kwargs)
             labels = kwargs.pop("labels")
@@ -109,11 +106,14 @@ def head_of_others() -> float:
             return {"loss": F.cross_entropy(model.lm_head(hidden).flatten(0, 1), labels[:, 1:].flatten())}
 
         model.forward = forward
-        model(**batch, fused=True)["loss"].backward()
-    assert isinstance(models[1](**batch).logits, ShardedLogits)
-    sp_attention.average_gradients(models[1])
-    pairs = zip(models[1].parameters(), models[0].parameters(), strict=True)
-    return max(relative_error(ours.grad, theirs.grad) for ours, theirs in pairs)
+        loss = model(**batch_of("left-padded", 33), fused=True)["loss"]
+        loss.backward()
+        return [loss.detach()]
+
+    reference, model = pair(LLAMA)
+    error = largest_error(reference, model, step)
+    assert isinstance(model(**batch_of("left-padded", 33)).logits, ShardedLogits)
+    return error
 
 
 def test_a_forward_in_place_of_the_model_s_gets_whole_hidden_states() -> None:
@@ -121,8 +121,7 @@ def test_a_forward_in_place_of_the_model_s_gets_whole_hidden_states() -> None:
 
 
 def evaluated() -> dict[str, Any]:
-    tiny = MODELS["llama-6q3kv"]
-    reference, model = tiny.build().eval(), tiny.build().eval()
+    reference, model = LLAMA.build().eval(), LLAMA.build().eval()
     handle = sp_attention.enable(model, backend="sdpa")
     batch = batch_of("left-padded", 33)
     with torch.no_grad():

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "backends" / "template"
 TRAIN = """
 from sp_attention.launch import run_ranks
-from test_registry import train_with
+from helpers import train_on
 
-for loss_error, gradient_error, report in run_ranks(2, train_with, "fast"):
+for loss_error, gradient_error, report in run_ranks(2, train_on, "fast"):
     print(loss_error, gradient_error, report.splitlines()[0])
 """
 

@@ -291,8 +291,8 @@ def test_the_reference_agrees_with_torch() -> None:
     torch.testing.assert_close(testing.attend_with_weights(request)[1], weights)
 
 
-def test_the_kernel_of_a_stranger_is_right() -> None:
-    good = runpy.run_path(str(ROOT / "tests" / "strangers" / "good" / "stranger_good.py"))
+def test_the_third_party_kernel_is_right() -> None:
+    good = runpy.run_path(str(ROOT / "tests" / "third_party" / "good" / "third_party_good.py"))
     backend = good["sp_attention_backends"]()[0]
     refused = {feature for feature in testing.FEATURES if testing.check(backend, feature) is not None}
     asks_more = {"softcap", "dropout", *(feature for feature in testing.FEATURES if "sinks" in feature)}

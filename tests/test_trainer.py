@@ -1,90 +1,25 @@
 """transformers' Trainer: everything that a run logs, and its weights, against as many processes as there are groups."""
 
-import os
-import random
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType
-from models import MODELS
+from helpers import Selected, as_launched, run_once
+from models import LLAMA
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset, IterableDataset
-from transformers import EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from trainers import SPEED, Collator, Stop, Stream, Texts, logged, trainer, weights
+from transformers import Trainer, TrainingArguments
 
 import sp_attention
 from sp_attention.integrations.accelerate import require_fit
 from sp_attention.integrations.transformers import sequence_parallel
 from sp_attention.launch import run_ranks
-
-SIZE = 23
-# What a run logs of its own speed.
-SPEED = ("runtime", "per_second")
-
-
-class Texts(Dataset):
-    """23 texts of 8 to 32 tokens."""
-
-    def __len__(self) -> int:
-        return SIZE
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        if number >= SIZE:
-            raise IndexError(number)  # for those who iterate
-        generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(3, 97, (8 + 7 * number % 25,), generator=generator)
-        return {"input_ids": ids, "labels": ids.clone()}
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        yield from (Texts()[number] for number in range(SIZE))
-
-
-class Collator:
-    """Pads on the right, and notes what it was given. `noise`: labels are left out at random, by three generators."""
-
-    def __init__(self, noise: bool) -> None:
-        self.noise = noise
-        self.seen: list[int] = []
-
-    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        self.seen += [int(row["input_ids"].sum()) for row in rows]
-        length = max(len(row["input_ids"]) for row in rows)
-
-        def padded(tensors: list[Tensor], value: int) -> Tensor:
-            return torch.stack([F.pad(tensor, (0, length - len(tensor)), value=value) for tensor in tensors])
-
-        labels = padded([row["labels"] for row in rows], -100)
-        if self.noise:
-            draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]
-            for draw in draws:
-                labels[:, int(draw * length)] = -100
-        return {
-            "input_ids": padded([row["input_ids"] for row in rows], 0),
-            "attention_mask": padded([torch.ones_like(row["input_ids"]) for row in rows], 0),
-            "labels": labels,
-        }
-
-
-def metrics(prediction: EvalPrediction) -> dict[str, float]:
-    right = prediction.predictions.argmax(-1)[:, :-1] == prediction.label_ids[:, 1:]
-    return {"right": float(right.mean()), "rows": len(prediction.predictions)}
 
 
 def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
@@ -121,122 +56,47 @@ WAYS: dict[str, dict[str, Any]] = {
 WAYS_OF = {1: tuple(WAYS), 2: ("plain", "stream", "workers", "rebalanced", "fsdp2")}
 
 
-class Stop(TrainerCallback):
-    """Ends a run after its third step."""
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        if state.global_step == 3:
-            control.should_save = control.should_training_stop = True
+# What came of a run: what was logged, weights and predictions, the texts that this rank was given, tokens in a layer.
+Run = tuple[list[dict[str, Any]], Tensor, list[int], int]
 
 
-def trainer(folder: Path, way: dict[str, Any], sp_size: int, callbacks: tuple[TrainerCallback, ...] = ()) -> Trainer:
-    options = {
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 3,
-        "gradient_accumulation_steps": 3,
-        "num_train_epochs": 2,
-        "learning_rate": 0.1,
-        "max_grad_norm": 0,
-        "optim": "sgd",
-        "eval_strategy": "epoch",
-        "save_strategy": "no",
-        "include_num_input_tokens_seen": "all",
-        "use_cpu": True,
-    } | way
-    if sp_size == 1:
-        options.pop("fsdp", None)  # Against no engine, or DDP.
-    dropout, noise = options.pop("dropout", 0.0), options.pop("noise", False)
-    data, loss = options.pop("train_dataset", Texts()), options.pop("compute_loss_func", None)
-    model = MODELS["llama-6q3kv"].build(options.pop("dtype", torch.float64))
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = dropout
-    trainer_class = Trainer
-    if sp_size > 1:
-        sp_attention.enable(model, backend="sdpa", sp_size=sp_size)
-        trainer_class = sequence_parallel(Trainer)
-    with fsdp_on_cpus() if "fsdp" in options else nullcontext():
-        return trainer_class(
-            model=model,
-            args=TrainingArguments(str(folder), logging_steps=1, report_to=[], disable_tqdm=True, seed=3, **options),
-            train_dataset=data,
-            eval_dataset=Texts(),
-            data_collator=Collator(noise),
-            compute_metrics=metrics,
-            compute_loss_func=loss,
-            callbacks=list(callbacks),
-        )
+def run_way(folder: Path, way: dict[str, Any], sp_size: int) -> Run:
+    each = trainer(folder, way, sp_size)
+    assert each.is_fsdp_enabled == (sp_size > 1 and "fsdp" in way)
+    each.train()
+    lengths: set[int] = set()
+    each.model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: lengths.add(output.shape[1]))
+    predicted = each.predict(Texts())
+    history = [*logged(each), {k: v for k, v in predicted.metrics.items() if not k.endswith(SPEED)}]
+    history.append({"rows in a step": each.get_total_train_batch_size(each.args)})
+    numbers = torch.cat([weights(each), torch.from_numpy(predicted.predictions).flatten()])
+    return history, numbers, each.data_collator.seen, max(lengths)
 
 
-@contextmanager
-def fsdp_on_cpus() -> Iterator[None]:
-    """accelerate has FSDP for GPUs and their like only; torch has it for CPUs too, so these pass for GPUs."""
-    prepare = PartialState._prepare_backend
-
-    def passing(*args: Any, **options: Any) -> tuple[str, DistributedType]:
-        return prepare(*args, **options)[0], DistributedType.MULTI_GPU
-
-    def set_device(state: PartialState) -> None:
-        state.device = torch.device("cpu")
-
-    with patch.multiple(PartialState, _prepare_backend=passing, set_device=set_device):
-        yield
+def run_only_loss(folder: Path, sp_size: int) -> Run:
+    """An evaluation that is asked for nothing but the loss."""
+    each = trainer(folder, {}, sp_size)
+    each.compute_metrics = None
+    lengths: set[int] = set()
+    each.model.lm_head.register_forward_hook(lambda module, args, output: lengths.add(output.shape[1]))
+    loss = each.evaluate(Texts())["eval_loss"]
+    return [{"loss": loss}], weights(each), [], max(lengths)
 
 
-def logged(trainer: Trainer) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in entry.items() if not name.endswith(SPEED)}
-        for entry in trainer.state.log_history
-    ]
+def run_resumed(folder: Path, sp_size: int) -> Run:
+    trainer(folder, {"save_strategy": "steps", "save_steps": 100}, sp_size, (Stop(),)).train()
+    each = trainer(folder, {}, sp_size)
+    each.train(resume_from_checkpoint=True)
+    return logged(each), weights(each), [], 0
 
 
-def weights(trainer: Trainer) -> Tensor:
-    whole = [each.full_tensor() if isinstance(each, DTensor) else each for each in trainer.model.parameters()]
-    return torch.cat([parameter.detach().flatten() for parameter in whole])
-
-
-def as_launched() -> None:
-    """What torchrun would have set."""
-    os.environ |= {"RANK": f"{dist.get_rank()}", "LOCAL_RANK": f"{dist.get_rank()}"}
-    os.environ |= {"WORLD_SIZE": f"{dist.get_world_size()}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-
-
-def run(folder: Path, sp_size: int, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every way: what was logged, weights and predictions, the texts that this rank was given, lengths in layers."""
+def run(folder: Path, sp_size: int, names: tuple[str, ...]) -> dict[str, Run]:
     as_launched()
-    found = {}
-    for name, way in ways.items():
-        each = trainer(folder / name, way, sp_size)
-        assert each.is_fsdp_enabled == (sp_size > 1 and "fsdp" in way)
-        each.train()
-        lengths: set[int] = set()
-        mlp = each.model.model.layers[0].mlp
-        mlp.register_forward_hook(lambda module, args, output, seen=lengths: seen.add(output.shape[1]))
-        predicted = each.predict(Texts())
-        history = [*logged(each), {k: v for k, v in predicted.metrics.items() if not k.endswith(SPEED)}]
-        history.append({"rows in a step": each.get_total_train_batch_size(each.args)})
-        numbers = torch.cat([weights(each), torch.from_numpy(predicted.predictions).flatten()])
-        found[name] = history, numbers, each.data_collator.seen, max(lengths)
-    if "plain" in ways:
-        only_loss = trainer(folder / "only loss", {}, sp_size)
-        only_loss.compute_metrics = None
-        lengths = set()
-        only_loss.model.lm_head.register_forward_hook(lambda module, args, output: lengths.add(output.shape[1]))
-        loss = only_loss.evaluate(Texts())["eval_loss"]
-        found["only loss"] = [{"loss": loss}], weights(only_loss), [], max(lengths)
-        first = trainer(folder / "resumed", {"save_strategy": "steps", "save_steps": 100}, sp_size, (Stop(),))
-        first.train()
-        second = trainer(folder / "resumed", {}, sp_size)
-        second.train(resume_from_checkpoint=True)
-        found["resumed"] = logged(second), weights(second), [], 0
-    return found
-
-
-@cache
-def runs(folder: Path, groups: int, sp_size: int) -> list[dict[str, Any]]:
-    ways = {name: WAYS[name] for name in WAYS_OF[groups]}
-    return run_ranks(groups * sp_size, run, folder / f"{groups} of {sp_size}", sp_size, ways, timeout=240)
+    others = {"only loss": run_only_loss, "resumed": run_resumed}
+    return {
+        name: others[name](folder / name, sp_size) if name in others else run_way(folder / name, WAYS[name], sp_size)
+        for name in names
+    }
 
 
 @pytest.fixture(scope="session")
@@ -248,8 +108,13 @@ CASES = [(groups, way) for groups, ways in WAYS_OF.items() for way in (*ways, "o
 
 
 @pytest.mark.parametrize(("groups", "way"), CASES)
-def test_a_run_is_that_of_as_many_processes_as_there_are_groups(folder: Path, groups: int, way: str) -> None:
-    plain, sharded = runs(folder, groups, 1), runs(folder, groups, 2)
+def test_a_run_is_that_of_as_many_processes_as_there_are_groups(
+    folder: Path, groups: int, way: str, selected: Selected
+) -> None:
+    plain, sharded = (
+        run_once(groups * size, run, folder / f"{groups} of {size}", size, selected("way", groups=groups), timeout=240)
+        for size in (1, 2)
+    )
     for rank, found in enumerate(sharded):
         expected_history, expected_numbers, expected_seen, whole = plain[rank // 2][way]
         history, numbers, seen, part = found[way]
@@ -307,7 +172,7 @@ def wrongs(folder: Path) -> dict[str, str]:
     fails("not launched", {})
     as_launched()
     fails("dispatched", {"train_dataset": Stream(), "max_steps": 5, "accelerator_config": {"dispatch_batches": True}})
-    model = MODELS["llama-6q3kv"].build()
+    model = LLAMA.build()
     with pytest.raises(ValueError, match="is not sequence-parallel") as error:
         sequence_parallel(Trainer)(model, TrainingArguments(str(folder), use_cpu=True, report_to=[]))
     texts["not enabled"] = str(error.value)

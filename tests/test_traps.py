@@ -1,22 +1,19 @@
 """What others fell into: numbers that look fine and are wrong. Each is a relation that holds in one process."""
 
-import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import transformers
-from models import MODELS, Tiny, batch_of
-from test_parity import relative_error
+from helpers import Selected, be_quiet, pair, relative_error, run_once, too_large, world
+from models import LLAMA, Tiny, batch_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import sp_attention
 from sp_attention.cli.reduced import build
 from sp_attention.distributed.partition import spans
-from sp_attention.launch import run_ranks
 
 LENGTH = 33
 
@@ -40,10 +37,9 @@ def losses_and_gradients(model: PreTrainedModel, batch: dict[str, Any]) -> list[
 
 def few_targets() -> dict[str, float]:
     """Errors of batches with targets in few places: around the cuts, in one span, one and many."""
-    tiny = MODELS["llama-6q3kv"]
-    reference, model = tiny.build(), enabled(tiny.build())
+    reference, model = pair(LLAMA)
     ids = ids_of()
-    cuts = [span.start for span in spans(LENGTH, dist.get_world_size())[1:]]
+    cuts = [span.start for span in spans(LENGTH, world().size)[1:]]
     places = {f"at {cut + off}": [cut + off] for cut in cuts for off in (-1, 0, 1)}
     places |= {"first half": list(range(1, 9)), "1 and 15": [3, *range(18, LENGTH)], "last": [LENGTH - 1]}
     errors = {}
@@ -69,17 +65,13 @@ def few_targets() -> dict[str, float]:
     return errors
 
 
-def shifted_labels() -> dict[str, float]:
+def shifted_labels(name: str) -> float:
     """Labels that are shifted already are not shifted again, whatever stands between the layers and the loss."""
-    errors = {}
     ids = ids_of()
     shifted = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
-    for name in ("llama", "gemma3_text", "qwen2", "gpt_oss", "granite", "cohere2"):
-        reference, model = build(name, "causal-lm"), enabled(build(name, "causal-lm"))
-        expected = reference(input_ids=ids, labels=ids).loss
-        found = model(input_ids=ids, labels=ids, shift_labels=shifted).loss
-        errors[name] = relative_error(found, expected)
-    return errors
+    reference, model = build(name, "causal-lm"), enabled(build(name, "causal-lm"))
+    expected = reference(input_ids=ids, labels=ids).loss
+    return relative_error(model(input_ids=ids, labels=ids, shift_labels=shifted).loss, expected)
 
 
 def changed(model: PreTrainedModel, ids: Tensor, place: int, **more: Any) -> list[int]:
@@ -91,49 +83,71 @@ def changed(model: PreTrainedModel, ids: Tensor, place: int, **more: Any) -> lis
     return (before[0] != after[0]).any(-1).nonzero().flatten().tolist()
 
 
-def reach() -> dict[str, list[int]]:
-    """Which tokens see a token: through windows, chunks, documents and padding."""
-    window = {"num_hidden_layers": 1, "sliding_window": 5}
-    found = {}
-    mistral = enabled(Tiny("MistralForCausalLM", window).build().eval())
-    ids = ids_of()
-    found["window"] = changed(mistral, ids, 14)
-    oss = build("gpt_oss", "causal-lm").eval()
-    oss.config.num_hidden_layers = 1
-    del oss.model.layers[1:]
-    found["window with sinks"] = changed(enabled(oss), ids, 14)
-    llama4 = build("llama4_text", "causal-lm").eval()
-    llama4.config.num_hidden_layers = 1
-    del llama4.model.layers[1:]
-    found["chunk"] = changed(enabled(llama4), ids, 12)
-    llama = enabled(MODELS["llama-6q3kv"].build().eval())
-    found["causal"] = changed(llama, ids, 14)
+def of_one_layer(name: str) -> PreTrainedModel:
+    model = build(name, "causal-lm").eval()
+    model.config.num_hidden_layers = 1
+    del model.model.layers[1:]
+    return enabled(model)
+
+
+def window() -> list[int]:
+    settings = {"num_hidden_layers": 1, "sliding_window": 5}
+    return changed(enabled(Tiny("MistralForCausalLM", settings).build().eval()), ids_of(), 14)
+
+
+def window_with_sinks() -> list[int]:
+    return changed(of_one_layer("gpt_oss"), ids_of(), 14)
+
+
+def chunk() -> list[int]:
+    return changed(of_one_layer("llama4_text"), ids_of(), 12)
+
+
+def causal() -> list[int]:
+    return changed(enabled(LLAMA.build().eval()), ids_of(), 14)
+
+
+def document(place: int) -> list[int]:
     positions = torch.cat([torch.arange(9), torch.arange(12), torch.arange(12)]).expand(2, -1)
-    packed = {"position_ids": positions, "use_cache": False}
-    found["document"] = changed(llama, ids, 4, **packed)
-    found["document across the cut"] = changed(llama, ids, 10, **packed)
+    return changed(enabled(LLAMA.build().eval()), ids_of(), place, position_ids=positions, use_cache=False)
+
+
+def left_padding() -> list[int]:
     padding = torch.ones(2, LENGTH, dtype=torch.int64)
     padding[0, :11] = 0
-    found["left padding"] = [one for one in changed(llama, ids, 4, attention_mask=padding) if one >= 11]
-    bert = enabled(build("bert", "masked-lm").eval())
+    found = changed(enabled(LLAMA.build().eval()), ids_of(), 4, attention_mask=padding)
+    return [one for one in found if one >= 11]
+
+
+def right_padding() -> list[int]:
     padding = torch.ones(2, LENGTH, dtype=torch.int64)
     padding[0, 20:] = 0
-    found["right padding"] = [one for one in changed(bert, ids, 25, attention_mask=padding) if one < 20]
-    return found
+    found = changed(enabled(build("bert", "masked-lm").eval()), ids_of(), 25, attention_mask=padding)
+    return [one for one in found if one < 20]
 
 
-def documents_alone() -> dict[str, float]:
+# Which tokens see a token: through windows, chunks, documents and padding.
+REACH: dict[str, tuple[Callable[[], list[int]], list[int]]] = {
+    "mistral, window": (window, [14, 15, 16, 17, 18]),
+    "gpt_oss, window with sinks": (window_with_sinks, [14, 15, 16, 17, 18]),
+    "llama4, chunk": (chunk, [12, 13, 14]),
+    "llama, causal": (causal, list(range(14, LENGTH))),
+    "llama, document": (partial(document, 4), list(range(4, 9))),
+    "llama, document across the cut": (partial(document, 10), list(range(10, 21))),
+    "llama, left padding": (left_padding, []),
+    "bert, right padding": (right_padding, []),
+}
+
+
+def documents_alone(name: str) -> float:
     """How far the logits of every document of a packed row are from those of the document by itself."""
-    errors = {}
     ids, lengths = ids_of()[:1], (9, 12, 12)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    for name in ("llama", "mistral", "gemma3_text"):
-        reference, model = build(name, "causal-lm").eval(), enabled(build(name, "causal-lm").eval())
-        with torch.no_grad():
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits.split(lengths, 1)
-            alone = [reference(input_ids=document).logits for document in ids.split(lengths, 1)]
-        errors[name] = max(relative_error(*pair) for pair in zip(packed, alone, strict=True))
-    return errors
+    reference, model = build(name, "causal-lm").eval(), enabled(build(name, "causal-lm").eval())
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits.split(lengths, 1)
+        alone = [reference(input_ids=document).logits for document in ids.split(lengths, 1)]
+    return max(relative_error(*pair) for pair in zip(packed, alone, strict=True))
 
 
 def heads_in_another_order() -> dict[str, float]:
@@ -165,8 +179,8 @@ def heads_in_another_order() -> dict[str, float]:
 
 def cut_already() -> str:
     """What is said of a batch of which every rank was given its own span, as other libraries want it."""
-    model = enabled(MODELS["llama-6q3kv"].build())
-    here = spans(LENGTH - 1, dist.get_world_size())[dist.get_rank()]
+    model = enabled(LLAMA.build())
+    here = world().span(LENGTH - 1)
     mine = {name: each[:, here.start : here.stop] for name, each in batch_of("plain", LENGTH - 1).items()}
     with pytest.raises(sp_attention.BatchError) as error:
         model(**mine)
@@ -177,113 +191,111 @@ def padding_is_not_trained() -> float:
     """The largest gradient of the embedding of a token that is only padding."""
     batch = batch_of("left-padded", LENGTH)
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)
-    model = enabled(MODELS["llama-6q3kv"].build())
+    model = enabled(LLAMA.build())
     model(**batch).loss.backward()
     sp_attention.average_gradients(model)
     return model.model.embed_tokens.weight.grad[1].abs().max().item()
 
 
-def recurrences() -> dict[str, float]:
+def recurrences(name: str) -> float:
     """How far the change of the last token's logits by the first token is off, and the gradient that leads back."""
-    errors = {}
     ids, other = ids_of(), ids_of()
     other[:, 0] = 34
     ids[:, 0] = 33
     last = torch.full_like(ids, -100)
     last[:, -1] = ids[:, -1]
-    for name in ("mamba2", "rwkv", "lfm2", "bamba", "qwen3_next"):
-        reference, model = build(name, "causal-lm"), enabled(build(name, "causal-lm"))
-        with torch.no_grad():
-            changes = [each.eval()(ids).logits[:, -1] - each(other).logits[:, -1] for each in (model, reference)]
-        assert changes[1].abs().max() > 0, name
-        gradients = []
-        for each in (model, reference):
-            each.train().zero_grad()
-            each(input_ids=ids, labels=last).loss.backward()
-            sp_attention.average_gradients(each)
-            gradients.append(each.get_input_embeddings().weight.grad[33])
-        assert gradients[1].abs().max() > 0, name
-        errors[name] = max(relative_error(*changes), relative_error(*gradients))
-    return errors
+    reference, model = build(name, "causal-lm"), enabled(build(name, "causal-lm"))
+    with torch.no_grad():
+        changes = [each.eval()(ids).logits[:, -1] - each(other).logits[:, -1] for each in (model, reference)]
+    assert changes[1].abs().max() > 0
+    gradients = []
+    for each in (model, reference):
+        each.train().zero_grad()
+        each(input_ids=ids, labels=last).loss.backward()
+        sp_attention.average_gradients(each)
+        gradients.append(each.get_input_embeddings().weight.grad[33])
+    assert gradients[1].abs().max() > 0
+    return max(relative_error(*changes), relative_error(*gradients))
 
 
 def lengths_in_layers() -> list[int]:
-    model, seen = enabled(MODELS["llama-6q3kv"].build()), []
+    model, seen = enabled(LLAMA.build()), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     model(**batch_of("plain", LENGTH)).loss.backward()
     return seen
 
 
+TRAPS: dict[str, Callable[[], Any]] = {
+    "few targets": few_targets,
+    "heads": heads_in_another_order,
+    "padding": padding_is_not_trained,
+    "lengths": lengths_in_layers,
+    "cut already": cut_already,
+}
+
+
 def traps() -> dict[str, Any]:
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    return {
-        "few targets": few_targets(),
-        "shifted labels": shifted_labels(),
-        "reach": reach(),
-        "documents alone": documents_alone(),
-        "heads": heads_in_another_order(),
-        "padding": padding_is_not_trained(),
-        "recurrences": recurrences(),
-        "lengths": lengths_in_layers(),
-        "cut already": cut_already(),
-    }
+    be_quiet()
+    return {name: trap() for name, trap in TRAPS.items()}
 
 
-def off(errors: dict[str, float], tolerance: float = 1e-5) -> dict[str, float]:
-    return {name: error for name, error in errors.items() if not error < tolerance}
+def errors_of(trap: Callable[[str], float], models: tuple[str, ...]) -> dict[str, float]:
+    be_quiet()
+    return {name: trap(name) for name in models}
 
 
-@cache
-def found() -> list[dict[str, Any]]:
-    return run_ranks(2, traps, timeout=120)
+def reach(names: tuple[str, ...]) -> dict[str, list[int]]:
+    be_quiet()
+    return {name: REACH[name][0]() for name in names}
+
+
+def found(trap: str) -> list[Any]:
+    return [one[trap] for one in run_once(2, traps, timeout=120)]
 
 
 def test_every_target_counts_once_wherever_the_cuts_are() -> None:
-    assert [off(one["few targets"]) for one in found()] == [{}, {}]
+    assert not any(too_large(errors) for errors in found("few targets"))
 
 
-def test_shifted_labels_are_not_shifted_again() -> None:
-    assert [off(one["shifted labels"]) for one in found()] == [{}, {}]
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen2", "gpt_oss", "granite", "cohere2"])
+def test_shifted_labels_are_not_shifted_again(name: str, selected: Selected) -> None:
+    for errors in run_once(2, errors_of, shifted_labels, selected("name")):
+        assert errors[name] < 1e-5
 
 
-def test_no_token_sees_what_it_may_not() -> None:
-    for one in found():
-        assert one["reach"] == {
-            "window": [14, 15, 16, 17, 18],
-            "window with sinks": [14, 15, 16, 17, 18],
-            "chunk": [12, 13, 14],
-            "causal": list(range(14, LENGTH)),
-            "document": list(range(4, 9)),
-            "document across the cut": list(range(10, 21)),
-            "left padding": [],
-            "right padding": [],
-        }
+@pytest.mark.parametrize("name", REACH)
+def test_no_token_sees_what_it_may_not(name: str, selected: Selected) -> None:
+    for reached in run_once(2, reach, selected("name"), timeout=120):
+        assert reached[name] == REACH[name][1]
 
 
-def test_documents_are_as_if_alone() -> None:
-    assert [off(one["documents alone"]) for one in found()] == [{}, {}]
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_documents_are_as_if_alone(name: str, selected: Selected) -> None:
+    for errors in run_once(2, errors_of, documents_alone, selected("name")):
+        assert errors[name] < 1e-5
 
 
 def test_sinks_belong_to_their_heads() -> None:
-    for one in found():
-        assert off(one["heads"]).keys() == {"without"}
+    for errors in found("heads"):
+        assert too_large(errors).keys() == {"without"}
 
 
 def test_a_batch_that_is_cut_already_is_an_error() -> None:
-    for one in found():
-        assert "input_ids differs on rank 1 from rank 0:" in one["cut already"]
-        assert one["cut already"].endswith("do not cut the sequence yourself.")
+    for text in found("cut already"):
+        assert "input_ids differs on rank 1 from rank 0:" in text
+        assert text.endswith("do not cut the sequence yourself.")
 
 
 def test_padding_is_not_trained() -> None:
-    assert [one["padding"] for one in found()] == [0, 0]
+    assert found("padding") == [0, 0]
 
 
-def test_recurrent_layers_do_not_begin_anew_on_every_rank() -> None:
-    assert [off(one["recurrences"]) for one in found()] == [{}, {}]
+@pytest.mark.parametrize("name", ["mamba2", "rwkv", "lfm2", "bamba", "qwen3_next"])
+def test_recurrent_layers_do_not_begin_anew_on_every_rank(name: str, selected: Selected) -> None:
+    for errors in run_once(2, errors_of, recurrences, selected("name")):
+        assert errors[name] < 1e-5
 
 
 def test_every_layer_works_on_a_part() -> None:
-    assert [one["lengths"] for one in found()] == [[17, 17], [16, 16]]
+    assert found("lengths") == [[17, 17], [16, 16]]

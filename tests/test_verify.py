@@ -1,15 +1,14 @@
 """`sp-attention verify`: exact, refused and wrong models, told apart by status, table and JSON."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_command
 
 from sp_attention.cli.comparison import error_of, largest_error
 from sp_attention.cli.outcomes import Comparison, Verdict, parts_of
@@ -37,10 +36,7 @@ def model():
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    options = {"cwd": folder, "timeout": 300, "env": environment}
-    command = [sys.executable, "-m", "sp_attention", "verify", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return run_command("verify", *arguments, folder=folder)
 
 
 def test_an_exact_model(tmp_path: Path) -> None:

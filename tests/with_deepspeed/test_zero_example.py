@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from test_examples import require_runs_and_learns
+from helpers import require_example_learns
 
 
 def test_the_example_runs_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # On CPUs DeepSpeed compiles something when it starts. Where that was interrupted before it would wait for ever.
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
-    require_runs_and_learns("deepspeed_loop.py", tmp_path, timeout=500)
+    require_example_learns("deepspeed_loop.py", tmp_path, timeout=500)

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import MODELS, batch_of
+from models import LLAMA, batch_of
 from torch import Tensor, nn
 
 import sp_attention
 from sp_attention.launch import run_ranks
 
-TINY = MODELS["llama-6q3kv"]
 STEPS = 5
 STAGES = (0, 1, 2, 3)
 
@@ -47,7 +46,7 @@ CASES = [case for case in product(STAGES, (1, 3), WAYS) if case[0] or case[2][2]
 @cache
 def one_process(groups: int, accumulation: int, weighs: str) -> tuple[list[float], list[float], list[Tensor]]:
     """The mean loss, gradient norm and weights of every step, in float64 without DeepSpeed."""
-    model = TINY.build()
+    model = LLAMA.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses, norms, after = [], [], []
     for step in range(STEPS):
@@ -75,7 +74,7 @@ def engines(sp_size: int) -> dict[Any, Any]:
     found = {}
     for stage, accumulation, way in CASES:
         when, weighs, besides = way
-        model = TINY.build(dtype_of(stage))
+        model = LLAMA.build(dtype_of(stage))
         start = zero(stage, accumulation, **({"offload_optimizer": {"device": "cpu"}} if besides == OFFLOADED else {}))
         engine = None if when == "before" else start(model)
         tiles: dict[str, Any] = {"loss_tile": 5, "mlp_tile": 4} if besides == TILES else {}
@@ -140,7 +139,7 @@ def partitioned(folder: Path) -> dict[str, Any]:
     keep = HfDeepSpeedConfig(config(3))  # transformers asks for it while it loads
     found: dict[str, Any] = {}
     for when in ("within", "after"):
-        model = type(TINY.build()).from_pretrained(folder, dtype=torch.float64).train()
+        model = type(LLAMA.build()).from_pretrained(folder, dtype=torch.float64).train()
         assert {parameter.numel() for parameter in model.parameters()} == {0}
         engine = None
         if when == "within":
@@ -165,8 +164,8 @@ def partitioned(folder: Path) -> dict[str, Any]:
 
 
 def test_a_partitioned_model_is_enabled_with_its_weights_gathered(tmp_path: Path) -> None:
-    TINY.build().save_pretrained(tmp_path)
-    start = torch.cat([parameter.detach().flatten() for parameter in TINY.build().parameters()])
+    LLAMA.build().save_pretrained(tmp_path)
+    start = torch.cat([parameter.detach().flatten() for parameter in LLAMA.build().parameters()])
     expected = one_process(1, 1, "batches")[2][0]
     first, second = run_ranks(2, partitioned, tmp_path, timeout=200)
     for found in (first, second):
@@ -188,7 +187,7 @@ def by_rank() -> str:
     from zero import config, launched
 
     launched()
-    model = TINY.build(torch.float32)
+    model = LLAMA.build(torch.float32)
     sp_attention.enable(model, backend="sdpa")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rows = [{name: tensor[0] for name, tensor in batch_of("plain", 20 + 2 * row).items()} for row in range(4)]
@@ -215,7 +214,7 @@ def saved(folder: Path, sp_size: int | None) -> dict[str, Any]:
         place = folder / str(stage)
 
         def started(stage: int = stage, enabled: bool = sp_size is not None) -> tuple[nn.Module, Any]:
-            model = TINY.build(dtype_of(stage))
+            model = LLAMA.build(dtype_of(stage))
             if enabled:
                 sp_attention.enable(model, backend="sdpa", sp_size=sp_size)
             return model, zero(stage, stage3_gather_16bit_weights_on_model_save=True)(model)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import MODELS
+from helpers import as_launched
+from models import LLAMA
 from safetensors.torch import load_file
-from test_trainer import Collator, Stop, Texts, as_launched, logged, trainer
 from torch import Tensor
+from trainers import Collator, Stop, Texts, logged, trainer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import sp_attention
@@ -162,7 +163,7 @@ def partitioned(folder: Path) -> tuple[int, dict[str, Tensor]]:
 
 
 def test_a_model_is_enabled_with_its_weights_gathered(folder: Path) -> None:
-    MODELS["llama-6q3kv"].build().save_pretrained(folder / "model")
+    LLAMA.build().save_pretrained(folder / "model")
     expected = runs(folder, 1, 1)[0][None, "accumulated"][1]
     for size, weights in run_ranks(2, partitioned, folder, timeout=200):
         assert size == 0

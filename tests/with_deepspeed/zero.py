@@ -8,7 +8,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from test_trainer import as_launched
+from helpers import as_launched
 from torch import Tensor, nn
 
 

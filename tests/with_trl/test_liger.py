@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from test_parity import relative_error
+from helpers import relative_error
 from torch import Tensor, nn
 
 from sp_attention.launch import run_ranks
@@ -20,14 +20,14 @@ def error_of(dtype: torch.dtype, liger: bool) -> float:
     targets[0, :3] = -100
     given = hidden.clone().requires_grad_()
     expected = F.cross_entropy(head(given).flatten(0, 1), targets.flatten(), reduction="sum")
-    slopes = torch.autograd.grad(0.37 * expected, (given, *head.parameters()))
+    gradients = torch.autograd.grad(0.37 * expected, (given, *head.parameters()))
     head, given = head.to(dtype), hidden.to(dtype).requires_grad_()
     loss: Tensor = Held(Head(head, "", (), 40, 5, liger), head, given, 4, nullcontext).loss(targets, -100)
     assert loss.dtype == torch.float32
     (0.37 * loss).backward(retain_graph=True)
     (0.63 * loss).backward()
     ours = [one.grad * 0.37 for one in (given, *head.parameters())]
-    pairs = [(loss, expected), *zip(ours, slopes, strict=True)]
+    pairs = [(loss, expected), *zip(ours, gradients, strict=True)]
     return max(relative_error(one.detach().double(), other.detach()) for one, other in pairs)
 
 

@@ -1,14 +1,13 @@
 """PEFT: adapters on every part of a model, put on before and after `enable`, trained, saved, merged."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import MODELS, Tiny, batch_of
+from helpers import Selected, relative_error, run_once
+from models import LLAMA, MODELS, Tiny, batch_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_parity import relative_error
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,7 +15,7 @@ import sp_attention
 from sp_attention.api import handle_of
 from sp_attention.launch import run_ranks
 
-LLAMA, TIED = MODELS["llama-6q3kv"], MODELS["llama-tied"]
+TIED = MODELS["llama-tied"]
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # Model, adapters, and how it is checkpointed.
@@ -71,10 +70,11 @@ def logits_of(model: nn.Module) -> Tensor:
     return model.eval()(batch_of("plain", 33)["input_ids"]).logits
 
 
-def run(folder: Path) -> dict[tuple[str, str], Any]:
+def run(folder: Path, ways: tuple[str, ...]) -> dict[tuple[str, str], Any]:
     """For every way: relative errors of gradients and weights, what was trained, and the adapter as it was saved."""
     found = {}
-    for way, (tiny, adapters, checkpointed) in WAYS.items():
+    for way in ways:
+        tiny, adapters, checkpointed = WAYS[way]
         for order in ("enabled first", "adapted first"):
             reference = adapted(tiny.build(), adapters, checkpointed)
             model = tiny.build()
@@ -101,20 +101,17 @@ def run(folder: Path) -> dict[tuple[str, str], Any]:
     return found
 
 
-@cache
-def runs(folder: Path) -> list[dict[tuple[str, str], Any]]:
-    return run_ranks(2, run, folder, timeout=240)
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("peft")
 
 
 @pytest.mark.parametrize("order", ["enabled first", "adapted first"])
-@pytest.mark.parametrize("way", WAYS)
-def test_adapters_are_trained_saved_and_merged_as_in_one_process(folder: Path, way: str, order: str) -> None:
-    first, second = (found[way, order] for found in runs(folder))
+@pytest.mark.parametrize("way", WAYS, ids=[f"{tiny.name}, {way}" for way, (tiny, *_) in WAYS.items()])
+def test_adapters_are_trained_saved_and_merged_as_in_one_process(
+    folder: Path, way: str, order: str, selected: Selected
+) -> None:
+    first, second = (found[way, order] for found in run_once(2, run, folder, selected("way"), timeout=240))
     for errors, _ in (first, second):
         # transformers gives losses in float32.
         bounds = {name: 5e-7 if name.endswith(", loss") else 1e-9 for name in errors}

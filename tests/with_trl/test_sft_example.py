@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from test_examples import require_runs_and_learns
+from helpers import require_example_learns
 
 
 def test_the_example_runs_and_learns(tmp_path: Path) -> None:
-    require_runs_and_learns("sft.py", tmp_path)
+    require_example_learns("sft.py", tmp_path)

@@ -12,18 +12,17 @@ import torch
 import torch.distributed as dist
 import trl
 from datasets import Dataset
-from models import MODELS, Tiny
-from test_trainer import as_launched, logged, weights
+from helpers import as_launched
+from models import LLAMA, MODELS, Tiny
 from texts import TEXTS, tokenizer
 from torch import Tensor, nn
+from trainers import logged, weights
 from transformers import Trainer
 
 import sp_attention
 from sp_attention.integrations.transformers import sequence_parallel
 from sp_attention.launch import run_ranks
 
-CAUSAL = MODELS["llama-6q3kv"]
-MIXTURE = Tiny("MixtralForCausalLM", {"num_local_experts": 4, "experts_implementation": "eager"}, tolerance=1e-3)
 REWARD = Tiny("LlamaForSequenceClassification", {"num_labels": 1})
 
 LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "up_proj"]}
@@ -39,7 +38,7 @@ SFT = {
     "label smoothing": {"label_smoothing_factor": 0.1},
     "checkpointing": {"gradient_checkpointing": True},
     "lora": {"lora": LORA, "gradient_checkpointing": True},
-    "mixture of experts": {"model": MIXTURE},
+    "mixtral": {"model": MODELS["mixtral"]},
 }
 DPO = {
     "plain reference": {"reference": "plain", "eval_strategy": "steps", "eval_steps": 2},
@@ -129,7 +128,7 @@ def trainer(folder: Path, name: str, way: dict[str, Any], sp_size: int) -> Train
         "gradient_checkpointing": False,
         "bf16": False,
     } | way
-    tiny = options.pop("model", REWARD if name == "Reward" else CAUSAL)
+    tiny = options.pop("model", REWARD if name == "Reward" else LLAMA)
     data, lora, reference = options.pop("data", DATA[name]), options.pop("lora", None), options.pop("reference", None)
     others: dict[str, Any] = {"peft_config": None if lora is None else peft.LoraConfig(**lora)}
     model = tiny.build()
@@ -231,7 +230,7 @@ def refused(folder: Path) -> dict[str, str]:
         with pytest.raises((ValueError, sp_attention.UnsupportedError)) as error:
             trainer(folder / name, *way, sp_size=2).get_train_dataloader()
         texts[name] = str(error.value)
-    model = CAUSAL.build()
+    model = LLAMA.build()
     sp_attention.enable(model, backend="sdpa")
     args = trl.SFTConfig(str(folder), use_cpu=True, report_to=[], bf16=False)
     with pytest.raises(sp_attention.BatchError) as error:

@@ -1,10 +1,10 @@
-"""A plugin that offers kernels whose names are taken: one of a stranger's, and one of the library's own."""
+"""A plugin that offers kernels whose names are taken: a third party's, and one of the library's own."""
 
 import sp_attention
 
 
 def attend(request: sp_attention.Request) -> object:
-    raise AssertionError("a twin must not be chosen")
+    raise AssertionError("a duplicate must not be chosen")
 
 
 @sp_attention.hookimpl
