@@ -101,3 +101,9 @@ def returns_a_lambda() -> object:
 def test_a_result_that_cannot_travel_is_an_error() -> None:
     text, _ = failure(returns_a_lambda, timeout=60)
     assert "pickle" in text
+
+
+def test_ranks_that_have_not_begun_at_the_deadline_are_told_too() -> None:
+    text, seconds = failure(one_sleeps, timeout=0.01)
+    assert text.count("still running; its stack:") == 2
+    assert seconds < 20

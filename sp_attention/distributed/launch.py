@@ -142,6 +142,8 @@ def _collect(workers: list[Any], links: list[Connection], folder: Path, deadline
 
 def _stack_of(worker: Any, file: Path) -> str:
     """The Python stacks of a living process, which its handler writes to `file` when signalled."""
+    if not file.exists():
+        return "(none given: it has not come to the function yet)"
     os.kill(worker.pid, signal.SIGUSR1)
     end = monotonic() + 1.0
     while monotonic() < end:
