@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measured
 import pytest
 from helpers import THIRD_PARTY, Selected
 
@@ -23,6 +24,13 @@ launch.CONTEXT.set_forkserver_preload(
         "pytest",
     ]
 )
+
+
+@pytest.fixture(autouse=True)
+def counts_lines_of_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--cov`, which tox gives."""
+    if request.config.pluginmanager.hasplugin("_cov") and request.path.stem in measured.MODULES:
+        monkeypatch.setattr(launch, "_work", measured.work)
 
 
 @pytest.fixture

@@ -27,9 +27,8 @@ def sent(layout: BufferLayout, rank: int, ranks: int) -> int:
 @given(CASES)
 def test_ranges_are_the_heads_of_all_ranks_in_order(case: tuple[int, int, int, int]) -> None:
     plan, each = layouts(case)
-    expected = [
-        (query, kv) for query, kv in zip(plan.query, plan.kv, strict=True) if query
-    ]  # a rank has both, or neither
+    # A rank has heads of both, or none.
+    expected = [heads for heads in zip(plan.query, plan.kv, strict=True) if heads[0]]
     for layout in each:
         found = [
             tuple(
@@ -59,15 +58,14 @@ def test_all_tokens_are_sent_or_stay(case: tuple[int, int, int, int]) -> None:
     _, each = layouts(case)
     assert [layout.mine for layout in each] == list(spans(length, len(each)))
     for rank, layout in enumerate(each):
-        stays = [ranks for ranks in layout.ranges if ranks.is_own]
-        kept = length - len(layout.sent)
-        assert kept in (0, len(layout.mine))
-        # The tokens of the first and of the last of few ranks stay, and so do no heads of theirs travel.
-        if kept:
-            assert rank in (0, len(each) - 1)
-            assert [ranks.width for ranks in stays] == ([layout.width] if layout.width else [])
+        stays = [ranks.width for ranks in layout.ranges if ranks.is_own]
+        assert stays in ([], [layout.width])
+        if stays:
+            assert [*layout.sent] == [token for token in range(length) if token not in layout.mine]
             assert layout.by_heads is not None
             assert layout.by_heads[rank] == 0
+        elif layout.width:
+            assert layout.sent == range(length)
 
 
 @given(CASES)
