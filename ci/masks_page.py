@@ -28,7 +28,8 @@ what each query may see. A query sees a key when **every** condition that the ma
 
 Positions count in the sequence of the keys; the first query stands at `offset`. A query that sees nothing yields zeros.
 All of it has a bool form: `mask.dense()`, or `mask.dense(range(0, 256))` for some of the queries. What is cheaper than
-that is `mask.segments`: documents with their real keys, `None` for masks that are more than documents and padding.
+that, for masks without `function` and `explicit`, is in `sp_attention.kernels`: the runs of queries that see intervals
+of real keys (`intervals`), and calls for kernels that take sequences of various lengths, `cu_seqlens` (`varlen`).
 
 A kernel does a request exactly, or its `refuses` gives the reason. This is what the kernels that come along say to the
 smallest request for each feature. A **yes** is tested: output, weights and every gradient, against attention written

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sp_attention.kernels.reference import attend as attend
+from sp_attention.kernels.reference import attend_with_weights as attend_with_weights
+from sp_attention.kernels.reference import relative_error as relative_error
 from sp_attention.kernels.request import Backend, Mask, Request
 
 BATCH, LENGTH = 2, 37
@@ -56,15 +59,14 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def _real(*rows: tuple[int, int]) -> Tensor:
-    places = torch.arange(LENGTH)
+def _real(*rows: tuple[int, int], length: int = LENGTH) -> Tensor:
+    places = torch.arange(length)
     return torch.stack([(places >= first) & (places < last) for first, last in rows])
 
 
 def _documents() -> Tensor:
-    return torch.stack(
-        [torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in ([9, 1, 27], [16, 20, 1])]
-    )
+    rows = [9, 1, 27], [16, 20, 1]
+    return torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(row)) for row in rows])
 
 
 def _prefix(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -72,11 +74,8 @@ def _prefix(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return (key <= query) | (key < lengths[batch])
 
 
-def _chunks() -> Tensor:
-    return (torch.arange(LENGTH) // 8).expand(BATCH, -1)
-
-
 _LEFT, _RIGHT = _real((9, LENGTH), (0, LENGTH)), _real((0, 30), (3, 33))
+_CHUNKS = (torch.arange(LENGTH) // 8).expand(BATCH, -1)
 _HOLES = torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.7
 
 # What a request can ask for, by name, and the smallest request that asks for it.
@@ -85,7 +84,7 @@ FEATURES: dict[str, Callable[[], Request]] = {
     "bidirectional": lambda: request(_mask(causal=False)),
     "sliding window": lambda: request(_mask(window=7)),
     "sliding window on both sides": lambda: request(_mask(causal=False, window=7)),
-    "chunks": lambda: request(_mask(documents=_chunks())),
+    "chunks": lambda: request(_mask(documents=_CHUNKS)),
     "packed documents": lambda: request(_mask(documents=_documents())),
     "left padding": lambda: request(_mask(padding=_LEFT)),
     "right padding": lambda: request(_mask(padding=_RIGHT)),
@@ -129,17 +128,13 @@ def _long(length: int, **conditions: Any) -> Request:
     return request(_mask(query_length=length, key_length=length, **conditions), Shape(length, length, 1, 1, 16, 16))
 
 
-def _padded(length: int) -> Tensor:
-    places = torch.arange(length)
-    return torch.stack([places >= length // 3, places < length - length // 5])
-
-
 # The plainest masks at lengths where kernels go other ways than at `LENGTH`: over several tiles, or past a mask of 512.
 LONG: dict[str, Callable[[], Request]] = {}
 for _length in (137, 600, 4096):
+    _sides = _real((_length // 3, _length), (0, _length - _length // 5), length=_length)
     LONG |= {
         f"causal, {_length} tokens": partial(_long, _length),
-        f"padding on both sides, {_length} tokens": partial(_long, _length, padding=_padded(_length)),
+        f"padding on both sides, {_length} tokens": partial(_long, _length, padding=_sides),
         f"sliding window, {_length} tokens": partial(_long, _length, window=100),
     }
 
@@ -149,37 +144,6 @@ def request_for(
 ) -> Request:
     """The request for one of `FEATURES` or `LONG`, on a device, with its float tensors in a dtype."""
     return _moved(replace((FEATURES | LONG)[feature](), module=module), torch.device(device), dtype)
-
-
-def attend(request: Request) -> Tensor:
-    """softmax(scale · QKᵀ, capped, + bias, over the keys that the mask allows and the sink) V, as it is written.
-
-    The reference; see `Backend.attend`. No dropout.
-    """
-    return attend_with_weights(request)[0]
-
-
-def attend_with_weights(request: Request) -> tuple[Tensor, Tensor]:
-    """`attend`, and its weights [B, h, Sq, Sk]."""
-    repeats = request.query.shape[2] // request.key.shape[2]
-    key, value = (tensor.repeat_interleave(repeats, 2) for tensor in (request.key, request.value))
-    scores = torch.einsum("bqhd,bkhd->bhqk", request.query, key) * request.scale
-    if request.softcap is not None:
-        scores = request.softcap * (scores / request.softcap).tanh()
-    if request.bias is not None:
-        scores = scores + request.bias
-    allowed = request.mask.dense().expand_as(scores)
-    highest = scores.detach().masked_fill(~allowed, float("-inf")).amax(-1, keepdim=True)
-    if request.sinks is not None:
-        sinks = request.sinks[None, :, None, None]
-        highest = torch.maximum(highest, sinks.detach())
-    highest = highest.masked_fill(highest == float("-inf"), 0.0)
-    shares = torch.where(allowed, scores - highest, float("-inf")).exp()
-    total = shares.sum(-1, keepdim=True)
-    if request.sinks is not None:
-        total = total + (sinks - highest).exp()
-    weights = shares / total.masked_fill(total == 0, 1.0)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, value), weights
 
 
 def check(
@@ -309,34 +273,26 @@ def _check_dropout(backend: Backend, feature: str, asked: Request, exact: Reques
         raise AssertionError(f"{backend.kernel}, {feature}: backward does not have the draws of forward")
 
 
-_TENSORS = ("query", "key", "value", "bias", "sinks")
+def _given(owner: Request | Mask) -> dict[str, Any]:
+    """The tensors of a request or a mask, by name."""
+    values = {field.name: getattr(owner, field.name) for field in fields(owner)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _moved(request: Request, device: torch.device, dtype: torch.dtype) -> Request:
-    mask = request.mask
-    places = {
-        name: getattr(mask, name).to(device)
-        for name in ("documents", "padding", "explicit")
-        if getattr(mask, name) is not None
-    }
-    tensors = {
-        name: getattr(request, name).detach().to(device, dtype)
-        for name in _TENSORS
-        if getattr(request, name) is not None
-    }
-    return replace(request, mask=replace(mask, device=device, **places), **tensors)
+    mask = replace(request.mask, device=device, **{name: t.to(device) for name, t in _given(request.mask).items()})
+    return replace(request, mask=mask, **{name: t.detach().to(device, dtype) for name, t in _given(request).items()})
 
 
 def _trained(asked: Request) -> Request:
     """The request as in training: every tensor wants its gradient, so a kernel may refuse to give one of them."""
-    tensors = {name: getattr(asked, name) for name in _TENSORS if getattr(asked, name) is not None}
-    return replace(asked, **{name: tensor.detach().requires_grad_() for name, tensor in tensors.items()})
+    return replace(asked, **{name: tensor.detach().requires_grad_() for name, tensor in _given(asked).items()})
 
 
 def _results(function: Callable[[Request], Tensor], asked: Request) -> dict[str, Tensor]:
     """The output and the gradient of every tensor of a request."""
     asked = _trained(asked)
-    inputs = {name: getattr(asked, name) for name in _TENSORS if getattr(asked, name) is not None}
+    inputs = _given(asked)
     out = function(asked)
     down = _random(*out.shape).to(out)
     gradients = torch.autograd.grad((out * down).sum(), list(inputs.values()), allow_unused=True)
@@ -348,23 +304,8 @@ def _results(function: Callable[[Request], Tensor], asked: Request) -> dict[str,
 
 def _copies(asked: Request) -> dict[str, Tensor]:
     """What of a request a kernel could change."""
-    found = {}
-    for owner in (asked, asked.mask):
-        for field in fields(owner):
-            tensor = getattr(owner, field.name)
-            if isinstance(tensor, Tensor):
-                found[field.name] = tensor.detach().clone()
-    return found | {"mask": asked.mask.dense().clone()}
-
-
-def relative_error(result: Tensor, expected: Tensor, scale: float | None = None) -> float:
-    """The largest difference, as a part of the largest number that is expected, or of `scale`; NaN where there is one.
-
-    Two tensors of one shape, on any devices and in any dtypes; computed in float64.
-    """
-    result, expected = (tensor.detach().cpu().double() for tensor in (result, expected))
-    largest = expected.abs().max().clamp_min(1e-300) if scale is None else scale
-    return float((result - expected).abs().max() / largest)
+    tensors = _given(asked) | _given(asked.mask) | {"mask": asked.mask.dense()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _require_close(backend: Backend, feature: str, name: str, result: Tensor, expected: Tensor, bound: float) -> None:

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from sp_attention.kernels.request import Mask, Segment
+from sp_attention.kernels.request import Mask
 from sp_attention.region.masks import describe
 
 LENGTH = 12
@@ -139,7 +139,6 @@ def test_masks_with_functions_are_those_of_transformers(kind: str, addition: str
     described = built(kind, "described", padding, positions, **additions)
     assert isinstance(described, Mask)
     assert described.function is not None
-    assert described.segments is None
     assert_same(described, dense(kind, padding, positions, **additions).expand(2, -1, -1, -1))
 
 
@@ -230,9 +229,6 @@ def test_masks_of_cross_attention_are_those_of_transformers(padding: object, fun
     assert isinstance(described, Mask)
     assert (described.query_length, described.key_length) == (LENGTH, 7)
     assert_same(described, torch.ones(2, 1, LENGTH, 7) > 0 if expected is None else expected == 0)
-    if padding is not None and function is None:
-        assert described.segments == ((Segment(0, LENGTH, 0, 5),), (Segment(0, LENGTH, 0, 7),))
-        assert described.rows(range(3, 9)).segments == ((Segment(0, 6, 0, 5),), (Segment(0, 6, 0, 7),))
 
 
 def test_a_window_as_long_as_the_sequence_is_no_window() -> None:
@@ -278,39 +274,6 @@ def test_masks_with_a_filled_cache_are_those_of_transformers(kind: str, padding:
     expected = sdpa_mask(2, queries, keys, **asked, allow_is_causal_skip=False)
     assert (mask.function is None) == (kind != "with a function")
     assert torch.equal(mask.dense().expand_as(expected), expected)
-
-
-def described_by(padding: list[list[int]] | None = None, documents: list[list[int]] | None = None) -> Mask:
-    rows = padding or documents or [[1] * 6]
-    return Mask(
-        batch=len(rows),
-        query_length=len(rows[0]),
-        key_length=len(rows[0]),
-        device=torch.device("cpu"),
-        documents=torch.tensor(documents) if documents else None,
-        padding=torch.tensor(padding, dtype=torch.bool) if padding else None,
-    )
-
-
-def test_segments_are_documents_with_their_real_keys() -> None:
-    assert described_by().segments == ((Segment(0, 6, 0, 6),),)
-    assert described_by([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).segments == (
-        (Segment(0, 6, 2, 5),),
-        (Segment(0, 6, 0, 6),),
-    )
-    assert described_by(documents=[[0, 0, 1, 1, 1, 2]] * 2).segments == (
-        (Segment(0, 2, 0, 2), Segment(2, 5, 2, 5), Segment(5, 6, 5, 6)),
-    )
-    assert described_by([[0] * 6]).segments == ((Segment(0, 6, 0, 0),),)
-
-
-def test_padding_between_real_keys_has_no_segments() -> None:
-    assert described_by([[1, 0, 1, 1, 1, 1]]).segments is None
-
-
-def test_rows_of_a_causal_mask_have_no_segments() -> None:
-    assert described_by([[1] * 6]).rows(range(2, 4)).segments is None
-    assert described_by().rows(range(0, 3)).segments is None
 
 
 def test_rows_and_heads_are_views_and_kept() -> None:

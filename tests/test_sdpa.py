@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
 from models import Tiny
+from strategies import masks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import blockwise_overlay
@@ -116,6 +118,58 @@ def test_has_sinks(mask: str, heads: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sdpa, "BAND", 6)
     sinks = (3 * torch.randn(HEADS[heads][0], dtype=torch.float64)).requires_grad_()
     compare(replace(request_for(replace(MASKS[mask]), heads), sinks=sinks))
+
+
+@settings(max_examples=300, deadline=None)
+@given(masks(rows=testing.BATCH))
+def test_any_mask_is_attention_written_out(mask: Mask) -> None:
+    request = testing.request(mask, testing.Shape(mask.query_length, mask.key_length))
+    request = replace(request, **{name: getattr(request, name)[: mask.batch] for name in ("query", "key", "value")})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sdpa, "BAND", 3)
+        torch.testing.assert_close(sdpa.attend(request), testing.attend(request), rtol=1e-10, atol=1e-10)
+
+
+# What torch is asked for, in tiles of 16: rows, queries, keys and the pattern.
+ASKED = {
+    "causal": [(2, 40, 40, "causal")],
+    "full": [(2, 40, 40, "full")],
+    "left": [(1, 31, 31, "causal"), (1, 40, 40, "causal")],
+    "right": [(1, 31, 31, "causal"), (1, 9, 31, "full"), (1, 40, 40, "causal")],
+    "window7": [(2, 7, 7, "causal"), (2, 16, 22, "mask"), (2, 16, 22, "mask"), (2, 1, 7, "mask")],
+    "window7-right": [
+        *[(1, 7, 7, "causal"), (1, 16, 19, "mask"), (1, 3, 3, "mask")],
+        *[(1, 7, 7, "causal"), (1, 16, 22, "mask"), (1, 14, 18, "mask")],
+    ],
+    "documents": [(1, 10, 10, "causal"), (1, 1, 1, "full"), (1, 29, 29, "causal"), (1, 40, 40, "causal")],
+    "both-sides7": [(2, 16, 22, "mask"), (2, 16, 28, "mask"), (2, 8, 14, "mask")],
+    "first-queries": [(2, 17, 17, "causal")],
+    "last-queries": [(2, 16, 39, "mask"), (2, 1, 40, "full")],
+    "cross": [(1, 17, 24, "full"), (1, 17, 40, "full")],
+    "gap": [(2, 16, 16, "mask"), (2, 16, 32, "mask"), (2, 8, 40, "mask")],
+}
+MORE = {
+    "first-queries": replace(BASE, query_length=17),
+    "last-queries": replace(BASE, query_length=17, offset=23),
+    "gap": replace(BASE, padding=torch.arange(LENGTH).expand(2, -1) != 5),
+}
+
+
+@pytest.mark.parametrize("mask", ASKED)
+def test_torch_is_asked_for(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "BAND", 16)
+    asked = []
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, *args: Any, **options: Any) -> Tensor:
+        pattern = "causal" if options["is_causal"] else "full" if hidden is None else "mask"
+        asked.append((query.shape[0], query.shape[2], key.shape[2], pattern))
+        return torchs(query, key, value, hidden, *args, **options)
+
+    torchs = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        sdpa.attend(request_for(replace((MASKS | MORE)[mask]), "H2"))
+    assert asked == ASKED[mask]
 
 
 def test_sinks_and_no_sinks_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ The contract of a kernel: exactly this attention, or a reason not to do it. It n
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -16,19 +15,6 @@ Derived = TypeVar("Derived")
 
 # transformers' signature of mask functions: int64 indices (batch, head, query, key) that broadcast → bool.
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Queries [start, stop) whose keys are those real ones of [first, last) that the mask's other conditions leave.
-
-    Where queries and keys are the same tokens, these attend among themselves only: [first, last) lies in [start, stop).
-    """
-
-    start: int
-    stop: int
-    first: int
-    last: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,40 +126,6 @@ class Mask:
             self._derived[name] = derive()
         result: Derived = self._derived[name]
         return result
-
-    @property
-    def segments(self) -> tuple[tuple[Segment, ...], ...] | None:
-        """The rows cut into documents with their real keys; a single row when all rows are alike.
-
-        None when that does not describe the mask: an explicit tensor, a function, padding in the middle of a document's
-        real keys, or queries that are not the keys' tokens (fewer, or of another sequence) while position matters.
-        Reads documents and padding back to the host, once.
-        """
-        return self.once("segments", self._segments)
-
-    def _segments(self) -> tuple[tuple[Segment, ...], ...] | None:
-        placed = self.causal or self.window is not None or self.documents is not None
-        if self.explicit is not None or self.function is not None:
-            return None
-        if placed and (self.offset or self.query_length != self.key_length):
-            return None
-        length = self.key_length
-        if self.documents is None and self.padding is None:
-            return ((Segment(0, self.query_length, 0, length),),)
-        documents = torch.zeros(self.batch, length) if self.documents is None else self.documents.cpu()
-        real = torch.ones(self.batch, length, dtype=torch.bool) if self.padding is None else self.padding.cpu()
-        rows = []
-        for row in range(self.batch):
-            edges = [0, *((documents[row].diff() != 0).nonzero()[:, 0] + 1).tolist(), length]
-            segments = []
-            for start, stop in pairwise(edges):
-                seen = real[row, start:stop].nonzero()[:, 0] + start
-                first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (start, start)
-                if last - first != len(seen):
-                    return None
-                segments.append(Segment(start, stop if placed else self.query_length, first, last))
-            rows.append(tuple(segments))
-        return (rows[0],) if all(row == rows[0] for row in rows) else tuple(rows)
 
 
 def _cut(tensor: Tensor, dim: int, span: range) -> Tensor:

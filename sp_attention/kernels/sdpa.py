@@ -1,8 +1,8 @@
 """Kernel `sdpa`: torch's own scaled_dot_product_attention, on any device torch has it for.
 
-Causal, windowed, chunked, padded and packed masks are cut into pieces, each of which torch does with no mask, with its
-causal flag, or with one narrow band of mask that all pieces share. Any other mask, and a bias, is done tile by tile:
-some queries and the keys that they see, with the mask of these alone. So no S × S tensor exists, unless it was given.
+It goes tile by tile: some queries and the keys that they see. Causal, windowed, chunked, padded and packed masks leave
+tiles that torch does with no mask, with its causal flag, or with one narrow band of mask that tiles of one shape share.
+Any other mask, and a bias, is tiles with the mask of these alone. So no S × S tensor exists, unless it was given.
 
 An attention sink is one more key, without a value. Its score comes out of the product of queries and keys, which get
 two more elements for it, so torch is asked for nothing new and its gradient takes the usual way.
@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_attention.kernels.cudnn import without_cudnn
 from sp_attention.kernels.hookspecs import hookimpl
-from sp_attention.kernels.request import Backend, Mask, Request, Segment
+from sp_attention.kernels.intervals import GROWS, JUMPS, STAYS, Run, contiguous, runs
+from sp_attention.kernels.request import Backend, Mask, Request
 
-# Queries per piece of a sliding window, and per tile. A piece of T queries reads T + window - 1 keys, so few queries
+# Queries per tile of a sliding window, or with a mask. In a window T queries read T + window - 1 keys, so few queries
 # waste memory traffic and many compute scores that the window hides.
 BAND = 256
 HALF = (torch.float16, torch.bfloat16)
@@ -48,14 +49,14 @@ def refuses(request: Request) -> str | None:
 
 def _asks_for_masks(request: Request) -> bool:
     """Whether torch may be given a mask for it."""
-    return request.mask.window is not None or request.bias is not None or request.mask.segments is None
+    return request.mask.window is not None or request.bias is not None or _tiles_of_rows(request.mask) is None
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Queries × keys with one pattern.
+class Tile:
+    """Queries × keys of a row with one pattern.
 
-    Everything ("full"), the causal square, a band around the diagonal, or what the mask says there ("tile").
+    Everything ("full"), the causal square, a band around the diagonal, or what the mask says there ("mask").
     """
 
     queries: range
@@ -65,50 +66,73 @@ class Piece:
 
 def attend(request: Request) -> Tensor:
     """Attention by torch; see `Request` and `Backend.attend` for the contract."""
-    mask, segments = request.mask, request.mask.segments
+    mask = request.mask
+    rows = _tiles_of_rows(mask) if request.bias is None else None
     request = _with_room_for_sinks(request)
-    if segments is None or request.bias is not None:
-        return _attend_by_tiles(request, mask.once(("sdpa tiles", BAND), lambda: tuple(_tiles(mask))))
-    plans = mask.once("sdpa pieces", lambda: tuple(tuple(_pieces(row, mask)) for row in segments))
-    if len(plans) == 1:
-        return _attend_row(request, slice(None), plans[0])
-    return torch.cat([_attend_row(request, slice(row, row + 1), plan) for row, plan in enumerate(plans)])
+    if rows is None:
+        return _attend_with_masks(request, mask.once(("sdpa tiles", BAND), lambda: tuple(_tiles_with_masks(mask))))
+    if len(rows) == 1:
+        return _attend_row(request, slice(None), rows[0])
+    return torch.cat([_attend_row(request, slice(row, row + 1), tiles) for row, tiles in enumerate(rows)])
 
 
-def _pieces(segments: tuple[Segment, ...], mask: Mask) -> Iterator[Piece]:
-    """What each query of a row sees, in order of the queries; queries that see nothing are left out."""
-    for segment in segments:
-        real = range(segment.first, segment.last)
-        if not len(real):
-            continue
-        farthest = max(segment.stop - segment.first, 0 if mask.causal else segment.last - segment.start)
-        if mask.window is not None and mask.window < farthest:
-            yield from _banded_pieces(segment, mask.window, mask.causal)
-        elif not mask.causal:
-            yield Piece(range(segment.start, segment.stop), real, "full")
+def _tiles_of_rows(mask: Mask) -> tuple[tuple[Tile, ...], ...] | None:
+    """The tiles of each row in order of the queries, those that see nothing left out; one row if all are alike.
+
+    None where some queries see padding between their keys, or causal ones that are not the first see their past, since
+    torch's causal flag has the first query beside the first key.
+    """
+    return mask.once("sdpa tiles of rows", lambda: _derive_tiles(mask))
+
+
+def _derive_tiles(mask: Mask) -> tuple[tuple[Tile, ...], ...] | None:
+    if not contiguous(mask):
+        return None
+    if mask.documents is None and mask.padding is None:
+        mask = replace(mask, batch=1)
+    rows: list[list[list[Run]]] = [[] for _ in range(mask.batch)]
+    found, real = runs(mask)
+    for run in found:
+        row, start = divmod(run.queries.start, mask.query_length)
+        if mask.causal and run.kind == GROWS and run.first > 1:
+            return None
+        first = int(real[run.keys.start]) - row * mask.key_length
+        run = replace(run, queries=range(start, start + len(run.queries)), keys=range(first, first + len(run.keys)))
+        # Runs of one document see some keys in common.
+        if rows[row] and run.keys.start < rows[row][-1][-1].keys.stop:
+            rows[row][-1].append(run)
         else:
-            yield Piece(real, real, "causal")
-            if segment.last < segment.stop:
-                yield Piece(range(segment.last, segment.stop), real, "full")
+            rows[row].append([run])
+    tiles = [tuple(tile for document in row for tile in _tiles_of_document(document, mask)) for row in rows]
+    return (tiles[0],) if all(row == tiles[0] for row in tiles) else tuple(tiles)
 
 
-def _banded_pieces(segment: Segment, window: int, causal: bool) -> Iterator[Piece]:
-    """The queries that are near enough to a real key; in a causal mask, the first `window` see all before them."""
-    if causal:
-        start = min(segment.first + window, segment.last)
-        yield Piece(range(segment.first, start), range(segment.first, start), "causal")
-    else:
-        start = max(segment.start, segment.first - window + 1)
-    stop = min(segment.stop, segment.last + window - 1)
-    while start < stop:
-        end = min(start + BAND, stop)
-        reach = end if causal else end + window - 1
-        yield Piece(range(start, end), range(max(segment.first, start - window + 1), min(reach, segment.last)), "band")
-        start = end
+def _tiles_of_document(document: list[Run], mask: Mask) -> Iterator[Tile]:
+    """The runs' queries and keys count in their row, and all keys from the first to the last are real."""
+    queries, keys = document[0].queries, document[0].keys
+    start, stop, key = queries.start, document[-1].queries.stop, keys.start
+    if mask.causal and document[0].kind == GROWS:
+        # The first `window` queries see all before them.
+        start += min(len(queries), mask.window or len(queries))
+        yield Tile(range(queries.start, start), range(key, key + start - queries.start), "causal")
+    left = [run for run in document if run.queries.stop > start]
+    if len(left) == 1 and left[0].kind in (STAYS, JUMPS):
+        yield Tile(left[0].queries, left[0].keys, "full")
+    elif left:
+        yield from _bands(range(start, stop), range(key, document[-1].keys.stop), mask)
 
 
-def _tiles(mask: Mask) -> Iterator[Piece]:
-    """The queries in tiles, each with the keys from the first to the last that any of them sees."""
+def _bands(queries: range, keys: range, mask: Mask) -> Iterator[Tile]:
+    """Tiles of queries of a window, with those of the keys that are near enough."""
+    assert mask.window is not None
+    for start in range(queries.start, queries.stop, BAND):
+        end = min(start + BAND, queries.stop)
+        first, last = start + mask.offset - mask.window + 1, end + mask.offset + (0 if mask.causal else mask.window - 1)
+        yield Tile(range(start, end), range(max(keys.start, first), min(keys.stop, last)), "band")
+
+
+def _tiles_with_masks(mask: Mask) -> Iterator[Tile]:
+    """All queries in tiles, each with the keys from the first to the last that any of them sees."""
     tiles = [range(start, min(start + BAND, mask.query_length)) for start in range(0, mask.query_length, BAND)]
     found = []
     for queries in tiles:
@@ -118,10 +142,10 @@ def _tiles(mask: Mask) -> Iterator[Piece]:
         found.append(torch.stack([seen.argmax(), seen.flip(0).argmax(), seen.any(), hidden]))
     for queries, (first, behind, some, hidden) in zip(tiles, torch.stack(found).tolist(), strict=True):
         keys = range(first, mask.key_length - behind) if some else range(0, 0)
-        yield Piece(queries, keys, "tile" if hidden else "full")
+        yield Tile(queries, keys, "mask" if hidden else "full")
 
 
-def _attend_by_tiles(request: Request, tiles: tuple[Piece, ...]) -> Tensor:
+def _attend_with_masks(request: Request, tiles: tuple[Tile, ...]) -> Tensor:
     """[B, Sq, h, Dv], tile by tile. In training, each is computed again in backward: torch would keep its mask else."""
     queries = request.query.split(BAND, 1)
     biases: tuple[Tensor | None, ...] = (None,) * len(tiles)
@@ -137,14 +161,14 @@ def _attend_by_tiles(request: Request, tiles: tuple[Piece, ...]) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def _attend_tile(request: Request, tile: Piece, query: Tensor, bias: Tensor | None) -> Tensor:
+def _attend_tile(request: Request, tile: Tile, query: Tensor, bias: Tensor | None) -> Tensor:
     if not len(tile.keys):
         return _nothing_seen(query, request.value, query.shape[1])
     keys = slice(tile.keys.start, tile.keys.stop)
     # torch wants it in the dtype of the queries.
     mask = None if bias is None else bias[..., keys].to(query.dtype)
     blind = None
-    if tile.pattern == "tile":
+    if tile.pattern == "mask":
         allowed = request.mask.dense(tile.queries)[..., keys]
         # Kernels differ in what they give queries that see nothing, so these see all, and what they give is hidden.
         blind = ~allowed.any(-1, keepdim=True)
@@ -156,17 +180,17 @@ def _attend_tile(request: Request, tile: Piece, query: Tensor, bias: Tensor | No
     return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0.0)
 
 
-def _attend_row(request: Request, rows: slice, pieces: tuple[Piece, ...]) -> Tensor:
-    """The rows of a batch that share their pieces: [rows, S, h, Dv]."""
+def _attend_row(request: Request, rows: slice, tiles: tuple[Tile, ...]) -> Tensor:
+    """The rows of a batch that share their tiles: [rows, S, h, Dv]."""
     query, key, value = request.query[rows], request.key[rows], request.value[rows]
     outputs, done = [], 0
-    for piece in pieces:
-        at, of = piece.queries, piece.keys
+    for tile in tiles:
+        at, of = tile.queries, tile.keys
         if at.start > done:
             outputs.append(_nothing_seen(query, value, at.start - done))
-        band = _band(request, at, of) if piece.pattern == "band" else None
+        band = _band(request, at, of) if tile.pattern == "band" else None
         parts = query[:, at.start : at.stop], key[:, of.start : of.stop], value[:, of.start : of.stop]
-        outputs.append(_sdpa(*parts, request, mask=band, causal=piece.pattern == "causal"))
+        outputs.append(_sdpa(*parts, request, mask=band, causal=tile.pattern == "causal"))
         done = at.stop
     if query.shape[1] > done:
         outputs.append(_nothing_seen(query, value, query.shape[1] - done))
@@ -180,11 +204,11 @@ def _nothing_seen(query: Tensor, value: Tensor, length: int) -> Tensor:
 def _band(request: Request, queries: range, keys: range) -> Tensor:
     """Additive [queries, keys], with sinks [queries, 1 + keys]: 0 where a query sees a key, -inf elsewhere.
 
-    Pieces of one shape share it. Additive from the start, since torch would make and save an additive copy of a bool
-    mask for every piece.
+    Tiles of one shape share it. Additive from the start, since torch would make and save an additive copy of a bool
+    mask for every tile.
     """
     like, mask = request.query, request.mask
-    window, offset = mask.window, queries.start - keys.start
+    window, offset = mask.window, mask.offset + queries.start - keys.start
     assert window is not None
 
     def derive() -> Tensor:

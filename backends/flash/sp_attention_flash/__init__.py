@@ -1,8 +1,8 @@
 """Kernels `flash2`, `flash3`, `flash4`: the flash-attn packages; and `flash`, the best of those that can be used here.
 
 Beside them, a build of flash-attn 2 from the Hub, which is taken only by its name: it is fetched when it is called.
-A mask becomes sequences that the packages attend in (`sequences`); what they cannot do is refused (`refusing`); a
-package that cannot be used is offered as unavailable, with the cure (`finding`).
+A mask becomes sequences that the packages attend in (`sp_attention.kernels.varlen`); what they cannot do is refused
+(`refusing`); a package that cannot be used is offered as unavailable, with the cure (`finding`).
 """
 
 from functools import partial

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sp_attention import Request
+from sp_attention.kernels import varlen
+from sp_attention.kernels.varlen import Pattern, Sequences
 from sp_attention_flash.packages import Options, Package, call
-from sp_attention_flash.sequences import Pattern, Sequences, cut, uncut
 
 
 def attend(package: Package, request: Request) -> Tensor:
@@ -27,31 +28,17 @@ def attend(package: Package, request: Request) -> Tensor:
     native = None if sinks is None or not package.sinks else sinks.float()
     options = Options(request.scale, request.softcap, request.dropout, native)
     sinks = None if package.sinks else sinks
-    whole = uncut(mask)
+    whole = varlen.whole(mask)
     if whole is not None:
         pattern, keys = whole
         out = _attend(package, query, key[:, :keys], value[:, :keys], pattern, None, options, sinks)
     else:
-        sequences = mask.once("flash sequences", lambda: cut(mask))
-        outputs = [
-            _attend(
-                package,
-                _rows(query, one.queries),
-                _rows(key, one.keys),
-                _rows(value, one.keys),
-                one.pattern,
-                one,
-                options,
-                sinks,
-            )
-            for one in sequences.calls
-        ]
-        if sequences.places is None:
-            out = outputs[0]
-        else:
-            nothing = query.new_zeros(1, *query.shape[2:])
-            out = torch.cat([*outputs, nothing]).index_select(0, sequences.places)
-        out = out.unflatten(0, query.shape[:2])
+
+        def some(query: Tensor, key: Tensor, value: Tensor, one: Sequences) -> Tensor:
+            return _attend(package, query, key, value, one.pattern, one, options, sinks)
+
+        calls = mask.once("flash sequences", lambda: varlen.calls(mask))
+        out = varlen.attend(calls, query, key, value, some)
     return out[..., : request.value.shape[3]]
 
 
@@ -65,12 +52,6 @@ def _of_sizes_that_fit(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
     size = size_that_fits(query.shape[3], value.shape[3])
     query, key, value = (t if t.shape[3] == size else F.pad(t, (0, size - t.shape[3])) for t in (query, key, value))
     return query, key, value
-
-
-def _rows(tensor: Tensor, index: Tensor | None) -> Tensor:
-    """[B, S, h, D] → [T, h, D]."""
-    flat = tensor.flatten(0, 1)
-    return flat if index is None else flat.index_select(0, index)
 
 
 def _attend(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sp_attention_flash.sequences import Pattern, Sequences
+from sp_attention.kernels.varlen import Pattern, Sequences
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).parent / "stand_in"))  # flash_attn imports its extension first
 
 from sp_attention_flash.packages import FLASH4, Options, call
-from sp_attention_flash.sequences import Pattern, Sequences
+
+from sp_attention.kernels.varlen import Pattern, Sequences
 
 WINDOW = Pattern(True, 7, 0)
 

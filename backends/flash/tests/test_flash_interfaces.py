@@ -14,7 +14,8 @@ import newer
 import pytest
 import torch
 from sp_attention_flash.packages import FLASH2, FLASH3, FLASH4, Options, Package, call
-from sp_attention_flash.sequences import Pattern, Sequences
+
+from sp_attention.kernels.varlen import Pattern, Sequences
 
 HERE = Path(__file__).parent
 

@@ -7,10 +7,11 @@ from typing import Any
 import newer
 import pytest
 import torch
-from sp_attention_flash import attending, backend, sequences
+from sp_attention_flash import backend
 from sp_attention_flash.packages import FLASH2, FLASH3, FLASH4, Package
 
 from sp_attention import Backend, Mask, Request, testing
+from sp_attention.kernels import varlen
 
 REFUSED = (
     "any mask function (prefix-LM)",
@@ -123,11 +124,12 @@ def test_deterministic_algorithms_are_asked_of_the_kernel(monkeypatch: pytest.Mo
 def test_a_mask_is_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = []
 
-    def counted(mask: Mask) -> sequences.Cut:
+    def counted(mask: Mask) -> varlen.Calls:
         masks.append(mask)
-        return sequences.cut(mask)
+        return right(mask)
 
-    monkeypatch.setattr(attending, "cut", counted)
+    right = varlen.calls
+    monkeypatch.setattr(varlen, "calls", counted)
     request = testing._moved(testing.FEATURES["packed documents, padding"](), torch.device("cpu"), torch.bfloat16)
     for _ in range(3):
         offered(FLASH2).attend(request)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from sp_attention_flash import attending, backend, sequences
+from sp_attention_flash import attending, backend
 from sp_attention_flash.packages import FLASH2, Package
 from torch import Tensor
 
 from sp_attention import Mask, Request, testing
+from sp_attention.kernels import varlen
 
 Given = dict[str, Any]
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -47,8 +48,8 @@ def asked(change: Callable[[Request], Request]) -> Patch:
 
 def masked(change: Callable[[Mask], Mask]) -> Patch:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        right = sequences.cut
-        monkeypatch.setattr(attending, "cut", lambda mask: right(change(mask)))
+        right = varlen.calls
+        monkeypatch.setattr(varlen, "calls", lambda mask: right(change(mask)))
 
     return patch
 
@@ -96,14 +97,14 @@ def base_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs of queries that are left out are not made room for: they come in the order of the calls."""
-    right = sequences.cut
+    right = varlen.calls
 
-    def cut(mask: Mask) -> sequences.Cut:
+    def calls(mask: Mask) -> varlen.Calls:
         found = right(mask)
         places = None if found.places is None else torch.arange(len(found.places)).clamp_max(int(found.places.max()))
         return replace(found, places=places)
 
-    monkeypatch.setattr(attending, "cut", cut)
+    monkeypatch.setattr(varlen, "calls", calls)
 
 
 MUTATIONS: dict[str, tuple[Patch, str]] = {

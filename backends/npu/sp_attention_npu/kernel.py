@@ -5,18 +5,22 @@ torch's function in what is masked (True is hidden), in the scale (1 unless it i
 a query, itself not counted).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sp_attention.kernels import varlen
+from sp_attention.kernels.intervals import contiguous
 from sp_attention.kernels.request import Mask, Request
-from sp_attention_npu.calls import FULL, TOKENS, Dense, Packed, Pattern, Whole, calls, dense
+from sp_attention.kernels.varlen import Calls, Pattern, Sequences
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADS, HEAD_SIZE = 256, 768
+# How many sequences one call takes, and how many tokens.
+SEQUENCES, TOKENS = 1024, 2**20
 TRIANGLE = 2048
 
 
@@ -49,33 +53,55 @@ def attend(request: Request) -> Tensor:
         request = replace(request, query=F.pad(request.query, (0, missing)), key=F.pad(request.key, (0, missing)))
     if request.bias is not None:
         return _with_bias(request, request.bias)
-    found = calls(request.mask)
-    if isinstance(found, Whole):
-        keys = slice(found.keys.start, found.keys.stop)
-        key, value = request.key[:, keys], request.value[:, keys]
-        return _operate(request, request.query, key, value, "BSND", **_sparse(found.pattern, request.mask))
-    if isinstance(found, Dense):
-        out = _operate(request, request.query, request.key, request.value, "BSND", **_masked(found, request))
-        return out.masked_fill(found.blind, 0)
-    return _packed(request, found)
+    mask = request.mask
+    whole = varlen.whole(mask)
+    if whole is not None:
+        pattern, keys = whole
+        key, value = request.key[:, :keys], request.value[:, :keys]
+        return _operate(request, request.query, key, value, "BSND", **_sparse(pattern, mask))
+    found = mask.once("npu calls", lambda: _calls(mask))
+    if isinstance(found, Calls):
+        return _attend_sequences(request, found)
+    out = _operate(request, request.query, request.key, request.value, "BSND", **_masked(found, request))
+    return out.masked_fill(found.blind, 0)
 
 
-def _packed(request: Request, found: tuple[Packed, ...]) -> Tensor:
-    rows = request.query.shape[:2]
-    query, key, value = (tensor.flatten(0, 1) for tensor in (request.query, request.key, request.value))
-    out = query.new_zeros(*query.shape[:2], value.shape[2])
-    for call in found:
-        options = _sparse(call.pattern, request.mask)
-        options |= {"actual_seq_qlen": call.query_ends, "actual_seq_kvlen": call.key_ends}
-        taken = _take(query, call.queries), _take(key, call.keys), _take(value, call.keys)
-        part = _take(_operate(request, *taken, "TND", **options), call.kept)
-        whole = call.queries is None and call.kept is None
-        out = part if whole else out.index_copy(0, call.places, part)
-    return out.reshape(*rows, *out.shape[1:])
+def _attend_sequences(request: Request, calls: Calls) -> Tensor:
+    mask = request.mask
+
+    def call(query: Tensor, key: Tensor, value: Tensor, some: Sequences) -> Tensor:
+        # The operator wants integers: where each sequence ends, without a zero in front.
+        ends = mask.once(("npu ends", some), lambda: [e[1:].tolist() for e in (some.query_edges, some.key_edges)])
+        options = {"actual_seq_qlen": ends[0], "actual_seq_kvlen": ends[1], **_sparse(some.pattern, mask)}
+        return _operate(request, query, key, value, "TND", **options)
+
+    return varlen.attend(calls, request.query, request.key, request.value, call)
 
 
-def _take(tensor: Tensor, places: Tensor | None) -> Tensor:
-    return tensor if places is None else tensor.index_select(0, places)
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A mask of every query and key.
+
+    hidden: bool [1|B, 1|h, Sq, Sk], True where a query does not see a key; all False for a query that sees none, since
+        nothing is known of what the operator does then. blind: bool [1|B, Sq, 1|h, 1], those queries.
+    """
+
+    hidden: Tensor
+    blind: Tensor
+
+
+def dense(allowed: Tensor) -> Dense:
+    """From bool [1|B, 1|h, Sq, Sk], True where a query sees a key."""
+    blind = ~allowed.any(-1, keepdim=True)
+    return Dense(~allowed & ~blind, blind.transpose(1, 2))
+
+
+def _calls(mask: Mask) -> Calls | Dense:
+    """Padding between real keys would be many sequences, each with a copy of its keys. Reads the mask to the host."""
+    if contiguous(mask):
+        return varlen.calls(mask, SEQUENCES, TOKENS)
+    # Only what is made of the bool form is kept.
+    return dense(mask.dense(range(0, mask.query_length)))
 
 
 def _with_bias(request: Request, bias: Tensor) -> Tensor:
@@ -105,11 +131,17 @@ def _operate(
 
 
 def _sparse(pattern: Pattern, mask: Mask) -> dict[str, Any]:
-    if pattern == FULL:
+    """In sparse mode 3 a query sees what is not after it, and in mode 4 at most so many keys before it and after it.
+
+    In both the last query of a sequence stands at its last key.
+    """
+    if pattern == Pattern():
         return {}
     triangle = mask.once("npu triangle", lambda: _triangle(mask.device))
+    if pattern == Pattern(causal=True):
+        return {"sparse_mode": 3, "atten_mask": triangle}
     limits = {"pre_tockens": pattern.before, "next_tockens": pattern.after}
-    return {"sparse_mode": pattern.mode, "atten_mask": triangle, **limits}
+    return {"sparse_mode": 4, "atten_mask": triangle, **limits}
 
 
 def _triangle(device: torch.device) -> Tensor:

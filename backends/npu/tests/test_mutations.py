@@ -1,19 +1,20 @@
 """The checks can fail: the adapter with one mistake at a time, each of which a check of the kit, or one here, sees."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import pytest
 import standin  # noqa: F401  # registers the stand-ins
 import torch
-from sp_attention_npu import calls, kernel, sp_attention_backends
-from sp_attention_npu.calls import CAUSAL, FULL, Dense, Pattern
+from sp_attention_npu import kernel, sp_attention_backends
+from sp_attention_npu.kernel import Dense
 from torch import Tensor
 
 from sp_attention import testing
+from sp_attention.kernels import varlen
 from sp_attention.kernels.request import Mask, Request
+from sp_attention.kernels.varlen import Calls, Pattern
 
 NPU = torch.device("npu:0")
 (BACKEND,) = sp_attention_backends()
@@ -80,21 +81,44 @@ def other_groups(operate: Any) -> Any:
 
 
 def near(before: int, after: int) -> Callable[[Any], Any]:
-    def wrong(right: Any) -> Any:
-        def pattern(mask: Mask, ahead: int) -> Pattern:
-            found = right(mask, ahead)
-            return replace(found, before=found.before + before, after=found.after + after)
+    """Other limits in mode 4."""
 
-        return pattern
+    def change(options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("sparse_mode") != 4:
+            return {}
+        return {"pre_tockens": options["pre_tockens"] + before, "next_tockens": options["next_tockens"] + after}
+
+    return telling(change)
+
+
+def mode(right: int, wrong: int) -> Callable[[Any], Any]:
+    """Another sparse mode, with the mask that it wants."""
+
+    def change(options: dict[str, Any]) -> dict[str, Any]:
+        given = options.get("sparse_mode", 0)
+        triangle = torch.ones(kernel.TRIANGLE, kernel.TRIANGLE, dtype=torch.bool, device=NPU).triu(1)
+        return {"sparse_mode": wrong, "atten_mask": triangle if wrong else None} if given == right else {}
+
+    return telling(change)
+
+
+def from_zero(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: [0, *options[name]] for name in ("actual_seq_qlen", "actual_seq_kvlen") if name in options}
+
+
+def without(pattern: Pattern) -> Callable[[Any], Any]:
+    """The sequences of one pattern left out, as if their queries saw nothing."""
+
+    def wrong(right: Any) -> Any:
+        def calls(mask: Mask, *limits: int) -> Calls:
+            found = right(mask, *limits)
+            kept = tuple(one for one in found.sequences if one.pattern != pattern)
+            queries = sum(int(one.query_edges[-1]) for one in kept)
+            return replace(found, sequences=kept, places=found.places.clamp_max(queries))
+
+        return calls
 
     return wrong
-
-
-def from_zero(right: Any) -> Any:
-    def ends(lengths: Iterable[int]) -> Iterable[int]:
-        return accumulate(lengths, initial=0)
-
-    return ends
 
 
 WINDOWS = ("sliding window", "packed documents, sliding window", "attention sinks, sliding window")
@@ -102,19 +126,23 @@ SINKS = ("attention sinks", "attention sinks, packed documents")
 MISTAKES = {
     "mask polarity inverted": Mistake(kernel, "_operate", telling(polarity), ("causal", "mask tensor", *WINDOWS)),
     "hidden and seen exchanged": Mistake(
-        calls, "dense", lambda right: lambda allowed: right(~allowed), ("padding between real tokens",)
+        kernel, "dense", lambda right: lambda allowed: right(~allowed), ("padding between real tokens",)
     ),
-    "window of one key more": Mistake(calls, "_near", near(1, 0), WINDOWS),
-    "window of one key less": Mistake(calls, "_near", near(-1, 0), WINDOWS),
-    "window sees the next key": Mistake(calls, "_near", near(0, 1), ("sliding window", "sliding window on both sides")),
+    "window of one key more": Mistake(kernel, "_operate", near(1, 0), WINDOWS),
+    "window of one key less": Mistake(kernel, "_operate", near(-1, 0), WINDOWS),
+    "window sees the next key": Mistake(
+        kernel, "_operate", near(0, 1), ("sliding window", "sliding window on both sides")
+    ),
     "scale missing": Mistake(
         kernel, "_operate", asking(lambda request: replace(request, scale=1.0)), ("causal", "scale", "packed documents")
     ),
-    "lengths with a leading zero": Mistake(calls, "accumulate", from_zero, ("packed documents", "left padding")),
-    "sparse mode 2 instead of 3": Mistake(calls, "CAUSAL", lambda right: Pattern(2), ("later queries, causal",)),
-    "causal dropped": Mistake(calls, "CAUSAL", lambda right: FULL, ("causal", "packed documents", "left padding")),
+    "lengths with a leading zero": Mistake(
+        kernel, "_operate", telling(from_zero), ("packed documents", "left padding")
+    ),
+    "sparse mode 2 instead of 3": Mistake(kernel, "_operate", mode(3, 2), ("later queries, causal",)),
+    "causal dropped": Mistake(kernel, "_operate", mode(3, 0), ("causal", "packed documents", "left padding")),
     "causal where all is seen": Mistake(
-        calls, "FULL", lambda right: CAUSAL, ("bidirectional", "right padding", "cross-attention")
+        kernel, "_operate", mode(0, 3), ("bidirectional", "right padding", "cross-attention")
     ),
     "sink dropped": Mistake(kernel, "_operate", asking(lambda request: replace(request, sinks=None)), SINKS),
     "sink without gradient": Mistake(
@@ -126,32 +154,25 @@ MISTAKES = {
     ),
     "wide values without room": Mistake(kernel, "F", lambda right: _NoPadding, ("values larger than keys",)),
     "blind queries not zeroed": Mistake(
-        calls,
+        kernel,
         "Dense",
         lambda right: lambda hidden, blind: Dense(hidden, torch.zeros_like(blind)),
         ("blind rows",),
     ),
     "blind queries left to the operator": Mistake(
-        calls,
+        kernel,
         "Dense",
         lambda right: lambda hidden, blind: right(hidden | blind.transpose(1, 2), blind),
         ("blind rows",),
     ),
-    "queries after the last real key left out": Mistake(
-        calls,
-        "_later_queries",
-        lambda right: lambda rows, mask: iter(()),
-        ("right padding", "padding on the right, window"),
-    ),
-    "limit of the queries after the last real key off by one": Mistake(
-        calls,
-        "Pattern",
+    "queries after the last real key left out": Mistake(varlen, "calls", without(Pattern()), ("right padding",)),
+    "outputs of two calls exchanged": Mistake(
+        varlen,
+        "calls",
         lambda right: (
-            lambda mode, before=calls.UNLIMITED, after=calls.UNLIMITED: right(
-                mode, before + (after == calls.UNLIMITED), after
-            )
+            lambda mask, *limits: replace(found := right(mask, *limits), sequences=tuple(reversed(found.sequences)))
         ),
-        ("padding on the right, window",),
+        ("right padding", "packed documents, window on both sides"),
     ),
     "masks of one batch row for all": Mistake(
         kernel,
