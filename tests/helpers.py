@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import sp_attention
+from sp_attention import testing
 from sp_attention.distributed.peers import Peers
 from sp_attention.launch import run_ranks
 
@@ -67,10 +68,9 @@ def pair(tiny: Tiny, backend: str = "sdpa") -> tuple[PreTrainedModel, PreTrained
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to the largest number of `theirs`; infinite where it is no number."""
+    """The largest difference, relative to the largest number of `theirs`, if there is any; infinite where it is NaN."""
     assert ours.shape == theirs.shape
-    scale = theirs.abs().max().item()
-    error = (ours - theirs).abs().max().item() / (scale if scale > 0 else 1.0)
+    error = testing.relative_error(ours, theirs, scale=None if theirs.any() else 1.0)
     return math.inf if math.isnan(error) else error
 
 

@@ -7,7 +7,7 @@ import pytest
 import sp_attention_flash
 import torch
 from sp_attention_flash.packages import HUB2
-from test_flash_kit import REFUSED
+from test_flash_conformance import REFUSED
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sp_attention import testing
