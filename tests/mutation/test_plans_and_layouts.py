@@ -15,6 +15,7 @@ KINDS = [("query", "kv", "kv"), ("query",), ("kv", "stored"), ("query", "stored"
 @pytest.mark.parametrize(
     ("heads", "ranks", "query", "kv", "stored", "kinds"),
     [
+        ((4, 2), 1, [(0, 4)], [(0, 2)], [(0, 2)], [(4, 2, 0)]),
         ((6, 3), 2, [(0, 3), (3, 6)], [(0, 2), (1, 3)], [(0, 2), (1, 3)], [(3, 3, 0)]),
         (
             (6, 2),
