@@ -77,7 +77,9 @@ def of_rank(request: Request) -> Request:
 
 def asking(request: Request) -> Request:
     """The same, of leaves of its own that want gradients."""
-    return replace(of_rank(request), **{name: one.detach().clone().requires_grad_() for name, one in learned(request).items()})
+    return replace(
+        of_rank(request), **{name: one.detach().clone().requires_grad_() for name, one in learned(request).items()}
+    )
 
 
 def gradients(out: Tensor, down: Tensor, request: Request) -> dict[str, Tensor]:
@@ -294,9 +296,7 @@ def test_a_kernel_that_does_not_do_it_is_refused_with_the_cure(monkeypatch: pyte
     offered[:] = [lazy, picky("good", None, with_weights=False), picky("better", None)]
     with pytest.raises(BackendError) as error:
         require_done(requests, Kernel(lazy), "layer")
-    assert (
-        str(error.value) == f'{cannot}Use enable(model, backend="good"). Installed kernels that can: good, better.'
-    )
+    assert str(error.value) == f'{cannot}Use enable(model, backend="good"). Installed kernels that can: good, better.'
     # Others have to give weights too where they are asked for.
     with pytest.raises(BackendError) as error:
         require_done(requests, Kernel(lazy, with_weights=True), "layer")

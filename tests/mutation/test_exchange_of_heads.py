@@ -83,9 +83,7 @@ def test_every_element_and_its_gradient_arrive(query_heads: int, kv_heads: int, 
         run(ranks, there_and_back, plan, batch, length, strided)
 
 
-@pytest.mark.parametrize(
-    ("length", "heads"), [(18, (9, 9)), (18, (18, 3)), (20, (9, 9)), (18, (5, 1)), (18, (10, 10))]
-)
+@pytest.mark.parametrize(("length", "heads"), [(18, (9, 9)), (18, (18, 3)), (20, (9, 9)), (18, (5, 1)), (18, (10, 10))])
 def test_many_ranks_exchange_alike(length: int, heads: tuple[int, int]) -> None:
     run(9, there_and_back, head_plan(*heads, 9), 2, length, False)
 

@@ -26,7 +26,10 @@ def small(request: Request) -> str | None:
 
 
 # In the order in which they are tried.
-BACKENDS = (Backend("cpu", "capless", testing.attend, refuses=capless), Backend("cpu", "small", testing.attend, refuses=small))
+BACKENDS = (
+    Backend("cpu", "capless", testing.attend, refuses=capless),
+    Backend("cpu", "small", testing.attend, refuses=small),
+)
 
 
 @pytest.fixture(autouse=True)
