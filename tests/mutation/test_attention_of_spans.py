@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from thread_ranks import ThreadPeers, random, run
+from thread_ranks import OnADevice, ThreadPeers, random, run
 from torch import Tensor, nn
 
 from sp_attention import testing
@@ -110,7 +110,8 @@ def step(peers: ThreadPeers, request: Request, with_weights: bool) -> None:
     spans = {name: getattr(request, name)[:, span.start : span.stop] for name in ("query", "key", "value")}
     ours = asking(replace(request, **spans))
     plan = head_plan(request.query.shape[2], request.key.shape[2], peers.size)
-    out, weights = attend(ours, LENGTH, plan, peers, Kernel(PLAIN, with_weights))
+    with OnADevice():
+        out, weights = attend(ours, LENGTH, plan, peers, Kernel(PLAIN, with_weights))
     assert_same(out, expected_out[:, span.start : span.stop])
     assert_same(weights, expected_weights if with_weights else None)
     for name, grad in gradients(out, down[:, span.start : span.stop], ours).items():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from thread_ranks import ThreadPeers, random, run
+from thread_ranks import OnADevice, ThreadPeers, random, run
 from torch import Tensor
 
 from sp_attention import testing
@@ -83,7 +83,9 @@ def as_ranks(peers: ThreadPeers, request: str) -> None:
     assert door.peers is peers
     span = door.span(LENGTH)
     assert span == peers.span(LENGTH)
-    out = door(*of_span(peers, qkv()), LENGTH, **asked()[request])
+    given, asks = of_span(peers, qkv()), asked()[request]
+    with OnADevice():
+        out = door(*given, LENGTH, **asks)
     torch.testing.assert_close(out, as_one(request)[:, span.start : span.stop], rtol=1e-10, atol=1e-12)
 
 
@@ -99,11 +101,14 @@ def test_it_is_attention_of_one_process(request_: str, ranks: int) -> None:
 
 
 def dropped(peers: ThreadPeers) -> None:
-    """What it has no reference for, it hands to the kernel."""
+    """What it has no reference for, and its own mask, it hands to the kernel."""
     seen = []
 
     def attend(request: Request) -> Tensor:
         seen.append((request.softcap, request.dropout))
+        mask = request.mask
+        assert mask.is_plainly_causal
+        assert (mask.batch, mask.query_length, mask.key_length, mask.device) == (2, LENGTH, LENGTH, CPU)
         return testing.attend(request)
 
     door = UlyssesAttention("auto", group=peers)
@@ -113,7 +118,7 @@ def dropped(peers: ThreadPeers) -> None:
     assert seen == [(3.0, 0.5), (None, 0.0)]
 
 
-def test_softcap_and_dropout_reach_the_kernel() -> None:
+def test_softcap_dropout_and_a_causal_mask_reach_the_kernel() -> None:
     run(2, dropped)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sp_attention.distributed.peers import Peers
 
@@ -45,6 +46,7 @@ class ThreadGroup:
     def all_gather(self, outputs: list[Tensor], tensor: Tensor) -> None:
         everyone = self.ranks.exchange(self.rank, "all_gather", tensor.detach().clone())
         for output, given in zip(outputs, everyone, strict=True):
+            assert (output.shape, output.dtype) == (given.shape, given.dtype)
             output.copy_(given)
 
     def all_gather_object(self, outputs: list[Any], value: Any) -> None:
@@ -64,7 +66,7 @@ class ThreadGroup:
         parts = [part.detach().clone() for part in tensor.split(sent)]
         everyone = self.ranks.exchange(self.rank, "all_to_all_single", parts)
         for part, given in zip(output.split(received), everyone, strict=True):
-            assert part.shape == given[self.rank].shape
+            assert (part.shape, part.dtype) == (given[self.rank].shape, given[self.rank].dtype)
             part.copy_(given[self.rank])
 
 
@@ -133,3 +135,14 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
 def random(*shape: int, seed: int = 0) -> Tensor:
     """The same float64 numbers each time."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class OnADevice(TorchFunctionMode):
+    """While it is on, no tensor may be made without saying on which device: those that are given may be on another."""
+
+    factories = (torch.tensor, torch.empty, torch.zeros, torch.ones, torch.arange)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        assert function not in self.factories or kwargs.get("device") is not None, function
+        return function(*args, **kwargs)
