@@ -198,8 +198,8 @@ def test_a_request_is_cut_to_the_heads_of_a_rank() -> None:
         5, 1, mask=Mask(2, LENGTH, LENGTH, CPU, explicit=explicit), sinks=torch.arange(5.0), module=module,
         bias=torch.arange(5.0)[None, :, None, None], dropout=0.25, softcap=2.0,
     )  # fmt: skip
-    plan = head_plan(5, 1, 2)
-    for rank, heads in enumerate((range(0, 3), range(3, 5))):
+    plan = head_plan(5, 1, 3)
+    for rank, heads in enumerate((range(0, 2), range(2, 4), range(4, 5))):
         cut = cut_to_heads(request, plan, rank)
         assert (cut.heads, cut.all_heads) == (heads, 5)
         assert cut.sinks.tolist() == cut.bias.flatten().tolist() == [*map(float, heads)]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from thread_ranks import ThreadPeers, random, run
+from thread_ranks import OnADevice, ThreadPeers, random, run
 from torch import Tensor
 
 from sp_attention.errors import ShardedLogitsError
@@ -68,7 +68,8 @@ def loss_of_span(peers: ThreadPeers, asked: dict[str, Any], in_tiles: bool) -> t
     span = peers.span(LENGTH)
     mine = random(2, LENGTH, VOCABULARY)[:, span.start : span.stop].clone().requires_grad_()
     loss = sharded_causal_loss(unused, peers, (lambda: Given(mine)) if in_tiles else unused)
-    out = loss(mine[:, :0] if in_tiles else mine, vocab_size=VOCABULARY, **asked, unknown=1)
+    with OnADevice():
+        out = loss(mine[:, :0] if in_tiles else mine, vocab_size=VOCABULARY, **asked, unknown=1)
     return out.detach(), torch.autograd.grad(out, mine)[0]
 
 

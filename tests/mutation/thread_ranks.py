@@ -145,4 +145,5 @@ class OnADevice(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         assert function not in self.factories or kwargs.get("device") is not None, function
+        assert function is not Tensor.to or None not in args
         return function(*args, **kwargs)
