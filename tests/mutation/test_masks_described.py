@@ -57,7 +57,10 @@ def test_by_default_it_is_causal_and_all_are_real() -> None:
     assert mask.is_plainly_causal
     assert mask.device == torch.device("cpu")
     assert describe(2, LENGTH, LENGTH, attention_mask=torch.ones(2, LENGTH)).is_plainly_causal
-    assert describe(2, LENGTH, LENGTH, attention_mask=torch.ones(2, LENGTH - 1)).padding.tolist() == [[True] * 7 + [False]] * 2
+    assert (
+        describe(2, LENGTH, LENGTH, attention_mask=torch.ones(2, LENGTH - 1)).padding.tolist()
+        == [[True] * 7 + [False]] * 2
+    )
     assert describe(2, 2, 4, 6, 4, attention_mask=torch.eye(2, LENGTH)).padding.tolist() == [[False] * 4] * 2
 
 
