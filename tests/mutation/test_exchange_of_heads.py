@@ -138,6 +138,7 @@ def refused(peers: ThreadPeers) -> list[str]:
     attempts: list[Any] = [
         lambda: seq_to_head(query, key, key, 8, plan, peers),
         lambda: seq_to_head(query, key, key.double(), 6, plan, peers),
+        lambda: seq_to_head(query, key.double(), key, 6, plan, peers),
         lambda: seq_to_head(query, query, key, 6, plan, peers),
         lambda: seq_to_head(query, key, query, 6, plan, peers),
         lambda: to_heads((key, key), plan, ("kv",), 6, peers),
@@ -156,8 +157,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent() -> None:
     texts = run(2, refused)
     assert texts[0] == texts[1]
     of = "does not fit 3 of 6 tokens, 2 heads and torch.float32"
-    assert [text for number, text in enumerate(texts[0]) if number != 4] == [
+    assert [text for number, text in enumerate(texts[0]) if number != 5] == [
         "a tensor torch.float32 [1, 3, 4, 2] does not fit 4 of 8 tokens, 4 heads and torch.float32",
+        f"a tensor torch.float64 [1, 3, 2, 2] {of}",
         f"a tensor torch.float64 [1, 3, 2, 2] {of}",
         f"a tensor torch.float32 [1, 3, 4, 2] {of}",
         f"a tensor torch.float32 [1, 3, 4, 2] {of}",
