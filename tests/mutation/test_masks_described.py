@@ -176,7 +176,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 def test_other_conditions_stay_functions(name: str) -> None:
     mask = assert_same(FUNCTIONS[name])
     assert mask.function is not None
-    assert mask.segments is None
 
 
 def test_chunks_are_counted_from_the_first_key() -> None:
