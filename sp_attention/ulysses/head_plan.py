@@ -22,8 +22,7 @@ class HeadPlan:
     @cached_property
     def stored(self) -> tuple[range, ...]:
         """The KV heads that each rank keeps in a cache: its own, or else the last, since a cache tells its length."""
-        last = self.kv[-1].stop
-        return tuple(heads if len(heads) else range(last - 1, last) for heads in self.kv)
+        return _stored(self.kv)
 
     def kv_of_query(self, rank: int) -> tuple[int, ...]:
         """For each of this rank's query heads, the place of its KV head among this rank's KV heads."""
@@ -40,11 +39,7 @@ class HeadPlan:
 
         Where they are not grouped, each query head is given its KV head.
         """
-        found: dict[tuple[int, int], int] = {}
-        for rank, (query, kv) in enumerate(zip(self.query, self.kv, strict=True)):
-            if len(query):
-                found.setdefault((len(query), len(kv) if self.grouped[rank] else len(query)), rank)
-        return tuple((queries, keys, rank) for (queries, keys), rank in found.items())
+        return _kinds(self)
 
     def _is_grouped(self, rank: int) -> bool:
         if not len(self.query[rank]):
@@ -60,6 +55,11 @@ def head_plan(query_heads: int, kv_heads: int, ranks: int) -> HeadPlan:
     No divisibility is asked of `ranks`; with more ranks than heads the last ranks compute none.
     Raises ValueError when `kv_heads` does not divide `query_heads`, as grouped-query attention demands.
     """
+    return _shared_out(query_heads, kv_heads, ranks)
+
+
+# Apart from caches and properties, which mutation testing does not look behind.
+def _shared_out(query_heads: int, kv_heads: int, ranks: int) -> HeadPlan:
     if kv_heads < 1 or query_heads % kv_heads:
         raise ValueError(f"{query_heads} query heads cannot share {kv_heads} key/value heads evenly")
     group = query_heads // kv_heads
@@ -69,3 +69,16 @@ def head_plan(query_heads: int, kv_heads: int, ranks: int) -> HeadPlan:
         for heads in query
     )
     return HeadPlan(query, kv, group)
+
+
+def _stored(kv: tuple[range, ...]) -> tuple[range, ...]:
+    last = kv[-1].stop
+    return tuple(heads if len(heads) else range(last - 1, last) for heads in kv)
+
+
+def _kinds(plan: HeadPlan) -> tuple[tuple[int, int, int], ...]:
+    found: dict[tuple[int, int], int] = {}
+    for rank, (query, kv) in enumerate(zip(plan.query, plan.kv, strict=True)):
+        if len(query):
+            found.setdefault((len(query), len(kv) if plan.grouped[rank] else len(query)), rank)
+    return tuple((queries, keys, rank) for (queries, keys), rank in found.items())
