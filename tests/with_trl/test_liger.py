@@ -9,7 +9,7 @@ from test_parity import relative_error
 from torch import Tensor, nn
 
 from sp_attention.launch import run_ranks
-from sp_attention.loss.tiled_loss import Head, Held
+from sp_attention.loss.tiled_loss import LMHead, LMHeadInput
 
 
 def error_of(dtype: torch.dtype, liger: bool) -> float:
@@ -22,7 +22,7 @@ def error_of(dtype: torch.dtype, liger: bool) -> float:
     expected = F.cross_entropy(head(given).flatten(0, 1), targets.flatten(), reduction="sum")
     slopes = torch.autograd.grad(0.37 * expected, (given, *head.parameters()))
     head, given = head.to(dtype), hidden.to(dtype).requires_grad_()
-    loss: Tensor = Held(Head(head, "", (), 40, 5, liger), head, given, 4, nullcontext).loss(targets, -100)
+    loss: Tensor = LMHeadInput(LMHead(head, "", (), 40, 5, liger), head, given, 4, nullcontext).loss(targets, -100)
     assert loss.dtype == torch.float32
     (0.37 * loss).backward(retain_graph=True)
     (0.63 * loss).backward()
