@@ -361,6 +361,8 @@ CHECKS: dict[str, Check] = {
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper.checkpoint_fn": is_callable,
     "torch.get_autocast_dtype": is_of_a_device,
     "torch.is_autocast_enabled": is_of_a_device,
+    "torch.nn.Module._backward_hooks": is_a(dict),
+    "torch.nn.Module._backward_pre_hooks": is_a(dict),
     "torch.nn.Module._forward_hooks": is_a(dict),
     "torch.nn.Module._forward_pre_hooks": is_a(dict),
     "torch.nn.attention.flex_attention.BlockMask": is_handed_on_unread,

@@ -6,9 +6,9 @@ The head is given no tokens when the model calls it, and the loss calls it again
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,9 @@ class LMHeadInput:
         hidden, targets = self.hidden.flatten(0, 1), targets.flatten()
         # The engine follows the calls of the module, and of no other function of its weights.
         engine = any(map(belongs_to_engine, self.module.parameters()))
-        by_liger = self.head.liger and not engine
-        loss_of = partial(self._by_liger if by_liger else self._loss, ignore_index)
-        tiles = partial(in_tiles, 1 if by_liger else self.tiles, 0)
+        fused = None if engine else self._fused()
+        loss_of = partial(fused or self._loss, ignore_index)
+        tiles = partial(in_tiles, 1 if fused else self.tiles, 0)
         learned = {name: one for name, one in self.module.named_parameters() if one.requires_grad}
         if not (torch.is_grad_enabled() and (hidden.requires_grad or learned)):
             return torch.stack([loss_of({}, *tile) for tile in tiles(hidden, targets)]).sum()
@@ -97,6 +97,28 @@ class LMHeadInput:
         logits = self._logits(hidden[None], weights).float().flatten(0, 1)
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
+    def _fused(self) -> Callable[..., Tensor] | None:
+        """What does the head and the loss in one, given all tokens; None where nothing does exactly that, by less."""
+        if self.head.liger:
+            return self._by_liger
+        with self.autocast():  # Which torch's function does not follow.
+            autocast = torch.is_autocast_enabled(self.hidden.device.type)
+        # Where it takes less (docs/speed.md). In half precision it takes more, and rounds the sum of losses to that.
+        in_float32 = self.hidden.device.type == "cpu" and self.hidden.dtype == torch.float32 and not autocast
+        return self._by_torch if in_float32 and torch_does(self.head, self.module) else None
+
+    def _by_torch(self, ignore_index: int, weights: Mapping[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+        own = {**dict(self.module.named_parameters()), **weights}
+        return F.linear_cross_entropy(
+            hidden,
+            own["weight"],
+            targets,
+            linear_bias=own.get("bias"),
+            reduction="sum",
+            ignore_index=ignore_index,
+            options=nn.LinearCrossEntropyOptions(batch_chunk_size=self.head.tile),
+        )
+
     def _by_liger(self, ignore_index: int, weights: Mapping[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
@@ -115,9 +137,30 @@ def tile_for(vocabulary: int) -> int:
 def liger_does(head: LMHead) -> bool:
     """Whether Liger's kernel is there, and can do this head: one matrix, and nothing after it, on a GPU."""
     module = head.module
-    if type(module) is not nn.Linear or "forward" in vars(module) or module._forward_hooks or head.steps:
+    if not _is_bare(module) or head.steps:
         return False
     return module.weight.is_cuda and module.weight.dtype != torch.float64 and find_spec("liger_kernel") is not None
+
+
+def torch_does(head: LMHead, module: nn.Module) -> bool:
+    """Whether torch's `linear_cross_entropy` can do this head in a forward: one matrix, and nothing after it."""
+    # One hook before it is ours, by which the head is given no tokens.
+    if not _is_bare(module) or len(module._forward_pre_hooks) > 1 or _changes_logits(head):
+        return False
+    return type(module.weight) is nn.Parameter
+
+
+def _changes_logits(head: LMHead) -> bool:
+    """Whether its steps hand on anything else than the logits, as ForCausalLMLoss' own `float` does in float32."""
+    logits = torch.tensor([[[1.0, 2.0, 3.0]]])
+    result = reduce(lambda one, step: step(one), head.steps, logits)
+    return result is not logits or logits.flatten().tolist() != [1.0, 2.0, 3.0]
+
+
+def _is_bare(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether nothing notices that its weights are used without a call of it."""
+    hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and "forward" not in vars(module) and not any(hooks)
 
 
 class _AtOnce(torch.autograd.Function):
