@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import relative_error
 from models import MODELS, batch_of
-from test_parity import relative_error
 from torch import Tensor, nn
 
 import sp_attention
