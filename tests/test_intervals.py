@@ -58,10 +58,11 @@ def test_runs_are_what_queries_see(mask: Mask) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(masks())
-def test_keys_are_contiguous_where_no_query_sees_padding_between_them(mask: Mask) -> None:
-    places = torch.arange(mask.key_length)
-    rows = [places[row] for row in flat(expected_of(mask)).unflatten(1, (mask.batch, -1)).any(1)]
-    assert contiguous(mask) == all(bool((row.diff() == 1).all()) for row in rows)
+def test_keys_are_contiguous_where_no_padding_lies_between_those_of_a_document(mask: Mask) -> None:
+    whole = replace(mask, causal=False, window=None, query_length=mask.key_length, offset=0)
+    rows = torch.arange(mask.key_length).expand_as(expected_of(whole)), expected_of(whole)
+    seen = [places[row] for places, row in zip(*(each.flatten(0, 1) for each in rows), strict=True)]
+    assert contiguous(mask) == all(bool((places.diff() == 1).all()) for places in seen)
 
 
 def test_functions_and_tensors_leave_no_intervals() -> None:

@@ -44,11 +44,15 @@ def has_intervals(mask: Mask) -> bool:
 
 
 def contiguous(mask: Mask) -> bool:
-    """Whether a mask has intervals, and no query sees keys with padding between them."""
+    """Whether a mask has intervals, and no padding lies between real keys of a document."""
     if not has_intervals(mask) or mask.padding is None:
         return has_intervals(mask)
-    starts, stops, real = _seen(mask)[1:]
-    return bool((real[stops - 1] - real[starts] < stops - starts).all())
+    real = mask.padding.cpu().flatten().nonzero()[:, 0]
+    together = real.diff() == 1
+    together |= (real // mask.key_length).diff() != 0
+    if mask.documents is not None:
+        together |= mask.documents.cpu().flatten()[real].diff() != 0
+    return bool(together.all())
 
 
 def widest(mask: Mask) -> int | None:
@@ -91,19 +95,21 @@ def _seen(mask: Mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         low = low.maximum(torch.searchsorted(documents, own))
         high = high.minimum(torch.searchsorted(documents, own, right=True))
     low = low.clamp_max(length)
-    real = torch.ones(batch, length, dtype=torch.bool) if mask.padding is None else mask.padding.cpu()
-    before = F.pad(real.flatten().cumsum(0), (1, 0))
     row = torch.arange(batch)[:, None] * length
-    starts, stops = before[row + low].flatten(), before[row + high].flatten()
+    starts, stops, real = (row + low).flatten(), (row + high).flatten(), torch.arange(batch * length)
+    if mask.padding is not None:
+        padding = mask.padding.cpu().flatten()
+        before = F.pad(padding.cumsum(0), (1, 0))
+        starts, stops, real = before[starts], before[stops], padding.nonzero()[:, 0]
     seeing = (starts < stops).nonzero()[:, 0]
-    return seeing, starts[seeing], stops[seeing], real.flatten().nonzero()[:, 0]
+    return seeing, starts[seeing], stops[seeing], real
 
 
 def _steps(starts: Tensor, stops: Tensor, widest: int | None) -> Tensor:
     """[queries - 1] of the kinds above."""
     start, stop = starts.diff(), stops.diff()
     grown = starts[:-1] if widest is None else starts[:-1].maximum(stops[1:] - widest)
-    kinds = torch.full_like(start, JUMPS)
+    kinds = torch.full_like(start, JUMPS, dtype=torch.int8)
     kinds[(start == 1) & (stop == 1) & (stops[:-1] - starts[:-1] > 1)] = SLIDES
     kinds[(start == 1) & (stop == 0)] = SHRINKS
     kinds[(start == 0) & (stop == 0)] = STAYS

@@ -79,13 +79,17 @@ def attend(request: Request) -> Tensor:
 def _tiles_of_rows(mask: Mask) -> tuple[tuple[Tile, ...], ...] | None:
     """The tiles of each row in order of the queries, those that see nothing left out; one row if all are alike.
 
-    None where some queries see padding between their keys, or causal ones that are not the first see their past, since
-    torch's causal flag has the first query beside the first key.
+    None where padding lies between the real keys of a document, or where the first of some causal queries sees keys
+    before it: torch's causal flag has it beside the first key.
     """
     return mask.once("sdpa tiles of rows", lambda: _derive_tiles(mask))
 
 
 def _derive_tiles(mask: Mask) -> tuple[tuple[Tile, ...], ...] | None:
+    whole = range(mask.query_length)
+    if mask.is_plainly_causal and not mask.offset and mask.query_length == mask.key_length:
+        # The most usual mask needs no look at every token.
+        return ((Tile(whole, whole, "causal"),),)
     if not contiguous(mask):
         return None
     if mask.documents is None and mask.padding is None:
