@@ -34,6 +34,7 @@ def assert_same(function: Callable[..., Any], queries: int = LENGTH, keys: int =
         mask = describe(2, queries, keys, mask_function=function, **asked)
     expected = sdpa_mask(2, queries, keys, mask_function=function, allow_is_causal_skip=False, **asked)
     assert torch.equal(mask.dense().expand_as(expected), expected)
+    assert mask.documents is None or bool((mask.documents.diff() >= 0).all())
     return mask
 
 
@@ -154,6 +155,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         causal_mask_function, packed_sequence_mask_function(torch.zeros(1, LENGTH).expand(3, -1))
     ),
     "documents that fall": and_masks(causal_mask_function, packed_sequence_mask_function(1 - DOCUMENTS)),
+    "chunks remapped without documents": remap_positions_for_packed_sequence(
+        chunked_causal_mask_function(3, torch.tensor([0, 0])), torch.tensor([[0, 1, 2, 3] * 2, [*range(8)]])
+    ),
     "remapped without documents": remap_positions_for_packed_sequence(causal_mask_function, RISING),
     "remapped twice": and_masks(
         packed_sequence_mask_function(DOCUMENTS),

@@ -129,6 +129,15 @@ def test_loss_and_gradients_are_those_of_all_logits(name: str, asks: bool, of_en
             assert not given_to(noting, hidden, steps=steps).loss(targets(ignored), ignored).requires_grad
 
 
+def test_a_weight_that_no_logit_needs_has_no_gradient() -> None:
+    module = head_of()
+    module.unused = nn.Parameter(torch.ones(3))
+    loss = given_to(module, random(ROWS, TOKENS, HIDDEN, seed=7)).loss(targets(), -100)
+    loss.backward()
+    assert module.unused.grad is None
+    assert module.bias.grad.any()
+
+
 def test_tiles_may_be_empty_and_logits_are_made_when_asked() -> None:
     module = Noting(head_of())
     hidden = random(ROWS, TOKENS, HIDDEN, seed=7).requires_grad_()
