@@ -98,7 +98,7 @@ def test_refusals_are_those_of_every_rank_and_say_why() -> None:
     assert "5 queries attend to 4 keys, with a mask for 9 and 9, in a sequence of 9 tokens of which" in first["keys"]
 
 
-# Kernels of a stranger that do a softcap: some of them not here, not in this dtype, or not when they are asked.
+# Kernels of a third-party plugin that do a softcap: some of them not here, not in this dtype, or not when they are asked.
 CAPPED = """
 import sp_attention, torch
 from sp_attention import Backend, testing
@@ -146,7 +146,7 @@ def test_a_refusal_names_the_installed_kernels_that_can_the_best_first(
     cure = 'Use enable(model, backend="best"). Installed kernels that can: best, capped.'
     cannot = "layer.attn: kernel 'test' on cpu cannot do this: "
     assert first["capped"] == f"{cannot}it has no softcap. {cure}"
-    # A stranger's mistake is a reason of its kernel, on every rank.
+    # A mistake of a plugin is a reason of its kernel, on every rank.
     assert first["mute"] == f"{cannot}asking it raised LookupError: no table. {cure}"
     assert first["flag"] == f"{cannot}asked, it said False, which is neither None nor a reason. {cure}"
 
