@@ -98,7 +98,7 @@ def test_refusals_are_those_of_every_rank_and_say_why() -> None:
     assert "5 queries attend to 4 keys, with a mask for 9 and 9, in a sequence of 9 tokens of which" in first["keys"]
 
 
-# Kernels of a third-party plugin that do a softcap: some of them not here, not in this dtype, or not when they are asked.
+# Kernels of a third-party plugin that do a softcap: some not here, not in this dtype, or not when they are asked.
 CAPPED = """
 import sp_attention, torch
 from sp_attention import Backend, testing
