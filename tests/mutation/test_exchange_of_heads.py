@@ -52,9 +52,12 @@ def assert_gradients(
         [numbered(*of.shape[:2], len(heads[rank]), of.shape[3], 7 * rank + 1) for rank in range(peers.size)]
         for heads, of in zip(held, whole, strict=True)
     ]
-    found = torch.autograd.grad(arrived, mine, [down[peers.rank] for down in downs])
-    for grad, down, heads, of in zip(found, downs, held, whole, strict=True):
-        assert torch.equal(grad, cut(added_up(down, heads, of), peers.span(of.shape[1])))
+    own = [down[peers.rank] for down in downs]
+    # Batch before tokens in memory, and tokens before batch, in which they travel.
+    for given in (own, [down.transpose(0, 1).contiguous().transpose(0, 1) for down in own]):
+        found = torch.autograd.grad(arrived, mine, given, retain_graph=True)
+        for grad, down, heads, of in zip(found, downs, held, whole, strict=True):
+            assert torch.equal(grad, cut(added_up(down, heads, of), peers.span(of.shape[1])))
 
 
 def there_and_back(peers: ThreadPeers, plan: HeadPlan, batch: int, length: int, strided: bool) -> None:
@@ -114,7 +117,7 @@ def one_and_several(peers: ThreadPeers) -> list[tuple[int, ...]]:
 
 def test_tensors_of_any_kinds_travel_together() -> None:
     for met in run(2, one_and_several):
-        assert met == [(kind, 9, 2, widths) for widths in (6, 6, 15, 42) for kind in (5, 6)]
+        assert met == [(kind, 9, 2, widths) for widths in (6, 6, 15, 42) for kind in (5, 6, 6)]
     run(4, one_and_several)
 
 
