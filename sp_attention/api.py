@@ -135,6 +135,7 @@ def enable(
     loss_tile: LossTile = "auto",
     mlp_tile: int | None = None,
     offload: bool = False,
+    longest: int | None = None,
 ) -> Handle:
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
@@ -152,6 +153,9 @@ def enable(
         training, and compute them again in backward.
     offload: the inputs of checkpointed layers are in CPU memory between forward and backward. These three are for
         training on several ranks: on one, nothing is changed.
+    longest: what is found holds for sequences of this many tokens. By default it holds up to a length beyond every
+        threshold that the configuration may mean, and the first forward with a longer one tries the layers again, and
+        raises UnsupportedError where they do to many tokens what they do not to few.
     sp_size: instead of `group`, cuts all processes into groups of this many neighbouring ranks; all must call.
 
     Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is
@@ -167,7 +171,7 @@ def enable(
     if inner is None:
         raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
     peers = resolve(group, sp_size, inner.device)
-    options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload)
+    options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload, longest)
     choice = _agreed(lambda: _candidates(inner, backend, options), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())

@@ -116,6 +116,7 @@ class Scope:
     is_known: False outside of forwards, and of those recomputations in backward that are tied to theirs; then nothing
     tells what runs.
     mlp_tiles: how many tiles of tokens MLPs and norms are given.
+    attend: what takes the place of attention, in a layer that runs on its own to see what it does; None else.
     """
 
     stack_pass: StackPass | None = None
@@ -123,6 +124,7 @@ class Scope:
     given: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     is_known: bool = False
     mlp_tiles: int = 1
+    attend: Callable[..., Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -158,6 +160,10 @@ class Context:
     def recomputation(self, scope: Scope) -> "Transition":
         """In what backward runs again of a scope that was left."""
         return Transition(self, scope)
+
+    def alone(self, attend: Callable[..., Tensor]) -> "Transition":
+        """In a layer that runs on its own, with something else in place of attention, and without our hooks."""
+        return Transition(self, Scope(is_known=True, attend=attend))
 
     def keep(self, keys: Tensor, heads: int) -> None:
         """Note that keys are of the heads that this rank keeps in a cache, of `heads` in all."""

@@ -158,6 +158,8 @@ class Hooks(RegionState):
     def _begun(self, model: PreTrainedModel, given: dict[str, Any], unseen: bool) -> Forward:
         """A forward that begins. Ranks agree on tiles, and on a seed where random numbers are drawn."""
         has_cache = any(isinstance(value, Cache) for value in given.values())
+        if self.length_check is not None:
+            self.length_check.begin(max((given[name].shape[1] for name in TOKENS if name in given), default=0))
         forward = Forward(
             model,
             stays_sharded(self.plan, model, given, self.only_loss),

@@ -69,9 +69,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             return None
         if not stack_pass.is_shared:
             return map_leaves(lambda _, leaf: users_own(leaf), output)
-        if state.forward is not None:
-            for path, tensor in tensors(output):
-                state.forward.note(tensor, layer.results.get(path), stack_pass)
+        _look_at(state, layer, stack_pass, given, output)
         ends = stack_pass.is_separate or (is_last and not stack_pass.stays_sharded)
         return map_leaves(lambda path, leaf: leaving(path, leaf, layer, stack_pass, ends), output)
 
@@ -103,6 +101,16 @@ def around_gathered(state: RegionState, gathered: GatheredModule) -> Around:
         return None if output is None else map_leaves(mine, output)
 
     return around
+
+
+def _look_at(state: RegionState, layer: Layer, stack_pass: StackPass, given: Any, output: Any) -> None:
+    """What a forward wants of what a layer was given and returned: records, and whether its length changes anything."""
+    if state.forward is None:
+        return
+    if state.length_check is not None:
+        state.length_check.passed(layer, leaf_at(given, layer.hidden), stack_pass, state.context)
+    for path, tensor in tensors(output):
+        state.forward.note(tensor, layer.results.get(path), stack_pass)
 
 
 def _pass_of(state: RegionState, stack: Stack, layer: Layer, given: Any) -> tuple[StackPass, Scope]:

@@ -13,6 +13,7 @@ from sp_attention.distributed.sharded_params import most_of_engine
 from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.context import Context, PassesOfMasks
 from sp_attention.region.forward import TOKENS, Forward
+from sp_attention.region.length_check import LengthCheck
 from sp_attention.region.plan import RegionPlan
 
 # Around a call of a module: given it and its arguments, yields those that it is called with instead, or None; is sent
@@ -25,7 +26,7 @@ class RegionState:
     """The region of one enabled model, and its forward in progress, if any.
 
     context: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
-    passes: those that backward may run again.
+    passes: those that backward may run again. length_check: what is proven of lengths, None if nothing is.
     """
 
     plan: RegionPlan
@@ -33,6 +34,7 @@ class RegionState:
     context: Context
     forward: Forward | None = None
     only_loss: bool = False
+    length_check: LengthCheck | None = None
     passes: PassesOfMasks = field(default_factory=PassesOfMasks)
     _in_progress: list[tuple[Around, Generator[Any, Any, Any]]] = field(default_factory=list)
 
@@ -70,13 +72,15 @@ class RegionState:
         """Run `around` around every call of a module: what is before its `yield` before it, and the rest after it."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.context.scope.attend is not None:
+                return None
             running = around(module, args, kwargs)
             given = next(running)
             self._in_progress.append((around, running))
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if all(one is not around for one, _ in self._in_progress):
+            if self.context.scope.attend is not None or all(one is not around for one, _ in self._in_progress):
                 return None  # An error before this call began.
             self._close_until(around)
             return _sent(self._in_progress.pop()[1], output)

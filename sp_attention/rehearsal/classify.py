@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sp_attention.errors import UnsupportedError
+from sp_attention.region.context import Context
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, named_arguments, tensor_names
 from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
-from sp_attention.rehearsal.findings import EVERYTHING, MIXERS, Findings, LayerFindings
+from sp_attention.rehearsal.findings import EVERYTHING, MIXERS, POSITION_WISE, Findings, LayerFindings
 from sp_attention.rehearsal.layer_stacks import StackDraft, dims_of, drafts_of, embedding_of
+from sp_attention.rehearsal.prove_length import LongProof, length_beyond
 from sp_attention.rehearsal.trace import AttentionCall, ModuleCall, Trace, Traces, record, same
 
 
@@ -29,6 +31,8 @@ def explore(
     *,
     proves: bool,
     attends: bool,
+    context: Context,
+    longest: int,
 ) -> tuple[Findings, Traces]:
     """Find the stacks of a model and what their parts are, from pairs of a narrow and a wide dummy batch of one kind.
 
@@ -41,12 +45,21 @@ def explore(
     position_wise = set(model.modules())
     if proves:
         position_wise = _proven(model, pairs[0][0], attention_calls, _Proof(drafts, traces[0][1], proof))
+    settings = model.config.to_dict()
+    long_proof = LongProof(*traces[0], max(longest, length_beyond(settings)), settings, context)
+
+    def found_in(layer: Layer, draft: StackDraft) -> LayerFindings:
+        def find(mixers: frozenset[nn.Module] = frozenset()) -> LayerFindings:
+            return _found(layer, draft, names, traces, position_wise - mixers)
+
+        return long_proof(layer, draft.extents, find) if proves else find()
+
     stacks: dict[str, tuple[LayerFindings, ...]] = {}
     idle: dict[str, tuple[LayerFindings, ...]] = {}
     for draft in drafts:
-        found = tuple(_found(layer, draft, names, traces, position_wise) for layer in draft.layers)
+        found = tuple(found_in(layer, draft) for layer in draft.layers)
         if proves and not draft.attends and all(layer.module in position_wise for layer in draft.layers):
-            left_alone[draft.name] = "position-wise"
+            left_alone[draft.name] = POSITION_WISE
             if any(parameter.dim() > 1 for layer in draft.layers for parameter in layer.module.parameters()):
                 idle[draft.name] = found
         else:
@@ -71,6 +84,8 @@ def explore(
             module for draft in drafts for module, mode in draft.modes.items() if mode == "cross-attention"
         ),
         embeddings=_embeddings([draft for draft in drafts if draft.name in stacks], traces, names) if proves else {},
+        samples=tuple(long_proof.samples),
+        proven_length=long_proof.length if proves else 0,
     )
     return findings, traces
 
@@ -217,7 +232,7 @@ def _found(
                 # If it is called after all, it is refused for what it is given.
                 mixers.append(GatheredModule(names[module], module, {}, {}))
             elif module in position_wise:
-                kinds[names[module]] = "position-wise"
+                kinds[names[module]] = POSITION_WISE
                 if not attends and keeps_more(module) and all(fits(call.inputs, call.output) for call in calls):
                     tileable[names[module]] = module
             else:

@@ -7,11 +7,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.errors import Refused
+from sp_attention.region.locality import Sample
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, RegionPlan, Stack
 from sp_attention.region.sequence_dims import Extent
 
 # How much of a layer runs on whole tensors: only its mixers; what attends too; all of it.
 MIXERS, ATTENTION, EVERYTHING = range(3)
+# What a part of a layer is that gives for a token the same whatever else it is given.
+POSITION_WISE = "position-wise"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Findings:
     shared out where nothing else can. separate: the stacks between whose layers the model works.
     extents: the narrow extent of each stack. left_alone: the lists of modules that are no stack, and why.
     models: those around the stacks, outermost first; arguments: the tensor arguments that each was given.
-    embeddings: those of stacks, of which each rank can look up its own tokens only.
+    embeddings: those of stacks, of which each rank can look up its own tokens only. samples: a layer of each kind that
+    shares its work, proven with sequences of `proven_length`.
     """
 
     stacks: Mapping[str, tuple[LayerFindings, ...]]
@@ -57,6 +61,8 @@ class Findings:
     arguments: Mapping[nn.Module, frozenset[str]]
     cross_attention: frozenset[nn.Module]
     embeddings: Mapping[str, Embedding]
+    samples: tuple[Sample, ...] = ()
+    proven_length: int = 0
 
     @property
     def shares_nothing(self) -> bool:
@@ -84,6 +90,10 @@ def report(findings: Findings) -> list[str]:
         for text, which in alike.items():
             lines += [f"  {name}, layers {', '.join(which)}{where}:", text]
     alone = sorted(findings.left_alone.items())
+    if findings.samples:
+        lines.append(
+            f"  layers do the same in sequences of up to {findings.proven_length} tokens; longer ones are tried"
+        )
     return lines + [f"  {name}: left alone: {why}" for name, why in alone if name not in findings.stacks]
 
 

@@ -21,6 +21,7 @@ from sp_attention.kernels.registry import usable
 from sp_attention.region.attention import AttentionFunction
 from sp_attention.region.attn_implementation import Masks, attend_by, own_attention, register, release
 from sp_attention.region.hooks import Hooks
+from sp_attention.region.length_check import LengthCheck
 from sp_attention.region.masks import describe_for_layers
 from sp_attention.region.plan import RegionPlan
 from sp_attention.region.pytree import Path, tensors
@@ -42,6 +43,8 @@ from sp_attention.rehearsal.trace import (
 )
 
 _UNPROVEN = Refused("enable(rehearse=False) did not prove that the loss can be computed from a part of the logits")
+# Tokens that layers are tried with in enable() where that cannot be done in a forward.
+_AT_ONCE = 32_768
 _NO_LOSS = Refused("the model has no causal loss, or draws random numbers before it")
 
 
@@ -68,6 +71,7 @@ def install(
         if options.mlp_tile is not None:
             findings, plan = tile_mlps(model, hooks, plan, findings, pairs[0][0], options.mlp_tile)
         hooks.plan = replace(plan, offloads=options.offload)
+        hooks.length_check = LengthCheck.of(findings.samples, hooks.plan, findings.proven_length)
         hooks.install()
     return findings, hooks
 
@@ -107,7 +111,7 @@ def _placed(
     # The second is for models that compute with their masks, the third for those that cannot attend through us.
     for masks in (describe_for_layers, own, None):
         with ExitStack() as attempt:
-            step = partial(_place, model, attention, key, masks, pairs, attempt, options.rehearse)
+            step = partial(_place, model, attention, key, masks, pairs, attempt, options)
             placed = attempted(step, attention.peers)
             if not isinstance(placed, Refused):
                 undo.push(attempt.pop_all())
@@ -134,12 +138,12 @@ def _place(
     masks: Masks | None,
     pairs: list[tuple[DummyBatch, DummyBatch]],
     undo: ExitStack,
-    rehearse: bool,
+    options: Options,
 ) -> _Placed:
     """Let the model attend by our function, with these masks, and find a plan; `undo` takes back what was put there."""
-    own = own_attention(model)
+    own, rehearse = own_attention(model), options.rehearse
     model.eval()
-    findings, traces = _explored(model, attention, key, masks, pairs, undo, rehearse)
+    findings, traces = _explored(model, attention, key, masks, pairs, undo, options)
     if masks is not None:
         register(key, replace(attention, cross_attention=findings.cross_attention))
         release(own, findings.models)
@@ -177,7 +181,7 @@ def _explored(
     masks: Masks | None,
     pairs: list[tuple[DummyBatch, DummyBatch]],
     undo: ExitStack,
-    rehearse: bool,
+    options: Options,
 ) -> tuple[Findings, Traces]:
     """What is found in a model that attends by our function, if there are masks for it; its calls are recorded."""
     calls: list[AttentionCall] = []
@@ -189,7 +193,12 @@ def _explored(
 
     if masks is not None:
         attend_by(model, key, recorded, masks, undo)
-    return explore(model, pairs, calls, proves=rehearse, attends=masks is not None)
+    # Where weights are gathered by ZeRO-3, no forward can try a layer for itself.
+    longest = _AT_ONCE if any(map(is_partitioned, model.parameters())) else options.longest or 0
+    attends = masks is not None
+    return explore(
+        model, pairs, calls, proves=options.rehearse, attends=attends, context=attention.context, longest=longest
+    )
 
 
 def _is_right(output: Any, dummy: DummyBatch) -> bool:

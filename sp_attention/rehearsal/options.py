@@ -18,6 +18,7 @@ class Options:
     loss_tile: LossTile = "auto"
     mlp_tile: int | None = None
     offload: bool = False
+    longest: int | None = None
 
     def problem(self, device: torch.device) -> str | None:
         """What is wrong with them for a model on a device, None if nothing is."""

@@ -1,0 +1,239 @@
+"""Whether a layer does to the tokens of a long sequence what it does to some of them alone, as sharding takes it to.
+
+Nothing is sent for it: a layer is run twice on this rank, on a long sequence and on the later part of it, with a
+function of each token in place of attention. What it hands to attention (query, key, value), what its position-wise
+parts return and what it returns itself must be the same tokens in both.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sp_attention.region.context import Context
+from sp_attention.region.few_tokens import FewTokens
+from sp_attention.region.plan import Layer
+from sp_attention.region.pytree import Path, leaf_at, tensors
+from sp_attention.region.sequence_dims import Extent
+
+# Of two computations of a token: the largest difference, relative to the largest number.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+_LOW_PRECISION_TOLERANCE = 1e-1
+# Tokens that may differ: a router that is undecided between two experts decides by the order of sums.
+_UNDECIDED = 0.01
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A layer, what it was given for a few tokens, and what parts of it returned for them.
+
+    parts: its position-wise parts. outputs: what modules returned that may be given whole tensors, in each call.
+    """
+
+    layer: Layer
+    parts: tuple[nn.Module, ...]
+    inputs: FewTokens
+    outputs: Mapping[nn.Module, list[FewTokens]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the hidden states."""
+        found: Tensor = leaf_at(self.inputs.tree, self.layer.hidden)
+        return found.dtype
+
+
+@dataclass(frozen=True)
+class NotLocal:
+    """What differs: parts of the layer, modules by what they hand to attention, and in the end the layer's results.
+
+    Not parts whose results are as long as something else than the tokens: those cannot be cut to a span.
+    error: what was raised instead.
+    """
+
+    parts: frozenset[nn.Module] = frozenset()
+    attending: frozenset[nn.Module] = frozenset()
+    results: bool = False
+    error: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.parts or self.attending or self.results or self.error)
+
+
+@dataclass
+class _Run:
+    """What happened in one run: calls of parts as (module, inputs, output), of attention as (module, its tensors).
+
+    Of each tensor what `_told` keeps of it.
+    """
+
+    output: Any = None
+    parts: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
+    attention: list[tuple[nn.Module, Any]] = field(default_factory=list)
+
+
+def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dtype: torch.dtype) -> NotLocal:
+    """What of a layer depends on where in a sequence of `length` tokens, or among how many, its tokens are.
+
+    trains: in training, without dropout; nothing can be told of a layer that draws other random numbers there. dtype:
+    of the hidden states.
+    """
+    start = length // 2
+    batch = sample.inputs.extent.batch
+    given = sample.inputs.many(length, sample.dtype, dtype)
+    outputs = {
+        one.module: [few.many(length, sample.dtype, dtype) for few in sample.outputs[one.module]]
+        for one in sample.layer.gathered_modules
+    }
+    later_outputs = {
+        module: [few.later(many, length, start) for few, many in zip(sample.outputs[module], results, strict=True)]
+        for module, results in outputs.items()
+    }
+
+    def run(given: Any, results: Mapping[nn.Module, list[Any]], length: int) -> _Run:
+        for module, its in results.items():
+            module.forward = partial(_next, iter(its))  # Until `unchanged` takes it back.
+        return _run(sample, given, Extent(batch, length), context)
+
+    with torch.no_grad(), _NoDropout(), unchanged(sample.layer.module):
+        sample.layer.module.train(trains)
+        try:
+            whole = run(given, outputs, length)
+            if trains and not _agree(whole.output, run(given, outputs, length).output):
+                return NotLocal()
+            later = run(sample.inputs.later(given, length, start), later_outputs, length - start)
+        except Exception as error:  # whatever a layer raises at what it was not made for
+            return NotLocal(error=f"{type(error).__name__}: {error}")
+    if [module for module, _, _ in whole.parts] != [module for module, _, _ in later.parts]:
+        return NotLocal(results=True)
+    parts = frozenset(
+        module
+        for (module, inputs, output), (_, less, result) in zip(whole.parts, later.parts, strict=True)
+        if _agree(inputs, less) and not _agree(output, result) and _alike(output, result)
+    )
+    if [module for module, _ in whole.attention] != [module for module, _ in later.attention]:
+        return NotLocal(parts, results=True)
+    pairs = zip(whole.attention, later.attention, strict=True)
+    attending = frozenset(module for (module, one), (_, other) in pairs if not _agree(one, other))
+    return NotLocal(parts, attending, not _agree(whole.output, later.output))
+
+
+def _run(sample: Sample, given: Any, extent: Extent, context: Context) -> _Run:
+    """The layer, without what is hooked to it, on these tokens."""
+    run, (args, kwargs) = _Run(), given
+
+    def attend(module: nn.Module, *given: Tensor) -> Tensor:
+        run.attention.append((module, _told(given, extent)))
+        return _of_each_token(*given)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        run.parts.append((module, _told((args, kwargs), extent), _told(output, extent)))
+
+    with ExitStack() as hooks:
+        for module in sample.parts:
+            hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        with context.alone(attend):
+            run.output = _told(sample.layer.module.forward(*args, **kwargs), extent)
+    return run
+
+
+def _of_each_token(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[B, H, s, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv] → [B, s, H, Dv]: in place of attention, of each token alone."""
+    out = query.mean(-1, keepdim=True).expand(*query.shape[:-1], value.shape[-1])
+    if key.shape[2] == query.shape[2]:
+        out = out + (key.mean(-1, keepdim=True) + value).mean(1, keepdim=True)
+    return out.transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What is compared of a tensor: a few numbers of each token, [s, 8], or [1, 8] of a tensor without tokens.
+
+    kind: its dtype, and its shape without s. tolerance: of the largest difference, relative to the largest number.
+    """
+
+    numbers: Tensor
+    kind: Any
+    tolerance: float
+
+
+def _told(tree: Any, extent: Extent) -> dict[Path, _Told]:
+    return {path: _numbers_of(tensor, extent) for path, tensor in tensors(tree)}
+
+
+def _numbers_of(tensor: Tensor, extent: Extent) -> _Told:
+    tolerance = _TOLERANCE.get(tensor.dtype, _LOW_PRECISION_TOLERANCE)
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    if extent.length in shape:
+        tensor = tensor.movedim(shape.index(extent.length), 0).flatten(1)
+    elif shape and shape[0] == extent.batch * extent.length:
+        tensor = tensor.unflatten(0, (extent.batch, extent.length)).movedim(1, 0).flatten(1)
+    else:
+        tensor = tensor.reshape(1, -1)
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    tensor = torch.nan_to_num(tensor.to(kept), nan=0.5, posinf=1.0, neginf=-1.0)
+    # Sums of the numbers with weights that nothing in a model follows.
+    weights = torch.arange(8 * tensor.shape[1], device=tensor.device).mul(2.399).cos().to(kept).view(-1, 8)
+    sizes = {extent.length: "s", extent.batch * extent.length: "B·s"}
+    return _Told(tensor @ weights, (dtype, [sizes.get(size, size) for size in shape]), tolerance)
+
+
+def _agree(whole: dict[Path, _Told], later: dict[Path, _Told]) -> bool:
+    """Whether what was told of the later tokens is what was told of them within the whole; not of attention weights."""
+    weights = {path for path, one in whole.items() if one.kind[1].count("s") > 1}
+    return whole.keys() == later.keys() and all(_close(whole[path], later[path]) for path in whole.keys() - weights)
+
+
+def _alike(whole: dict[Path, _Told], later: dict[Path, _Told]) -> bool:
+    """Whether they differ in numbers only, and not in what there is and how large it is."""
+    return {path: one.kind for path, one in whole.items()} == {path: one.kind for path, one in later.items()}
+
+
+def _close(whole: _Told, later: _Told) -> bool:
+    if whole.kind != later.kind:
+        return False
+    ours, theirs = whole.numbers[len(whole.numbers) - len(later.numbers) :], later.numbers
+    if not ours.numel():
+        return True
+    differ = (ours - theirs).abs().amax(1) > whole.tolerance * ours.abs().max()
+    return float(differ.double().mean()) <= _UNDECIDED
+
+
+def _next(results: Iterator[Any], *_: Any, **__: Any) -> Any:
+    """What a module on whole tensors returns, call by call, instead of working."""
+    return next(results)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Within it dropout drops nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "").endswith("dropout"):
+            return args[0] if args else (kwargs or {})["input"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Whatever is inside leaves the attributes, submodules and buffers of a module and its parts as they are."""
+    before = [(one, dict(vars(one)), dict(one._modules), dict(one._buffers)) for one in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for one, attributes, modules, buffers in before:
+            one._modules.clear()
+            one._modules.update(modules)
+            one._buffers.clear()
+            one._buffers.update(buffers)
+            for name in vars(one).keys() - attributes.keys():
+                delattr(one, name)
+            vars(one).update(attributes)
+        with torch.no_grad():
+            for buffer, value in values:
+                if buffer.device.type != "meta":
+                    buffer.copy_(value)
