@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ from sp_attention.region.hooks import Hooks
 from sp_attention.rehearsal.findings import Findings, described, report
 from sp_attention.rehearsal.install import install
 from sp_attention.rehearsal.options import LossTile, Options
+from sp_attention.rehearsal.same_model import require_same_model
 
 # Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
 # that a copy of a model that was disabled since finds nothing instead of another model's attention.
@@ -163,16 +165,14 @@ def enable(
     Raises on every rank of the group: BackendError for a backend that is unknown or cannot be used, UnsupportedError
     for a model that cannot be proven exact, ValueError for arguments that do not fit and a model that is enabled.
     """
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if inner is None:
-        raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
-    peers = resolve(group, sp_size, inner.device)
+    peers = resolve(group, sp_size, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload)
-    choice = _agreed(lambda: _candidates(inner, backend, options), peers)
+    inner, choice = _agreed(lambda: _candidates(model, backend, options), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
     require_same_options(asdict(options), peers)
+    require_same_model(model, inner, peers)
     names = WeakKeyDictionary({module: name for name, module in inner.named_modules()})
     passed_over: dict[str, str] = {}
     own = own_attention(inner)
@@ -209,8 +209,14 @@ def _name_of(names: Mapping[nn.Module, str], module: nn.Module | None) -> str:
     return type(module).__name__ if module is None else names.get(module, type(module).__name__)
 
 
-def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple[Backend, ...]:
-    """The backends to try. Raises BackendError, UnsupportedError or ValueError for what is refused on this rank."""
+def _candidates(outer: nn.Module, backend: str, options: Options) -> tuple[PreTrainedModel, tuple[Backend, ...]]:
+    """The model of transformers in `outer`, and the backends to try.
+
+    Raises BackendError, UnsupportedError or ValueError for what is refused on this rank.
+    """
+    model = next((module for module in outer.modules() if isinstance(module, PreTrainedModel)), None)
+    if model is None:
+        raise ValueError(f"{type(outer).__name__} is not a transformers model, nor does it contain one")
     problem = options.problem(model.device)
     if problem is not None:
         raise ValueError(problem)
@@ -226,7 +232,7 @@ def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple
             "the model's weights are not materialised (meta device), so nothing can be proven: load them before "
             "enable(), or pass rehearse=False"
         )
-    return candidates(model.device.type, backend)
+    return model, candidates(model.device.type, backend)
 
 
 def _of_every_rank(choice: tuple[Backend, ...], peers: Peers) -> list[Backend]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.sharded_params import most_of_engine
@@ -25,7 +26,7 @@ class RegionState:
     """The region of one enabled model, and its forward in progress, if any.
 
     context: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
-    passes: those that backward may run again.
+    passes: those that backward may run again. known: what tensors in containers held that ranks have compared.
     """
 
     plan: RegionPlan
@@ -34,6 +35,7 @@ class RegionState:
     forward: Forward | None = None
     only_loss: bool = False
     passes: PassesOfMasks = field(default_factory=PassesOfMasks)
+    known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _in_progress: list[tuple[Around, Generator[Any, Any, Any]]] = field(default_factory=list)
 
     def tile_counts(self, rows: int, length: int) -> tuple[int, int]:
