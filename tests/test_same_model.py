@@ -55,7 +55,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "configuration": (Tiny("LlamaForCausalLM", {"rms_norm_eps": 1e-3}).build, ("config.rms_norm_eps", "0.001")),
     "one bit": (with_one_bit_changed, ("model.layers.1.mlp.down_proj.weight differs", "content")),
     "order": (with_rows_swapped, ("model.layers.1.mlp.down_proj.weight differs", "content")),
-    "dtype": (changed(lambda model: model.float()), ("lm_head.weight differs", "float32")),
+    "dtype": (changed(lambda model: model.float()), ("(float64) differs", ": absent")),
     "frozen": (changed(lambda model: model.lm_head.requires_grad_(False)), ("lm_head.weight differs", "frozen")),
     "evaluation": (changed(lambda model: model.eval()), ("(training) differs",)),
     "a part in evaluation": (changed(lambda model: model.model.layers[0].eval()), ("(in evaluation) differs",)),
