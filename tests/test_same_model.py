@@ -1,4 +1,4 @@
-"""Ranks that call `enable` with different models, or in different modes, all get the same error before anything runs."""
+"""Ranks that call `enable` with different models, or in different modes, all get one error before anything runs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
