@@ -63,9 +63,9 @@ class LMHeadInput:
         """[B, s, V], of all logits."""
         return torch.Size([*self.hidden.shape[:-1], self.head.vocabulary])
 
-    def logits(self) -> Tensor:
-        """[B, s, V], with their gradient path. An engine may not have the weights any more after a backward."""
-        return self._logits(self.hidden, {})
+    def logits(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """[B, s, V], with their gradient path, by these weights in place of the module's."""
+        return self._logits(self.hidden, weights)
 
     def loss(self, targets: Tensor, ignore_index: int) -> Tensor:
         """targets [B, s] → the sum of their losses, a float32 scalar. Its gradients need no logits later."""

@@ -13,6 +13,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from sp_attention.distributed.peers import Peers
 from sp_attention.errors import Refused
+from sp_attention.loss.logits_later import logits_later
 from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHeadInput
 from sp_attention.region.context import StackPass
@@ -171,7 +172,7 @@ def with_sharded_logits(output: Any, length: int, peers: Peers, lm_head_input: L
     if lm_head_input is None:
         logits = ShardedLogits(span.shape, length, peers, lambda: span)
     else:
-        logits = ShardedLogits(lm_head_input.shape, length, peers, lm_head_input.logits)
+        logits = ShardedLogits(lm_head_input.shape, length, peers, logits_later(lm_head_input))
     if isinstance(output, dict):
         output["logits"] = logits
         return output
