@@ -124,7 +124,6 @@ class Hooks(RegionState):
             with self.context.inner_model(tensors_given):
                 output = yield None
             return None if output is None else _with_whole_records(output, forward)
-        self.close_interrupted()
         number = self._require_alike(model, given)
         reason = refusal(self.plan, model, given)
         if reason is not None:

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.sharded_params import most_of_engine
 from sp_attention.loss.tiled_loss import LMHead
+from sp_attention.region.calls import Call
 from sp_attention.region.context import Context, PassesOfMasks
 from sp_attention.region.forward import TOKENS, Forward
 from sp_attention.region.plan import RegionPlan
@@ -36,7 +37,7 @@ class RegionState:
     only_loss: bool = False
     passes: PassesOfMasks = field(default_factory=PassesOfMasks)
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    _in_progress: list[tuple[Around, Generator[Any, Any, Any]]] = field(default_factory=list)
+    _in_progress: list[Call] = field(default_factory=list)
 
     def tile_counts(self, rows: int, length: int) -> tuple[int, int]:
         """How many tiles of this batch modules of layers, and the LM head, are given in training.
@@ -72,16 +73,18 @@ class RegionState:
         """Run `around` around every call of a module: what is before its `yield` before it, and the rest after it."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.close_interrupted()
             running = around(module, args, kwargs)
             given = next(running)
-            self._in_progress.append((around, running))
+            self._in_progress.append(Call(around, running))
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if all(one is not around for one, _ in self._in_progress):
+            if all(call.around is not around for call in self._in_progress):
                 return None  # An error before this call began.
-            self._close_until(around)
-            return _sent(self._in_progress.pop()[1], output)
+            while self._in_progress[-1].around is not around:
+                self._in_progress.pop().running.close()
+            return _sent(self._in_progress.pop().running, output)
 
         # A compiled model runs these as they are, and compiles what is between them.
         before, after = torch.compiler.disable(before), torch.compiler.disable(after)
@@ -94,12 +97,8 @@ class RegionState:
 
     def close_interrupted(self) -> None:
         """End what an interrupt, of which hooks are not told, has left in progress."""
-        self._close_until(None)
-        self.forward = None
-
-    def _close_until(self, around: Around | None) -> None:
-        while self._in_progress and self._in_progress[-1][0] is not around:
-            self._in_progress.pop()[1].close()
+        while self._in_progress and self._in_progress[-1].has_ended:
+            self._in_progress.pop().running.close()
 
 
 def _sent(running: Generator[Any, Any, Any], output: Any) -> Any:
