@@ -102,7 +102,8 @@ class Forward:
 def refusal(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
     """Why this forward cannot be exact under sequence parallelism, None when it can."""
     key = plan.implementation
-    if key is not None and any(inner.config._attn_implementation != key for inner in plan.models):
+    models = plan.models if model in plan.models else (model,)  # A copy has configurations of its own.
+    if key is not None and any(inner.config._attn_implementation != key for inner in models):
         return "the attention implementation was changed after enable(): call handle.disable() before you change it"
     is_cached = bool(given.get("use_cache")) or any(isinstance(one, Cache) for one in given.values())
     if isinstance(plan.caches, Refused) and (is_cached or "past_key_values" in given):

@@ -31,7 +31,7 @@ from sp_attention.region.forward import (
 from sp_attention.region.layer_hooks import around_gathered, around_layer
 from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
 from sp_attention.region.pytree import map_leaves, tensors
-from sp_attention.region.state import RegionState
+from sp_attention.region.state import RegionState, as_ours
 from sp_attention.region.tiled_mlp import around_tiled
 
 
@@ -49,6 +49,15 @@ class Hooks(RegionState):
         # A copied model keeps its hooks, and process groups cannot be copied.
         return self
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The outermost that is hooked."""
+        return self.plan.models[0]
+
+    @property
+    def are_installed(self) -> bool:
+        return bool(self.handles)
+
     def install(self) -> None:
         """Hook what is planned."""
         plan, hook = self.plan, self.hook_around
@@ -65,7 +74,7 @@ class Hooks(RegionState):
                     self.handles += hook(gathered.module, around_gathered(self, gathered))
         lm_head = plan.lm_head if plan.cut_before is None else plan.cut_before
         if not isinstance(lm_head, Refused):
-            before = torch.compiler.disable(before_lm_head(self, lm_head.name))
+            before = as_ours(before_lm_head(self, lm_head.name))
             self.handles.append(lm_head.module.register_forward_pre_hook(before, with_kwargs=True))
         for module in plan.tiled_modules:
             self.handles += hook(module, around_tiled(self.mlp_tiles_of, plan.random))
@@ -79,7 +88,7 @@ class Hooks(RegionState):
     @contextmanager
     def trying(self, plan: RegionPlan) -> Iterator[None]:
         """Within it the model is hooked as this plan says, instead of as it was."""
-        before, was_hooked = self.plan, bool(self.handles)
+        before, was_hooked = self.plan, self.are_installed
         self.remove()
         self.plan = plan
         self.install()

@@ -17,6 +17,9 @@ from sp_attention.region.context import Context, PassesOfMasks
 from sp_attention.region.forward import TOKENS, Forward
 from sp_attention.region.plan import RegionPlan
 
+# The attribute of a hook that is ours.
+_OURS = "_sp_attention_hook"
+
 # Around a call of a module: given it and its arguments, yields those that it is called with instead, or None; is sent
 # what the module returned, None after an error; and returns what is returned instead, or None.
 Around = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Generator[Any, Any, Any]]
@@ -86,8 +89,7 @@ class RegionState:
                 self._in_progress.pop().running.close()
             return _sent(self._in_progress.pop().running, output)
 
-        # A compiled model runs these as they are, and compiles what is between them.
-        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+        before, after = as_ours(before), as_ours(after)
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),
             # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
@@ -99,6 +101,18 @@ class RegionState:
         """End what an interrupt, of which hooks are not told, has left in progress."""
         while self._in_progress and self._in_progress[-1].has_ended:
             self._in_progress.pop().running.close()
+
+
+def as_ours(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that is known for one of ours, in copies of a model too."""
+    # A compiled model runs it as it is, and compiles what is between hooks.
+    hook = torch.compiler.disable(hook)
+    setattr(hook, _OURS, True)
+    return hook
+
+
+def is_ours(hook: Any) -> bool:
+    return getattr(hook, _OURS, False) is True
 
 
 def _sent(running: Generator[Any, Any, Any], output: Any) -> Any:

@@ -75,6 +75,14 @@ def shard_loss(
         return _with_tiled_loss(model, hooks, sharded, batch, loss_tile)
 
 
+def give_back_loss(model: PreTrainedModel, plan: RegionPlan) -> None:
+    """Let a copy of a model that was given our loss function have its own."""
+    if vars(model).get("_loss_function") is plan.sharded_loss:
+        del model._loss_function
+        if model.loss_function is not ForCausalLMLoss:  # It was set, and not that of its class.
+            model.loss_function = ForCausalLMLoss
+
+
 def _with_labels(model: PreTrainedModel, dummy: DummyBatch) -> dict[str, Any] | None:
     """A dummy batch with labels for the causal loss; None for a model that has another, or no tokens."""
     name = next((name for name in TOKENS if name in dummy.inputs), None)
