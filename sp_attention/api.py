@@ -180,7 +180,8 @@ def enable(
     ZeRO take, is its gradient; without them call `average_gradients`.
 
     Raises on every rank of the group: BackendError for a backend that is unknown or cannot be used, UnsupportedError
-    for a model that cannot be proven exact, ValueError for arguments that do not fit and a model that is enabled.
+    for a model that cannot be proven exact, BatchError for ranks whose models or modes differ, ValueError for arguments
+    that do not fit and a model that is enabled.
     """
     peers = resolve(group, sp_size, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload)
