@@ -1,14 +1,16 @@
 """`enable`: one line that makes a model sequence-parallel, and the handle that undoes it."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,12 +22,15 @@ from sp_attention.errors import BackendError, Refused, UnsupportedError
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Backend
 from sp_attention.region.attention import AttentionFunction
-from sp_attention.region.attn_implementation import Own, attend_as, configs, own_attention
+from sp_attention.region.attn_implementation import Own, attend_as, configs, keep, leave, own_attention
 from sp_attention.region.context import Context
+from sp_attention.region.copies import CopiedHooks
 from sp_attention.region.hooks import Hooks
 from sp_attention.rehearsal.findings import Findings, described, report
 from sp_attention.rehearsal.install import install
 from sp_attention.rehearsal.options import LossTile, Options
+from sp_attention.rehearsal.prove_loss import give_back_loss
+from sp_attention.rehearsal.same_model import require_same_model
 
 # Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
 # that a copy of a model that was disabled since finds nothing instead of another model's attention.
@@ -49,7 +54,7 @@ class Handle:
     passed_over: dict[str, str]
     peers: Peers | None
     findings: Findings | None
-    hooks: Hooks | None
+    hooks: Hooks | CopiedHooks | None
     own: Own
     _undo: ExitStack
 
@@ -79,7 +84,7 @@ class Handle:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Within it the model computes as before `enable`: each rank does all of the work, alone."""
-        if self.hooks is None or not self.hooks.handles:
+        if self.hooks is None or not self.hooks.are_installed:
             yield
             return
         ours = [(config, config._attn_implementation) for config, _ in self.own]
@@ -89,7 +94,7 @@ class Handle:
             yield
         finally:
             # Unless it was disabled meanwhile.
-            if vars(self.hooks.plan.models[0]).get(_HANDLE) is self:
+            if vars(self.hooks.model).get(_HANDLE) is self:
                 attend_as(ours)
                 self.hooks.install()
 
@@ -111,9 +116,23 @@ class Handle:
         lines += report(self.findings)
         return "\n".join(lines + described(self.hooks.plan))
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Handle":
-        # That of a copied model too: its hooks are the same.
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """That of a copied model, which has the same hooks, and goes on with them when the other is disabled."""
+        model = None if self.hooks is None else memo.get(id(self.hooks.model))
+        if self.hooks is None or model is None:
+            return self
+        original = self.hooks.original if isinstance(self.hooks, CopiedHooks) else self.hooks
+        hooks, undo = CopiedHooks(original, model), ExitStack()
+        own = [(copy.deepcopy(config, memo), implementation) for config, implementation in self.own]
+        handle = Handle(self.backend, self.passed_over, self.peers, self.findings, hooks, own, undo)
+        undo.callback(delattr, model, _HANDLE)
+        if hooks.plan.implementation is not None:
+            keep(hooks.plan.implementation, handle)
+            undo.callback(leave, hooks.plan.implementation, handle)
+        undo.callback(attend_as, own)
+        undo.callback(give_back_loss, model, hooks.plan)
+        undo.callback(hooks.remove)
+        return handle
 
     def __enter__(self) -> "Handle":
         return self
@@ -165,18 +184,17 @@ def enable(
     ZeRO take, is its gradient; without them call `average_gradients`.
 
     Raises on every rank of the group: BackendError for a backend that is unknown or cannot be used, UnsupportedError
-    for a model that cannot be proven exact, ValueError for arguments that do not fit and a model that is enabled.
+    for a model that cannot be proven exact, BatchError for ranks whose models or modes differ, ValueError for arguments
+    that do not fit and a model that is enabled.
     """
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if inner is None:
-        raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
-    peers = resolve(group, sp_size, inner.device)
+    peers = resolve(group, sp_size, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload, longest)
-    choice = _agreed(lambda: _candidates(inner, backend, options), peers)
+    inner, choice = _agreed(lambda: _candidates(model, backend, options), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
     require_same_options(asdict(options), peers)
+    require_same_model(model, inner, peers)
     names = WeakKeyDictionary({module: name for name, module in inner.named_modules()})
     passed_over: dict[str, str] = {}
     own = own_attention(inner)
@@ -197,6 +215,8 @@ def enable(
             handle = Handle(chosen, passed_over, peers, findings, hooks, own, undo)
             setattr(inner, _HANDLE, handle)
             undo.callback(delattr, inner, _HANDLE)
+            keep(key, handle)
+            undo.callback(leave, key, handle)
             return handle
     raise BackendError("no kernel does all that this model asks:\n" + "\n".join(passed_over.values()))
 
@@ -213,14 +233,22 @@ def _name_of(names: Mapping[nn.Module, str], module: nn.Module | None) -> str:
     return type(module).__name__ if module is None else names.get(module, type(module).__name__)
 
 
-def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple[Backend, ...]:
-    """The backends to try. Raises BackendError, UnsupportedError or ValueError for what is refused on this rank."""
+def _candidates(outer: nn.Module, backend: str, options: Options) -> tuple[PreTrainedModel, tuple[Backend, ...]]:
+    """The model of transformers in `outer`, and the backends to try.
+
+    Raises BackendError, UnsupportedError or ValueError for what is refused on this rank.
+    """
+    model = next((module for module in outer.modules() if isinstance(module, PreTrainedModel)), None)
+    if model is None:
+        raise ValueError(f"{type(outer).__name__} is not a transformers model, nor does it contain one")
     problem = options.problem(model.device)
     if problem is not None:
         raise ValueError(problem)
-    handle = vars(model).get(_HANDLE)  # It may be suspended, or that of which this model is a copy.
-    is_suspended = handle is not None and handle.hooks.plan.models[0] is model
-    if is_suspended or any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):
+    handle: Handle | None = vars(model).get(_HANDLE)  # It may be suspended.
+    if handle is not None and isinstance(handle.hooks, CopiedHooks):
+        handle.disable()  # What a copy has of another model is nobody's to keep.
+        handle = None
+    if handle is not None or any(str(config._attn_implementation).startswith(_PREFIX) for config in configs(model)):
         raise ValueError(
             f"this {type(model).__name__} is already enabled, or shares its configuration object with a model that is: "
             "call disable() on the handle first, or build the model from copy.deepcopy(config)"
@@ -230,7 +258,7 @@ def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple
             "the model's weights are not materialised (meta device), so nothing can be proven: load them before "
             "enable(), or pass rehearse=False"
         )
-    return candidates(model.device.type, backend)
+    return model, candidates(model.device.type, backend)
 
 
 def _of_every_rank(choice: tuple[Backend, ...], peers: Peers) -> list[Backend]:

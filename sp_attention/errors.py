@@ -5,7 +5,7 @@
         ├── BackendError        an unknown, unavailable or broken backend, or a kernel that cannot do what is asked
         └── ShardedLogitsError  a part of the logits used as if they were all; also an AttributeError
     ValueError
-    └── BatchError              the ranks of a group were given different batches
+    └── BatchError              the ranks of a group were given different batches, modes or models
     OSError
     └── CheckpointError         a rank could not write its part of a Trainer's checkpoint
 
@@ -24,7 +24,7 @@ class BackendError(UnsupportedError):
 
 
 class BatchError(ValueError):
-    """The ranks of a sequence-parallel group did not all get the same whole batch."""
+    """The ranks of a sequence-parallel group did not all get the same whole batch, in the same mode, or one model."""
 
 
 class ShardedLogitsError(UnsupportedError, AttributeError):

@@ -1,18 +1,25 @@
 """A model while it is enabled: beside other models, copied, saved."""
 
 import copy
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import largest_error, loss_step, relative_error
 from models import LLAMA, MODELS, batch_of
-from torch import Tensor
+from tiled import checkpointed
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
 
 import sp_attention
-from sp_attention.errors import UnsupportedError
+from sp_attention.api import handle_of
 from sp_attention.launch import run_ranks
+from sp_attention.region.attn_implementation import configs
 
 
 def logits_of(model: PreTrainedModel, length: int) -> Tensor:
@@ -48,15 +55,93 @@ def copies() -> bool:
     copied = copy.deepcopy(model)
     same = torch.allclose(logits_of(copied, 33), logits_of(reference, 33))
     handle.disable()
-    # What the copy attends through is gone, and no other model's attention takes its place.
+    # Another model's attention takes nothing's place.
     sp_attention.enable(LLAMA.build(), backend="sdpa")
-    with pytest.raises((KeyError, UnsupportedError)):
-        logits_of(copied, 33)
-    return same
+    return same and torch.allclose(logits_of(copied, 33), logits_of(reference, 33))
 
 
 def test_a_copy_of_an_enabled_model_is_exact_too() -> None:
     assert all(run_ranks(2, copies))
+
+
+def traces_of(model: nn.Module) -> list[str]:
+    """What `enable` has left in a model."""
+    places = (
+        "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    )  # fmt: skip
+    found = [name for name in places for module in model.modules() for _ in getattr(module, name)]
+    found += [name for module in model.modules() for name in vars(module) if "sp_attention" in name or "_loss" in name]
+    return found + [name for config in configs(model) if (name := str(config._attn_implementation)) != "sdpa"]
+
+
+def copied_and_trained(kind: str) -> dict[str, Any]:
+    """A copy while the model is enabled, after that was disabled, and once it is disabled or enabled itself."""
+    prepared = {
+        "plain": lambda model: None,
+        "checkpointing": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
+        "re-entrant": lambda model: checkpointed(model, reentrant=True),
+    }[kind]
+    reference, model = LLAMA.build(), LLAMA.build()
+    prepared(model)
+    before = traces_of(model)
+    handle = sp_attention.enable(model, backend="sdpa", loss_tile=4)
+    copied, other, third = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))
+    found: dict[str, Any] = {}
+
+    def check(name: str, each: nn.Module) -> None:
+        for one in (reference, each):
+            one.zero_grad()
+        found[name] = largest_error(reference, each, loss_step)
+
+    check("beside", copied)
+    check("the model beside it", model)
+    keys = {config._attn_implementation for config in configs(model)}
+    handle.disable()
+    check("alone", copied)
+    mine = handle_of(other)
+    with mine.suspended():
+        found["suspended"] = float(not torch.equal(logits_of(other, 9), logits_of(reference, 9)))
+    check("after it was suspended", other)
+    mine.disable()
+    found["traces"] = traces_of(other) != before
+    check("enabled again", (sp_attention.enable(other, backend="sdpa"), other)[1])
+    check("enabled as it is", (sp_attention.enable(third, backend="sdpa"), third)[1])
+    handle_of(third).disable()
+    found["traces of the other"] = traces_of(third) != before
+    found["known"] = [key in AttentionInterface._global_mapping for key in keys]
+    del copied
+    gc.collect()
+    found["forgotten"] = [key not in AttentionInterface._global_mapping for key in keys]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointing", "re-entrant"])
+def test_a_copy_goes_on_alone(kind: str) -> None:
+    for found in run_ranks(2, copied_and_trained, kind, timeout=200):
+        assert found.pop("known") == found.pop("forgotten") == [True]
+        assert max(found.values()) < 1e-5
+
+
+def averaged() -> float:
+    """An exponential moving average, whose model is a copy."""
+    model, reference = LLAMA.build(), LLAMA.build()
+    sp_attention.enable(model, backend="sdpa")
+    averages = [AveragedModel(one, multi_avg_fn=get_ema_multi_avg_fn(0.5)) for one in (model, reference)]
+    for one, average in zip((model, reference), averages, strict=True):
+        for _ in range(2):
+            one(**batch_of("plain", 33)).loss.backward()
+            if one is model:
+                sp_attention.average_gradients(model)
+            torch.optim.SGD(one.parameters(), 0.1).step()
+            one.zero_grad()
+            average.update_parameters(one)
+    handle_of(model).disable()
+    return relative_error(*(logits_of(average.module, 20) for average in averages))
+
+
+def test_an_average_of_an_enabled_model_outlives_it() -> None:
+    assert max(run_ranks(2, averaged, timeout=100)) < 1e-5
 
 
 def states() -> bool:

@@ -2,14 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
+from pathlib import Path
 from time import monotonic
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from sp_attention.distributed.process_groups import listen_on_this_machine
 from sp_attention.launch import RanksError, run_ranks
 
 
@@ -107,3 +112,96 @@ def test_ranks_that_have_not_begun_at_the_deadline_are_told_too() -> None:
     text, seconds = failure(one_sleeps, timeout=0.01)
     assert text.count("still running; its stack:") == 2
     assert seconds < 20
+
+
+def addresses() -> list[str]:
+    """Where this process listens, as the kernel tells."""
+    dist.new_group([0, 1])
+    dist.barrier()
+    inodes = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists() or link.is_symlink()}
+    found = []
+    for line in "".join(Path("/proc/net", name).read_text() for name in ("tcp", "tcp6")).splitlines():
+        _, local, _, state, *_, inode = line.split()[:10]
+        if state == "0A" and f"socket:[{inode}]" in inodes:
+            found.append(local.split(":")[0])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_ranks_listen_on_this_machine_only() -> None:
+    for found in run_ranks(2, addresses):
+        assert found
+        assert set(found) == {"0100007F"}  # 127.0.0.1
+
+
+def test_ranks_listen_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
+    listen_on_this_machine()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "nowhere"
+
+
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from sp_attention.launch import run_ranks
+
+def work(folder):
+    Path(folder, f"{os.getpid()}").touch()
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    run_ranks(2, work, sys.argv[1], timeout=1000)
+"""
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+def test_ranks_and_their_folder_end_with_their_parent(name: str, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, tmp_path / "parent.py", tmp_path / "begun"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as parent:
+        until(lambda: len([*(tmp_path / "begun").iterdir()]) == 2, 60)
+        parent.send_signal(signal.Signals[name])
+    until(lambda: not any(is_alive(int(file.name)) for file in (tmp_path / "begun").iterdir()), 10)
+    assert not any((tmp_path / "temporary").glob("sp_attention_ranks_*"))
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    end = monotonic() + seconds
+    while not holds():
+        assert monotonic() < end
+        time.sleep(0.1)
+
+
+def path_of_modules() -> tuple[list[str], bool]:
+    return sys.path, "PYTHONSAFEPATH" in os.environ
+
+
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_ranks_have_the_module_path_of_their_parent(context: str, tmp_path: Path) -> None:
+    """Modules of the current folder do not take the place of Python's own in a rank that starts."""
+    (tmp_path / "here").mkdir()
+    for name in ("queue", "random"):
+        (tmp_path / "here" / f"{name}.py").write_text("raise SystemExit('not the one of Python')")
+    script = (
+        "import multiprocessing, sys; from sp_attention.distributed import launch; import test_launch as t\n"
+        f"launch.CONTEXT = multiprocessing.get_context({context!r})\n"
+        "if __name__ == '__main__':\n"
+        "    assert launch.run_ranks(2, t.path_of_modules) == [(sys.path, False)] * 2\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "../script.py"]
+    ran = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr

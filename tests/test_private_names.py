@@ -346,6 +346,17 @@ def is_by_identity(kind: Any) -> None:
     assert len(held) == 0
 
 
+def counts_what_is_written(version: Any) -> None:
+    """Of a parameter that an optimizer writes to, as of one in a list of them."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    versions = [weight._version]
+    for optimizer in (torch.optim.SGD([weight], 0.1), torch.optim.AdamW([weight], foreach=True)):
+        optimizer.step()
+        versions.append(weight._version)
+    assert len(set(versions)) == 3
+
+
 CHECKS: dict[str, Check] = {
     "accelerate.Accelerator": can_be_copied_and_given_a_class,
     "accelerate.Accelerator.dispatch_batches": PROPERTY,
@@ -356,6 +367,7 @@ CHECKS: dict[str, Check] = {
     "accelerate.Accelerator.torch_device_mesh": PROPERTY,
     "accelerate.data_loader.DataLoaderShard.base_dataloader": is_a(DataLoader),
     "accelerate.utils.recursively_apply": takes("func", "data", also=("error_on_other_type",)),
+    "torch.Tensor._version": counts_what_is_written,
     "torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex": indexes_by_tensors,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": gives_the_module_to_its_function,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper.checkpoint_fn": is_callable,
@@ -363,8 +375,15 @@ CHECKS: dict[str, Check] = {
     "torch.is_autocast_enabled": is_of_a_device,
     "torch.nn.Module._backward_hooks": is_a(dict),
     "torch.nn.Module._backward_pre_hooks": is_a(dict),
+    "torch.nn.Module._buffers": is_a(dict),
     "torch.nn.Module._forward_hooks": is_a(dict),
+    "torch.nn.Module._forward_hooks_always_called": is_a(dict),
+    "torch.nn.Module._forward_hooks_with_kwargs": is_a(dict),
     "torch.nn.Module._forward_pre_hooks": is_a(dict),
+    "torch.nn.Module._forward_pre_hooks_with_kwargs": is_a(dict),
+    "torch.nn.Module._modules": is_a(dict),
+    "torch.nn.Module._non_persistent_buffers_set": is_a(set),
+    "torch.nn.Module._parameters": is_a(dict),
     "torch.nn.attention.flex_attention.BlockMask": is_handed_on_unread,
     "torch.ops.c10d.alltoall_base_": exchanges_by_sizes,
     "torch.overrides.TorchFunctionMode": names_the_steps,
@@ -390,6 +409,7 @@ CHECKS: dict[str, Check] = {
     "transformers.cache_utils.StaticLayer.num_heads": is_the_number_of_heads,
     "transformers.configuration_utils.PreTrainedConfig._attn_implementation": sets_those_inside_too,
     "transformers.configuration_utils.PreTrainedConfig._attn_implementation_internal": is_what_is_read,
+    "transformers.configuration_utils.PreTrainedConfig._name_or_path": is_a(str),
     "transformers.configuration_utils.PreTrainedConfig.sub_configs": names_those_inside,
     "transformers.integrations.sdpa_attention.sdpa_attention_forward": every(
         takes("module", "query", "key", "value", "attention_mask", also=("dropout", "scaling", "is_causal")),

@@ -83,6 +83,16 @@ def test_a_wrong_model_is_status_1_and_names_the_first_module(tmp_path: Path) ->
     assert ran.stdout.endswith("differs\n")
 
 
+def test_modules_of_the_current_folder_take_the_place_of_none(tmp_path: Path) -> None:
+    for name in ("queue", "tokenizers", "safetensors", "sp_attention"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the current folder')")
+    (tmp_path / "mine.py").write_text(WRONG)
+    for model, status in (("llama", 0), ("mine:model", 1)):
+        command = ["verify", model, "--kinds", "plain"]
+        ran = run_command(*command, folder=tmp_path, launcher=("-P", "-m"))
+        assert ran.returncode == status, ran.stdout + ran.stderr
+
+
 def test_a_refused_model_is_status_2_and_says_why(tmp_path: Path) -> None:
     ran = run(tmp_path, "llama", "--backend", "flsh")
     assert ran.returncode == 2

@@ -74,14 +74,15 @@ def verify(
     """Compare a model on several ranks with the same model in one process.
 
     MODEL is a type of models of transformers, such as qwen3, a folder with a configuration, or module:function, which
-    returns a model. A type or a folder stands for a small model with random weights, unless --full. Compared are the
-    loss, the outputs and the gradient of every parameter, for each kind of batch. Exit status 0: exact; 1: a number
-    differs; 2: something is refused or cannot run.
+    returns a model; the module may be in the current folder. A type or a folder stands for a small model with random
+    weights, unless --full. Compared are the loss, the outputs and the gradient of every parameter, for each kind of
+    batch. Exit status 0: exact; 1: a number differs; 2: something is refused or cannot run.
     """
     from sp_attention.cli.subject import Subject
     from sp_attention.launch import RanksError, run_ranks
 
-    sys.path.insert(0, os.getcwd())  # module:function is looked for where the user is
+    if ":" in model:  # A function of the user's, who may keep its module here, beside whatever else.
+        sys.path.append(os.getcwd())
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         verified = run_ranks(

@@ -1,27 +1,38 @@
-"""What the ranks of a group tell each other before they go on: their problems, and what batch they got.
+"""What the ranks of a group tell each other before they go on: their problems, and what each was given.
 
 A rank that raises alone leaves the others waiting in a collective, so a problem is shared first and then raised by all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from sp_attention.distributed.digest import described, digest
 from sp_attention.distributed.fingerprint import fingerprint
 from sp_attention.distributed.peers import Peers
 from sp_attention.errors import BackendError, BatchError, Refused, UnsupportedError
-
-# Odd multipliers of a multiply-and-shift hash on 64-bit integers (L'Ecuyer 1999, Steele et al. 2014).
-_MIX = (0x2545F4914F6CDD1D, -0x61C8864680B583EB)
 
 # The name under which the state of the generator is compared that tokens are sampled with.
 SAMPLING = "(random state)"
 _SEED = (
     "Tokens are sampled on every rank, so torch's generators must be alike too: seed them alike before generate(), by "
     "transformers.set_seed(0)."
+)
+
+# Of what differs, as many lines are told at least.
+_LINES = 40
+_OTHER_BATCHES = "the ranks of this sequence-parallel group were given different batches."
+_SAME_BATCH = (
+    "Every rank of a group must pass the same whole batch to the model, which cuts it itself. Give the sampler the "
+    "number of groups and the number of this group instead of world size and rank, seed whatever the collator draws by "
+    "group, and do not cut the sequence yourself."
+)
+_SAME_MODE = (
+    "What is in parentheses is how the model was called: modes, autocast, activation checkpointing, frozen weights and "
+    "dtypes must be alike on every rank too."
 )
 
 Result = TypeVar("Result")
@@ -76,66 +87,51 @@ def require_same_options(options: Mapping[str, Any], peers: Peers) -> None:
             raise ValueError(f"the ranks of this group call enable() with {each}: give every rank the same")
 
 
-def require_same_batch(arguments: Mapping[str, Any], peers: Peers, device: torch.device) -> None:
+def require_same_batch(
+    arguments: Mapping[str, Any], peers: Peers, device: torch.device, known: WeakTensorKeyDictionary | None = None
+) -> int:
     """Raise BatchError on every rank unless all ranks were given equal `arguments`: shapes, dtypes and every value.
 
-    One collective of one integer a rank; the texts travel only when something differs.
+    One collective of one integer a rank, which is returned; the texts travel only when something differs. `known`:
+    what tensors are known to hold, for those that are given again and again.
     """
-    mine = sum((_digest(value, device) * _salt(name) for name, value in sorted(arguments.items())), _salt("batch"))
+    mine = digest(arguments, device, known)
     digests = torch.empty(peers.size, dtype=torch.int64, device=device)
     peers.meet(1)
-    dist.all_gather(list(digests.split(1)), torch.as_tensor(mine, device=device).view(1), group=peers.group)
-    if len(set(digests.tolist())) > 1:
-        described = {name: _describe(value, device) for name, value in arguments.items()}
+    dist.all_gather(list(digests.split(1)), mine.view(1), group=peers.group)
+    numbers = digests.tolist()
+    if len(set(numbers)) > 1:
+        told = {name: described(value, device) for name, value in arguments.items()}
         everyone: list[dict[str, str]] = [{} for _ in range(peers.size)]
-        dist.all_gather_object(everyone, described, group=peers.group)
-        raise BatchError(_difference(everyone))
+        dist.all_gather_object(everyone, told, group=peers.group)
+        lines = _differences(everyone)
+        mode = [_SAME_MODE] if any(line.startswith("(") for line in lines) else []
+        seed = [_SEED] if any(line.startswith(SAMPLING) for line in lines) else []
+        raise BatchError("\n".join([_OTHER_BATCHES, *lines, _SAME_BATCH, *mode, *seed]))
+    return int(numbers[0])
 
 
-def _difference(everyone: list[dict[str, str]]) -> str:
-    names = list(dict.fromkeys(name for described in everyone for name in described))
-    lines = []
+def require_same(told: Mapping[str, str], peers: Peers, what: str, cure: str) -> None:
+    """Raise BatchError, which says `what` differs and the `cure`, on every rank unless all have the same to tell."""
+    numbers = [0] * peers.size
+    dist.all_gather_object(numbers, fingerprint(repr(sorted(told.items())).encode()), group=peers.group)
+    if len(set(numbers)) > 1:
+        everyone: list[Mapping[str, str]] = [{} for _ in range(peers.size)]
+        dist.all_gather_object(everyone, dict(told), group=peers.group)
+        raise BatchError("\n".join([what, *_differences(everyone), cure]))
+
+
+def _differences(everyone: Sequence[Mapping[str, str]]) -> list[str]:
+    """A paragraph for each name under which ranks tell different things; of many, those of the first few."""
+    names = list(dict.fromkeys(name for told in everyone for name in told))
+    lines: list[str] = []
+    left = 0
     for name in names:
-        values = [described.get(name, "absent") for described in everyone]
+        values = [told.get(name, "absent") for told in everyone]
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
-        if odd:
+        if odd and len(lines) >= _LINES:
+            left += 1
+        elif odd:
             lines.append(f"{name} differs on {', '.join(f'rank {rank}' for rank in odd)} from rank 0:")
             lines += [f"    rank {rank}: {value}" for rank, value in enumerate(values)]
-    return "\n".join(
-        [
-            "the ranks of this sequence-parallel group were given different batches.",
-            *lines,
-            "Every rank of a group must pass the same whole batch to the model, which cuts it itself. Give the sampler "
-            "the number of groups and the number of this group instead of world size and rank, seed whatever the "
-            "collator draws by group, and do not cut the sequence yourself.",
-            *([_SEED] if any(line.startswith(SAMPLING) for line in lines) else []),
-        ]
-    )
-
-
-def _describe(value: Any, device: torch.device) -> str:
-    if not isinstance(value, Tensor):
-        # Other objects print their address, which differs between processes.
-        return repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__qualname__
-    content = int(_digest(value, device)) & 0xFFFFFFFF
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}, content {content:08x}"
-
-
-def _salt(text: str) -> int:
-    """An odd 62-bit integer."""
-    return fingerprint(text.encode()) | 1
-
-
-def _digest(value: Any, device: torch.device) -> Tensor:
-    """A 64-bit fingerprint of a value, as a tensor on `device`; nothing is read back to the host."""
-    if not isinstance(value, Tensor):
-        return torch.tensor(_salt(_describe(value, device)), device=device)
-    kind = _salt(f"{value.dtype} {list(value.shape)}")
-    bits = value.detach().to(device)
-    if bits.is_floating_point():
-        bits = bits.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize])
-    numbers = bits.reshape(-1).to(torch.int64)
-    places = torch.arange(1, numbers.numel() + 1, device=device)
-    mixed = (numbers + places * _MIX[1]) * _MIX[0]
-    mixed = (mixed ^ (mixed >> 29)) * _MIX[0]
-    return (mixed ^ (mixed >> 32)).sum() + kind
+    return [*lines, f"and {left} more"] if left else lines

@@ -3,14 +3,16 @@
 import faulthandler
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
@@ -19,8 +21,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sp_attention.distributed.process_groups import listen_on_this_machine
+
 # How processes start. What has started threads, as most that imported torch have, must not fork.
 CONTEXT: SpawnContext | ForkServerContext = get_context("spawn")
+
+# Ranks compute with one thread, which they decide when they import torch; and what they import, before they have the
+# module path of their parent, is not looked for in the current folder.
+_OF_RANKS = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
 # How long the others may go on when one rank has failed: they may be about to report the same error.
 GRACE = 5.0
@@ -35,20 +43,24 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
 
     `function`, its arguments and its results must be picklable. The process group's own timeout is shorter than
     `timeout` (seconds), so that a rank that waits for another in vain says where. Raises RanksError unless every rank
-    returns; ranks that are still alive then have shown their stacks and are ended.
+    returns; ranks that are still alive then have shown their stacks and are ended. They end too when this process does,
+    by whatever signal. They listen on this machine's own network only, unless GLOO_SOCKET_IFNAME says otherwise.
     """
     with tempfile.TemporaryDirectory(prefix="sp_attention_ranks_") as folder:
-        workers, links = [], []
-        with _one_thread_each():
-            for rank in range(ranks):
-                mine, theirs = CONTEXT.Pipe()
-                # Not as a daemon, which could not start processes of its own, such as a loader's workers.
-                worker = CONTEXT.Process(target=_work, args=(rank, ranks, folder, theirs, timeout, function, args))
-                worker.start()
-                theirs.close()
-                workers.append(worker)
-                links.append(mine)
+        workers: list[Any] = []
+        links: list[Connection] = []
+        own_path = os.environ.get("PYTHONSAFEPATH")
         try:
+            with _environment(_OF_RANKS):
+                for rank in range(ranks):
+                    mine, theirs = CONTEXT.Pipe()
+                    # Not as a daemon, which could not start processes of its own, such as a loader's workers.
+                    given = (rank, ranks, folder, theirs, timeout, own_path, function, args)
+                    worker = CONTEXT.Process(target=_work, args=given)
+                    worker.start()
+                    theirs.close()
+                    workers.append(worker)
+                    links.append(mine)
             return _collect(workers, links, Path(folder), monotonic() + timeout)
         finally:
             for worker in workers:
@@ -57,17 +69,38 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Let new processes compute with one thread, which they decide when they import torch."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Within it the environment has these variables, which new processes get."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        _put_back(before)
+
+
+def _put_back(variables: Mapping[str, str | None]) -> None:
+    """Give variables of the environment these values; None for those that were not there."""
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def _end_with_parent(folder: str) -> None:
+    """End this process, what it has started and the folder, when its parent ends, which a signal may end any time."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        for child in active_children():
+            child.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="sp_attention: ends with the parent", daemon=True).start()
 
 
 def _work(
@@ -76,9 +109,13 @@ def _work(
     folder: str,
     link: Connection,
     timeout: float,
+    safe_path: str | None,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    _put_back({"PYTHONSAFEPATH": safe_path})
+    _end_with_parent(folder)
+    listen_on_this_machine()
     with open(Path(folder, f"stack{rank}"), "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
         try:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import socket
 import time
 from functools import cache
 from typing import Protocol, runtime_checkable
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from sp_attention.distributed.peers import Peers
+
+# What the interface is called by which a machine talks to itself, on Linux and on macOS.
+_LOOPBACK = ("lo", "lo0")
 
 # What a dimension of a mesh may be called for us to take it without being told.
 MESH_DIM = "sp"
@@ -66,8 +70,17 @@ def place(peers: Peers | None) -> tuple[int, int]:
     return world // size, first // size
 
 
+def listen_on_this_machine() -> None:
+    """Let gloo listen on the loopback interface only, unless the user has said where: for ranks of one machine."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in _LOOPBACK), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+
+
 def start_process_group(device: torch.device) -> None:
     """Start the default process group that torchrun's environment describes, and end it when the process ends."""
+    if "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        listen_on_this_machine()
     dist.init_process_group(dist.get_default_backend_for_device(device))
     _end_in_order()
 

@@ -63,9 +63,9 @@ class LMHeadInput:
         """[B, s, V], of all logits."""
         return torch.Size([*self.hidden.shape[:-1], self.head.vocabulary])
 
-    def logits(self) -> Tensor:
-        """[B, s, V], with their gradient path. An engine may not have the weights any more after a backward."""
-        return self._logits(self.hidden, {})
+    def logits(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """[B, s, V], with their gradient path, by these weights in place of the module's."""
+        return self._logits(self.hidden, weights)
 
     def loss(self, targets: Tensor, ignore_index: int) -> Tensor:
         """targets [B, s] → the sum of their losses, a float32 scalar. Its gradients need no logits later."""
@@ -81,7 +81,8 @@ class LMHeadInput:
         if engine:
             again = partial(checkpoint, partial(loss_of, {}), use_reentrant=False, preserve_rng_state=False)
             return torch.stack([again(*tile) for tile in tiles(hidden, targets)]).sum()
-        loss: Tensor = _AtOnce.apply(loss_of, tiles, [*learned], hidden, targets, *learned.values())  # type: ignore[no-untyped-call]  # torch has no types for it
+        counted = targets != ignore_index
+        loss: Tensor = _AtOnce.apply(loss_of, tiles, [*learned], hidden, targets, counted, *learned.values())  # type: ignore[no-untyped-call]  # torch has no types for it
         return loss
 
     def _logits(self, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -167,7 +168,8 @@ class _AtOnce(torch.autograd.Function):
     """The sum of the losses of all tiles, with their gradients computed right after each, as in Liger's kernel.
 
     So logits are made once only. In the end the gradients are multiplied by that of the sum, on which they depend
-    linearly. Those of weights are added up in float32 where weights are less precise.
+    linearly. Those of weights are added up in float32 where weights are less precise. What is not `counted`, no target,
+    has zeros whatever that gradient is: infinite, where nothing of a batch is a target and its loss is 0 / 0.
     Hsu et al. 2024 (arXiv 2410.10989), section 3.2.
     """
 
@@ -179,20 +181,23 @@ class _AtOnce(torch.autograd.Function):
         names: list[str],
         hidden: Tensor,
         targets: Tensor,
+        counted: Tensor,
         *weights: Tensor,
     ) -> Tensor:
         grads = ChunkedGrad(hidden, 0, hidden.requires_grad, dict(zip(names, weights, strict=True)))
         losses = [grads.add(loss_of, *tile) for tile in tiles(hidden, targets)]
-        ctx.save_for_backward(grads.hidden, *grads.of_weights)
+        ctx.save_for_backward(grads.hidden, counted, *grads.of_weights)
         ctx.dtypes = [weight.dtype for weight in weights]
         return torch.stack(losses).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_of_hidden, *sums = ctx.saved_tensors
-        weights = _times(grad, sums, ctx.dtypes)
-        return None, None, None, None if grad_of_hidden is None else grad_of_hidden * grad, None, *weights
+        grad_of_hidden, counted, *sums = ctx.saved_tensors
+        weights = _times(grad.where(counted.any(), 0), sums, ctx.dtypes)
+        if grad_of_hidden is not None:
+            grad_of_hidden = (grad_of_hidden * grad).masked_fill_(~counted[:, None], 0)
+        return None, None, None, grad_of_hidden, None, None, *weights
 
 
 def _times(grad: Tensor, sums: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet, finalize
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,9 @@ from transformers.utils import logging
 
 # How masks are made for transformers: the arguments of its mask builder → what layers are given.
 Masks = Callable[..., Any]
+
+# Who attends by a key of ours: the handle of an enabled model, and those of its copies, as long as there are any.
+_USERS: dict[str, WeakSet[Any]] = {}
 
 # Configurations, and the attention that each names.
 Own = list[tuple[PreTrainedConfig, str | None]]
@@ -27,9 +31,7 @@ def attend_by(model: PreTrainedModel, key: str, attention: Callable[..., Any], m
         # Setting a configuration sets those inside it too, so they come after it.
         for config, implementation in before:
             config._attn_implementation = implementation
-        # transformers has a function to register and none to take back.
-        AttentionInterface._global_mapping.pop(key, None)
-        AttentionMaskInterface._global_mapping.pop(key, None)
+        _forget_unused(key)
 
     register(key, attention)
     AttentionMaskInterface.register(key, torch.compiler.disable(masks))
@@ -46,6 +48,27 @@ def attend_by(model: PreTrainedModel, key: str, attention: Callable[..., Any], m
 def register(key: str, attention: Callable[..., Any]) -> None:
     """Let transformers know an attention function as `key`, instead of another one. Compiled models run it as it is."""
     AttentionInterface.register(key, torch.compiler.disable(attention))
+
+
+def keep(key: str, user: Any) -> None:
+    """Keep `key` known as long as this user is there, and has not left it."""
+    _USERS.setdefault(key, WeakSet()).add(user)
+    finalize(user, _forget_unused, key)
+
+
+def leave(key: str, user: Any) -> None:
+    """Undo `keep`."""
+    _USERS.get(key, WeakSet()).discard(user)
+    _forget_unused(key)
+
+
+def _forget_unused(key: str) -> None:
+    """Let transformers know nothing as `key` any more, unless somebody attends by it."""
+    if not [*_USERS.get(key, ())]:  # By its length a set does not know yet that one of them is gone.
+        # transformers has a function to register and none to take back.
+        AttentionInterface._global_mapping.pop(key, None)
+        AttentionMaskInterface._global_mapping.pop(key, None)
+        _USERS.pop(key, None)
 
 
 def release(own: Own, models: tuple[PreTrainedModel, ...]) -> None:

@@ -45,11 +45,12 @@ def _looks_up_its_own(state: RegionState, module: nn.Embedding, name: str, first
     if ids.shape[-1] < state.peers.size or not forward.has_in_place(module, name):
         return False
     if torch.is_grad_enabled():
-        models: list[nn.Module] = [] if isinstance(first, GradientCheckpointingLayer) else [*state.plan.models]
-        if any(getattr(model, "gradient_checkpointing", False) for model in models):
-            return False
-        if any(isinstance(one, CheckpointWrapper) for one in forward.model.modules()):
-            return False
+        by_model = not isinstance(first, GradientCheckpointingLayer)
+        for one in forward.model.modules():
+            if isinstance(one, CheckpointWrapper) or (
+                by_model and getattr(one, "gradient_checkpointing", False) is True
+            ):
+                return False
     return can_look_up(module, ids)
 
 

@@ -13,6 +13,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from sp_attention.distributed.peers import Peers
 from sp_attention.errors import Refused
+from sp_attention.loss.logits_later import logits_later
 from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHeadInput
 from sp_attention.region.context import StackPass
@@ -101,7 +102,8 @@ class Forward:
 def refusal(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
     """Why this forward cannot be exact under sequence parallelism, None when it can."""
     key = plan.implementation
-    if key is not None and any(inner.config._attn_implementation != key for inner in plan.models):
+    models = plan.models if model in plan.models else (model,)  # A copy has configurations of its own.
+    if key is not None and any(inner.config._attn_implementation != key for inner in models):
         return "the attention implementation was changed after enable(): call handle.disable() before you change it"
     is_cached = bool(given.get("use_cache")) or any(isinstance(one, Cache) for one in given.values())
     if isinstance(plan.caches, Refused) and (is_cached or "past_key_values" in given):
@@ -171,7 +173,7 @@ def with_sharded_logits(output: Any, length: int, peers: Peers, lm_head_input: L
     if lm_head_input is None:
         logits = ShardedLogits(span.shape, length, peers, lambda: span)
     else:
-        logits = ShardedLogits(lm_head_input.shape, length, peers, lm_head_input.logits)
+        logits = ShardedLogits(lm_head_input.shape, length, peers, logits_later(lm_head_input))
     if isinstance(output, dict):
         output["logits"] = logits
         return output

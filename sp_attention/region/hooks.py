@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sp_attention.distributed import rng
-from sp_attention.distributed.consistency import SAMPLING, require_same_batch
+from sp_attention.distributed.consistency import require_same_batch
 from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints
+from sp_attention.region.cache_history import note_filling
+from sp_attention.region.compared import compared
 from sp_attention.region.embedding_and_head_hooks import around_embedding, before_lm_head
 from sp_attention.region.forward import (
     TOKENS,
@@ -26,12 +28,10 @@ from sp_attention.region.forward import (
     with_sharded_logits,
     without_cache,
 )
-from sp_attention.region.kv_cache import cached_length
 from sp_attention.region.layer_hooks import around_gathered, around_layer
-from sp_attention.region.masks import Described
 from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
-from sp_attention.region.pytree import leaves, map_leaves, tensors
-from sp_attention.region.state import RegionState
+from sp_attention.region.pytree import map_leaves, tensors
+from sp_attention.region.state import RegionState, as_ours
 from sp_attention.region.tiled_mlp import around_tiled
 
 
@@ -49,6 +49,15 @@ class Hooks(RegionState):
         # A copied model keeps its hooks, and process groups cannot be copied.
         return self
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The outermost that is hooked."""
+        return self.plan.models[0]
+
+    @property
+    def are_installed(self) -> bool:
+        return bool(self.handles)
+
     def install(self) -> None:
         """Hook what is planned."""
         plan, hook = self.plan, self.hook_around
@@ -65,7 +74,7 @@ class Hooks(RegionState):
                     self.handles += hook(gathered.module, around_gathered(self, gathered))
         lm_head = plan.lm_head if plan.cut_before is None else plan.cut_before
         if not isinstance(lm_head, Refused):
-            before = torch.compiler.disable(before_lm_head(self, lm_head.name))
+            before = as_ours(before_lm_head(self, lm_head.name))
             self.handles.append(lm_head.module.register_forward_pre_hook(before, with_kwargs=True))
         for module in plan.tiled_modules:
             self.handles += hook(module, around_tiled(self.mlp_tiles_of, plan.random))
@@ -79,7 +88,7 @@ class Hooks(RegionState):
     @contextmanager
     def trying(self, plan: RegionPlan) -> Iterator[None]:
         """Within it the model is hooked as this plan says, instead of as it was."""
-        before, was_hooked = self.plan, bool(self.handles)
+        before, was_hooked = self.plan, self.are_installed
         self.remove()
         self.plan = plan
         self.install()
@@ -124,8 +133,7 @@ class Hooks(RegionState):
             with self.context.inner_model(tensors_given):
                 output = yield None
             return None if output is None else _with_whole_records(output, forward)
-        self.close_interrupted()
-        self._require_alike(model, given)
+        number = self._require_alike(model, given)
         reason = refusal(self.plan, model, given)
         if reason is not None:
             raise UnsupportedError(reason)
@@ -136,24 +144,18 @@ class Hooks(RegionState):
                 output = yield None
         finally:
             self.forward = None
-        return None if output is None else self._for_the_user(forward, output)
+        return None if output is None else self._for_the_user(forward, output, number)
 
-    def _require_alike(self, model: PreTrainedModel, given: dict[str, Any]) -> None:
-        """Raise BatchError, on every rank, unless all ranks were given the same, in the same mode."""
-        caches = [value for value in given.values() if isinstance(value, Cache)]
-        mode: dict[str, Any] = {
-            "(training)": model.training,
-            "(gradients)": torch.is_grad_enabled(),
-            "(only the loss)": self.only_loss,
-            "(tokens in the cache)": max(map(cached_length, caches), default=0),
-        }
-        if (caches or given.get("use_cache")) and not torch.is_grad_enabled():
-            # A token may be sampled from what comes out. Ranks that differ in it, or in where the text ends, part here.
-            mode[SAMPLING] = rng.sampling_state(model.device)
-        # Masks too, where generate() made them beforehand.
-        described = [(".".join(map(str, path)), leaf) for path, leaf in leaves(given) if isinstance(leaf, Described)]
-        masks = {f"{name}, {field}": value for name, leaf in described for field, value in leaf.told.items()}
-        require_same_batch({**given, **masks, **mode}, self.peers, model.device)
+    def _require_alike(self, model: PreTrainedModel, given: dict[str, Any]) -> int:
+        """A number for this forward. Raises BatchError, on every rank, unless all were given the same, in one mode."""
+        told = compared(model, given, self.only_loss)
+        # What every step of a generation is given anew, such as what an encoder returned, is looked at once.
+        known = None if torch.is_grad_enabled() else self.known
+        number = require_same_batch(told, self.peers, model.device, known)
+        for value in given.values():
+            if isinstance(value, Cache):
+                note_filling(value, number)
+        return number
 
     def _begun(self, model: PreTrainedModel, given: dict[str, Any], unseen: bool) -> Forward:
         """A forward that begins. Ranks agree on tiles, and on a seed where random numbers are drawn."""
@@ -176,7 +178,7 @@ class Hooks(RegionState):
             forward.states = rng.states(model.device)
         return forward
 
-    def _for_the_user(self, forward: Forward, output: Any) -> Any:
+    def _for_the_user(self, forward: Forward, output: Any, number: int) -> Any:
         """The output of the model that was called. Raises UnsupportedError if it did not run as it was rehearsed."""
         if forward.inside:
             raise UnsupportedError(
@@ -190,6 +192,9 @@ class Hooks(RegionState):
                 "before enable()"
             )
         output = _with_whole_records(output, forward)
+        for value in output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ():
+            if isinstance(value, Cache):
+                note_filling(value, number)
         length = forward.sharded(self.plan)
         if length is not None:
             output = with_sharded_logits(output, length, self.peers, forward.lm_head_input)

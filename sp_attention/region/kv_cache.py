@@ -149,7 +149,7 @@ class _Layers:
 
     def __getitem__(self, index: int) -> Any:
         layer = self._layers[index]
-        held = _held_in(layer)
+        held = held_in(layer)
         if held is not None and layer.is_initialized:
             self._context.keep(layer.keys, held.all_heads)
         return layer
@@ -161,7 +161,7 @@ class _Layers:
         return (self[index] for index in range(len(self)))
 
 
-def _held_in(layer: Any) -> _Held | None:
+def held_in(layer: Any) -> _Held | None:
     held: _Held | None = getattr(layer, _MARK, None)
     return held
 
@@ -177,7 +177,7 @@ def cached_length(cache: Cache) -> int:
 def told_of(cache: Any) -> str:
     """What this rank holds in a filled cache, as text for people."""
     layers = layers_of(cache)
-    marks = [held for layer in layers if (held := _held_in(layer)) is not None]
+    marks = [held for layer in layers if (held := held_in(layer)) is not None]
     whole = len(layers) - len(marks)
     if not marks:
         return "are whole on every rank"
@@ -194,7 +194,7 @@ def sizes(cache: Any) -> tuple[int, int]:
     """
     mine = whole = 0
     for layer in layers_of(cache):
-        held = _held_in(layer)
+        held = held_in(layer)
         heads, of_mine = (1, 1) if held is None else (held.all_heads, len(held.mine))
         for (name, *_), tensor in tensors(vars(layer)):
             mine += tensor.nbytes
@@ -226,7 +226,7 @@ def _claim(cache: Cache, index: int, wanted: _Held) -> None:
     Raises UnsupportedError for a layer that holds others, or holds them in a way that is not known here.
     """
     layer: Any = cache.layers[index] if index < len(cache.layers) else None
-    held = _held_in(layer)
+    held = held_in(layer)
     if layer is None or held == wanted or not layer.is_initialized:
         return
     if held is not None:

@@ -53,7 +53,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             if state.forward is not None and stack_pass.is_shared:
                 state.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], stack_pass)
             offloads_from = state.plan.models[0].device.type if state.plan.offloads else None
-            runs_again = checkpoints.bind(inside, offloads_from)
+            runs_again = checkpoints.bind(inside if module is layer.module else checkpoints_in(module), offloads_from)
             if offloads_from is not None and not runs_again and module.training and torch.is_grad_enabled():
                 raise UnsupportedError(
                     f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "

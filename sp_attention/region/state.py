@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.sharded_params import most_of_engine
 from sp_attention.loss.tiled_loss import LMHead
+from sp_attention.region.calls import Call
 from sp_attention.region.context import Context, PassesOfMasks
 from sp_attention.region.forward import TOKENS, Forward
 from sp_attention.region.length_check import LengthCheck
 from sp_attention.region.plan import RegionPlan
+
+# The attribute of a hook that is ours.
+_OURS = "_sp_attention_hook"
 
 # Around a call of a module: given it and its arguments, yields those that it is called with instead, or None; is sent
 # what the module returned, None after an error; and returns what is returned instead, or None.
@@ -27,6 +32,7 @@ class RegionState:
 
     context: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
     passes: those that backward may run again. length_check: what is proven of lengths, None if nothing is.
+    known: what tensors in containers held that ranks have compared.
     """
 
     plan: RegionPlan
@@ -36,7 +42,8 @@ class RegionState:
     only_loss: bool = False
     length_check: LengthCheck | None = None
     passes: PassesOfMasks = field(default_factory=PassesOfMasks)
-    _in_progress: list[tuple[Around, Generator[Any, Any, Any]]] = field(default_factory=list)
+    known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    _in_progress: list[Call] = field(default_factory=list)
 
     def tile_counts(self, rows: int, length: int) -> tuple[int, int]:
         """How many tiles of this batch modules of layers, and the LM head, are given in training.
@@ -74,19 +81,20 @@ class RegionState:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.context.scope.attend is not None:
                 return None
+            self.close_interrupted()
             running = around(module, args, kwargs)
             given = next(running)
-            self._in_progress.append((around, running))
+            self._in_progress.append(Call(around, running))
             return given
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self.context.scope.attend is not None or all(one is not around for one, _ in self._in_progress):
+            if self.context.scope.attend is not None or all(call.around is not around for call in self._in_progress):
                 return None  # An error before this call began.
-            self._close_until(around)
-            return _sent(self._in_progress.pop()[1], output)
+            while self._in_progress[-1].around is not around:
+                self._in_progress.pop().running.close()
+            return _sent(self._in_progress.pop().running, output)
 
-        # A compiled model runs these as they are, and compiles what is between them.
-        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+        before, after = as_ours(before), as_ours(after)
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),
             # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
@@ -96,12 +104,20 @@ class RegionState:
 
     def close_interrupted(self) -> None:
         """End what an interrupt, of which hooks are not told, has left in progress."""
-        self._close_until(None)
-        self.forward = None
+        while self._in_progress and self._in_progress[-1].has_ended:
+            self._in_progress.pop().running.close()
 
-    def _close_until(self, around: Around | None) -> None:
-        while self._in_progress and self._in_progress[-1][0] is not around:
-            self._in_progress.pop()[1].close()
+
+def as_ours(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that is known for one of ours, in copies of a model too."""
+    # A compiled model runs it as it is, and compiles what is between hooks.
+    hook = torch.compiler.disable(hook)
+    setattr(hook, _OURS, True)
+    return hook
+
+
+def is_ours(hook: Any) -> bool:
+    return getattr(hook, _OURS, False) is True
 
 
 def _sent(running: Generator[Any, Any, Any], output: Any) -> Any:

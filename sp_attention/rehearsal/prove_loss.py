@@ -12,9 +12,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from sp_attention.distributed.consistency import attempted
 from sp_attention.errors import Refused, UnsupportedError
-from sp_attention.loss.causal_lm import sharded_causal_loss
+from sp_attention.loss.causal_lm import LogitsInProgress, sharded_causal_loss
 from sp_attention.loss.sharded_logits import ShardedLogits
-from sp_attention.loss.tiled_loss import LMHead, LMHeadInput, liger_does, tile_for
+from sp_attention.loss.tiled_loss import LMHead, liger_does, tile_for
 from sp_attention.region.forward import TOKENS
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.plan import NamedModule, RegionPlan
@@ -45,7 +45,7 @@ def shard_loss(
     whole = attempted(lambda: model(**batch), hooks.peers)
     if isinstance(whole, Refused):
         return plan  # Such a model wants other labels.
-    loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers, lambda: _lm_head_input(hooks))
+    loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers, lambda: _in_progress(hooks))
     own = vars(model).get("_loss_function")
     model.loss_function = loss
     undo.callback(lambda: delattr(model, "_loss_function") if own is None else setattr(model, "loss_function", own))
@@ -75,6 +75,14 @@ def shard_loss(
         return _with_tiled_loss(model, hooks, sharded, batch, loss_tile)
 
 
+def give_back_loss(model: PreTrainedModel, plan: RegionPlan) -> None:
+    """Let a copy of a model that was given our loss function have its own."""
+    if vars(model).get("_loss_function") is plan.sharded_loss:
+        del model._loss_function
+        if model.loss_function is not ForCausalLMLoss:  # It was set, and not that of its class.
+            model.loss_function = ForCausalLMLoss
+
+
 def _with_labels(model: PreTrainedModel, dummy: DummyBatch) -> dict[str, Any] | None:
     """A dummy batch with labels for the causal loss; None for a model that has another, or no tokens."""
     name = next((name for name in TOKENS if name in dummy.inputs), None)
@@ -88,8 +96,11 @@ def _with_labels(model: PreTrainedModel, dummy: DummyBatch) -> dict[str, Any] | 
     return {**dummy.inputs, "labels": labels}
 
 
-def _lm_head_input(hooks: Hooks) -> LMHeadInput | None:
-    return hooks.forward.lm_head_input if hooks.forward else None
+def _in_progress(hooks: Hooks) -> LogitsInProgress:
+    forward = hooks.forward
+    if forward is None:  # Called by the user, with whole logits.
+        return LogitsInProgress(False, None)
+    return LogitsInProgress(forward.sharded(hooks.plan) is not None, forward.lm_head_input)
 
 
 def _cut_before_head(

@@ -10,7 +10,7 @@ from thread_ranks import OnADevice, ThreadPeers, random, run
 from torch import Tensor
 
 from sp_attention.errors import ShardedLogitsError
-from sp_attention.loss.causal_lm import sharded_causal_loss
+from sp_attention.loss.causal_lm import LogitsInProgress, sharded_causal_loss
 from sp_attention.loss.sharded_logits import ShardedLogits
 
 VOCABULARY, LENGTH = 11, 9
@@ -63,11 +63,16 @@ class Given:
         ).float()
 
 
+def a_span(given: Any = None) -> LogitsInProgress:
+    """What a forward with sharded logits says of them."""
+    return LogitsInProgress(True, given)
+
+
 def loss_of_span(peers: ThreadPeers, asked: dict[str, Any], in_tiles: bool) -> tuple[Tensor, Tensor]:
     """The loss, and the gradient of my logits."""
     span = peers.span(LENGTH)
     mine = random(2, LENGTH, VOCABULARY)[:, span.start : span.stop].clone().requires_grad_()
-    loss = sharded_causal_loss(unused, peers, (lambda: Given(mine)) if in_tiles else unused)
+    loss = sharded_causal_loss(unused, peers, (lambda: a_span(Given(mine))) if in_tiles else a_span)
     with OnADevice():
         out = loss(mine[:, :0] if in_tiles else mine, vocab_size=VOCABULARY, **asked, unknown=1)
     return out.detach(), torch.autograd.grad(out, mine)[0]
@@ -101,15 +106,20 @@ def whole_loss(peers: ThreadPeers) -> None:
         seen.append((args, kwargs))
         return "theirs"
 
-    loss = sharded_causal_loss(whole, peers, unused)
+    loss = sharded_causal_loss(whole, peers, lambda: LogitsInProgress(False, None))
     logits, labels, other = random(2, LENGTH, VOCABULARY), tokens(), tokens(-7)
+    assert sharded_causal_loss(whole, peers, a_span)(logits, None, VOCABULARY) == "theirs"
+    seen.clear()
     assert loss(logits, labels, VOCABULARY) == "theirs"
     assert loss(logits[:, :4], None, VOCABULARY, 3) == "theirs"
     assert loss(logits, labels, VOCABULARY, 3, -7, other, more=1) == "theirs"
+    # Of another length than the labels, and not a span for that.
+    assert loss(logits[:, :5], labels, VOCABULARY) == "theirs"
     expected = [
         ((logits, labels, VOCABULARY, None, -100, None), {}),
         ((logits[:, :4], None, VOCABULARY, 3, -100, None), {}),
         ((logits, labels, VOCABULARY, 3, -7, other), {"more": 1}),
+        ((logits[:, :5], labels, VOCABULARY, None, -100, None), {}),
     ]
     assert str(seen) == str(expected)
 
@@ -121,7 +131,7 @@ def test_whole_logits_are_given_to_the_loss_of_transformers() -> None:
 def wrong_token(peers: ThreadPeers, token: int, place: int) -> str:
     labels = tokens()
     labels[1, place] = token
-    loss = sharded_causal_loss(unused, peers, unused)
+    loss = sharded_causal_loss(unused, peers, a_span)
     with pytest.raises(IndexError) as error:
         loss(random(2, len(peers.span(LENGTH)), VOCABULARY), labels, VOCABULARY)
     return str(error.value)
@@ -135,7 +145,7 @@ def test_a_target_that_is_no_token_is_an_error_on_every_rank(token: int, place: 
 def test_a_head_that_was_given_nothing_is_an_error() -> None:
     def without(peers: ThreadPeers) -> None:
         with pytest.raises(AssertionError):
-            sharded_causal_loss(unused, peers, lambda: None)(torch.zeros(2, 0, VOCABULARY), tokens(), VOCABULARY)
+            sharded_causal_loss(unused, peers, a_span)(torch.zeros(2, 0, VOCABULARY), tokens(), VOCABULARY)
 
     run(2, without)
 
@@ -144,7 +154,7 @@ def test_what_looks_at_values_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -
     disabled = []
     monkeypatch.setattr(torch.compiler, "disable", lambda function: disabled.append(function.__name__) or function)
     run(1, lambda peers: sharded_causal_loss(unused, peers, unused) and None)
-    assert disabled == ["_require_tokens", "sum_in_tiles"]
+    assert disabled == ["_require_tokens", "sum_in_tiles", "is_sharded"]
 
 
 def sharded(peers: ThreadPeers) -> tuple[ShardedLogits, Tensor]:
