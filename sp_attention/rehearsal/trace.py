@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -127,7 +128,9 @@ def record(
         calls[module].append(called)
         if prove is not None:
             proving = True
-            prove(module, called)
+            # In a context of its own: transformers' recorders of router logits, hidden states and weights, which the
+            # configuration may have switched on, find out by a context variable whether they record.
+            Context().run(prove, module, called)
             proving = False
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in calls]
