@@ -26,7 +26,8 @@ class StackPass:
     is_separate: each layer cuts its arguments and gathers its results. is_replicated: every rank does all of it, but
     for heads that it keeps. stays_sharded: nothing is gathered after the last layer.
     mlp_tiles: how many tiles of tokens MLPs and norms of its layers are given.
-    seed: of the random numbers that are drawn in it. embedded: my span of what its first layer is given, if that is all
+    seed: of the random numbers that are drawn in it. states: those of the generators at its beginning, where numbers
+    are drawn around it, and must not be in it. embedded: my span of what its first layer is given, if that is all
     that was looked up. pending: the names of the layers that backward has not run again.
     """
 
@@ -38,6 +39,7 @@ class StackPass:
     stays_sharded: bool = False
     mlp_tiles: int = 1
     seed: int | None = None
+    states: list[Tensor] | None = None
     embedded: LookedUp | None = None
     pending: set[str] = field(default_factory=set)
     # A tensor that is a key is alive, so that none other is taken for it.

@@ -31,7 +31,8 @@ class Forward:
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss, or are
         cut for it. cut: then, S, once they are.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
-    seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
+    seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning,
+        unless it may draw some outside of the layers.
     fills_caches: key/value caches are filled. has_gradients: backward may follow.
     tile_counts: how many tiles modules of layers, and the LM head, are given by all ranks of an engine; None where
         there is none, and each group of ranks counts its own.
@@ -47,6 +48,7 @@ class Forward:
     unseen: bool
     seed: int | None = None
     states: list[Tensor] | None = None
+    may_draw_outside: bool = False
     passes: int = 0
     latest: dict[str, StackPass] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -27,8 +28,9 @@ from sp_attention.region.forward import (
     without_cache,
 )
 from sp_attention.region.kv_cache import cached_length
-from sp_attention.region.layer_hooks import around_gathered, around_layer
+from sp_attention.region.layer_hooks import around_gathered, around_layer, require_undrawn
 from sp_attention.region.masks import Described
+from sp_attention.region.other_hooks import hooks_of_others
 from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
 from sp_attention.region.pytree import leaves, map_leaves, tensors
 from sp_attention.region.state import RegionState
@@ -37,9 +39,13 @@ from sp_attention.region.tiled_mlp import around_tiled
 
 @dataclass
 class Hooks(RegionState):
-    """The hooks of one enabled model."""
+    """The hooks of one enabled model.
+
+    embeddings: those outside of the layers, to which others may add noise.
+    """
 
     handles: list[RemovableHandle] = field(default_factory=list)
+    embeddings: list[nn.Embedding] = field(default_factory=list)
     checkpoints: ActivationCheckpoints = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +58,9 @@ class Hooks(RegionState):
     def install(self) -> None:
         """Hook what is planned."""
         plan, hook = self.plan, self.hook_around
+        inside = {one for stack in plan.stacks for layer in stack.layers for one in layer.module.modules()}
+        everything = plan.models[0].modules()
+        self.embeddings = [one for one in everything if isinstance(one, nn.Embedding) and one not in inside]
         for model in plan.models:
             # Not looked up by the model when it is called, since that may be a copy of it.
             self.handles += hook(model, partial(self._around_model, plan.arguments[model]))
@@ -145,6 +154,7 @@ class Hooks(RegionState):
             "(training)": model.training,
             "(gradients)": torch.is_grad_enabled(),
             "(only the loss)": self.only_loss,
+            "(hooks of others on embeddings)": any(map(hooks_of_others, self.embeddings)),
             "(tokens in the cache)": max(map(cached_length, caches), default=0),
         }
         if (caches or given.get("use_cache")) and not torch.is_grad_enabled():
@@ -170,6 +180,10 @@ class Hooks(RegionState):
             forward.tile_counts = self.tile_counts_of_engine(forward, given)
         if model.training and self.plan.random:
             forward.seed = rng.shared_seed(model.device, self.peers)
+        elif model.training and (unseen or any(map(hooks_of_others, self.embeddings))):
+            # Noise may be added to embeddings, and time be masked: outside of the layers, where ranks draw the same.
+            forward.may_draw_outside = True
+            rng.make_alike(model.device, self.peers)
         elif model.training:
             forward.states = rng.states(model.device)
         return forward
@@ -181,12 +195,8 @@ class Hooks(RegionState):
                 f"{', '.join(sorted(forward.inside))}: the last layer was not called, unlike in the rehearsal of "
                 "enable(): a model that skips layers (layerdrop, early exit) is not covered"
             )
-        before = forward.states
-        if before is not None and not rng.are_equal(rng.states(forward.model.device), before):
-            raise UnsupportedError(
-                "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
-                "before enable()"
-            )
+        if forward.states is not None:
+            require_undrawn(forward.states, forward.model.device)
         output = _with_whole_records(output, forward)
         length = forward.sharded(self.plan)
         if length is not None:

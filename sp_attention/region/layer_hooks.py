@@ -67,13 +67,16 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             state.forward.inside.discard(stack.name)
         if output is None:
             return None
+        ends = stack_pass.is_separate or is_last
+        if ends and stack_pass.states is not None:
+            require_undrawn(stack_pass.states, state.plan.models[0].device)
         if not stack_pass.is_shared:
             return map_leaves(lambda _, leaf: users_own(leaf), output)
         if state.forward is not None:
             for path, tensor in tensors(output):
                 state.forward.note(tensor, layer.results.get(path), stack_pass)
-        ends = stack_pass.is_separate or (is_last and not stack_pass.stays_sharded)
-        return map_leaves(lambda path, leaf: leaving(path, leaf, layer, stack_pass, ends), output)
+        gathers = ends and not stack_pass.stays_sharded
+        return map_leaves(lambda path, leaf: leaving(path, leaf, layer, stack_pass, gathers), output)
 
     return around
 
@@ -146,6 +149,7 @@ def _new_pass(state: RegionState, stack: Stack, layer: Layer, given: Any, is_sep
         stays_sharded=is_before_loss and not is_separate,
         mlp_tiles=(forward.tile_counts or state.tile_counts(extent.batch, extent.length))[0],
         seed=rng.derived(forward.seed, forward.passes) if forward.seed else None,
+        states=rng.states(forward.model.device) if forward.may_draw_outside else None,
     )
     if stack.embedding is not None and forward.embedded is not None:
         looked_up, forward.embedded = forward.embedded, None
@@ -183,6 +187,15 @@ def _drawing(state: RegionState, stack_pass: StackPass, name: str, alone: bool) 
         return nullcontext()
     seed = rng.derived(stack_pass.seed, name, *([state.peers.rank] if alone else []))
     return rng.Forked(seed, state.plan.models[0].device)
+
+
+def require_undrawn(before: list[Tensor], device: torch.device) -> None:
+    """Raise UnsupportedError, on every rank alike, if random numbers were drawn since generators had these states."""
+    if not rng.are_equal(rng.states(device), before):
+        raise UnsupportedError(
+            "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on before "
+            "enable()"
+        )
 
 
 def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:

@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from sp_attention.distributed import rng
 from sp_attention.distributed.sharded_params import is_partitioned
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.pytree import tensors
@@ -71,7 +72,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     wrapped = [(module, module.checkpoint_fn) for module in model.modules() if isinstance(module, CheckpointWrapper)]
-    randomness = random.getstate()
+    randomness, of_numpy = random.getstate(), rng.numpy_state()
     device = next(model.parameters()).device
     fork = {} if device.type in ("cpu", "meta") else {"devices": [device], "device_type": device.type}
     try:
@@ -83,6 +84,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(randomness)
+        rng.set_numpy_state(of_numpy)
         for module, mode in training.items():
             module.training = mode
         for module in checkpointed:
