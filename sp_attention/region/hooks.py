@@ -195,8 +195,7 @@ class Hooks(RegionState):
                 f"{', '.join(sorted(forward.inside))}: the last layer was not called, unlike in the rehearsal of "
                 "enable(): a model that skips layers (layerdrop, early exit) is not covered"
             )
-        if forward.states is not None:
-            require_undrawn(forward.states, forward.model.device)
+        require_undrawn(forward.states, forward.model.device)
         output = _with_whole_records(output, forward)
         length = forward.sharded(self.plan)
         if length is not None:

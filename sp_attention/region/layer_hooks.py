@@ -67,9 +67,8 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             state.forward.inside.discard(stack.name)
         if output is None:
             return None
-        ends = stack_pass.is_separate or is_last
-        if ends and stack_pass.states is not None:
-            require_undrawn(stack_pass.states, state.plan.models[0].device)
+        ends = is_last or stack_pass.is_separate
+        require_undrawn(stack_pass.states if ends else None, state.plan.models[0].device)
         if not stack_pass.is_shared:
             return map_leaves(lambda _, leaf: users_own(leaf), output)
         if state.forward is not None:
@@ -189,9 +188,9 @@ def _drawing(state: RegionState, stack_pass: StackPass, name: str, alone: bool) 
     return rng.Forked(seed, state.plan.models[0].device)
 
 
-def require_undrawn(before: list[Tensor], device: torch.device) -> None:
+def require_undrawn(before: list[Tensor] | None, device: torch.device) -> None:
     """Raise UnsupportedError, on every rank alike, if random numbers were drawn since generators had these states."""
-    if not rng.are_equal(rng.states(device), before):
+    if before is not None and not rng.are_equal(rng.states(device), before):
         raise UnsupportedError(
             "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on before "
             "enable()"

@@ -104,6 +104,7 @@ class RegionPlan:
     tiled_modules: the modules of layers that are given tiles of tokens, of `mlp_tile` tokens at most.
     offloads: what checkpoints of layers keep for backward is in CPU memory until then.
     arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
+    chunk: how many tokens feed-forwards take at a time on their own, 0 for all; enabled they take all of a span.
     random: in training the model draws random numbers (dropout).
     caches: what key/value caches hold, as text for people, or why they are refused.
     """
@@ -119,6 +120,7 @@ class RegionPlan:
     tiled_modules: tuple[nn.Module, ...] = ()
     mlp_tile: int = 1
     offloads: bool = False
+    chunk: int = 0
     random: bool = False
     caches: str | Refused = "are taken to work: nothing was rehearsed"
 
