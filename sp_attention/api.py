@@ -23,6 +23,7 @@ from sp_attention.region.attention import AttentionFunction
 from sp_attention.region.attn_implementation import Own, attend_as, configs, own_attention
 from sp_attention.region.context import Context
 from sp_attention.region.hooks import Hooks
+from sp_attention.region.unpicklable import Unpicklable
 from sp_attention.rehearsal.findings import Findings, described, report
 from sp_attention.rehearsal.install import install
 from sp_attention.rehearsal.options import LossTile, Options
@@ -37,7 +38,7 @@ _UNCHANGED: WeakKeyDictionary[nn.Module, "Handle"] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
-class Handle:
+class Handle(Unpicklable):
     """An enabled model. As a context manager it disables the model at the end.
 
     peers: the ranks that share its sequences, None when this rank is alone and nothing was changed.
@@ -110,10 +111,6 @@ class Handle:
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
         return "\n".join(lines + described(self.hooks.plan))
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Handle":
-        # That of a copied model too: its hooks are the same.
-        return self
 
     def __enter__(self) -> "Handle":
         return self

@@ -1,7 +1,6 @@
 """What stands in `outputs.logits` where logits stay sharded: no tensor, so that nobody takes a span for the whole."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +11,17 @@ from sp_attention.distributed.peers import Peers
 from sp_attention.errors import ShardedLogitsError
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class ShardedLogits:
     """This rank's span of a causal model's logits, in training with labels.
 
     shape: [B, s, V], of my span. length: S, the tokens of the whole sequence. compute: makes them, or has them.
     Whatever else is asked of it, as if it were a tensor, raises ShardedLogitsError, which says what to do.
+
+    No dataclass: Lightning and FSDP2 take those apart that a model returns, to convert the tensors in them.
     """
 
-    shape: torch.Size
-    length: int
-    peers: Peers
-    compute: Callable[[], Tensor]
+    def __init__(self, shape: torch.Size, length: int, peers: Peers, compute: Callable[[], Tensor]) -> None:
+        self.shape, self.length, self.peers, self.compute = shape, length, peers, compute
 
     @property
     def part(self) -> Tensor:
@@ -57,7 +55,11 @@ class ShardedLogits:
     def __eq__(self, other: object) -> Any:
         return self._refuse()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedLogits":
+        return self  # As a tensor with a gradient path, which it may hold, cannot be copied.
+
     __hash__ = object.__hash__
+    __reduce_ex__ = _refuse
     __getitem__ = __setitem__ = __len__ = __iter__ = __array__ = __float__ = __int__ = __bool__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __pow__ = __rpow__ = _refuse

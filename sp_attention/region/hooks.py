@@ -33,7 +33,7 @@ from sp_attention.region.masks import Described
 from sp_attention.region.other_hooks import hooks_of_others
 from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
 from sp_attention.region.pytree import leaves, map_leaves, tensors
-from sp_attention.region.state import RegionState
+from sp_attention.region.state import Hook, RegionState
 from sp_attention.region.tiled_mlp import around_tiled
 
 
@@ -51,12 +51,9 @@ class Hooks(RegionState):
     def __post_init__(self) -> None:
         self.checkpoints = ActivationCheckpoints(self.context)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
-        # A copied model keeps its hooks, and process groups cannot be copied.
-        return self
-
     def install(self) -> None:
         """Hook what is planned."""
+        self.checkpoints.installed = True
         plan, hook = self.plan, self.hook_around
         inside = {one for stack in plan.stacks for layer in stack.layers for one in layer.module.modules()}
         everything = plan.models[0].modules()
@@ -74,13 +71,14 @@ class Hooks(RegionState):
                     self.handles += hook(gathered.module, around_gathered(self, gathered))
         lm_head = plan.lm_head if plan.cut_before is None else plan.cut_before
         if not isinstance(lm_head, Refused):
-            before = torch.compiler.disable(before_lm_head(self, lm_head.name))
+            before = Hook(before_lm_head(self, lm_head.name))
             self.handles.append(lm_head.module.register_forward_pre_hook(before, with_kwargs=True))
         for module in plan.tiled_modules:
             self.handles += hook(module, around_tiled(self.mlp_tiles_of, plan.random))
 
     def remove(self) -> None:
         """Take all hooks away."""
+        self.checkpoints.installed = False
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

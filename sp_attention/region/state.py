@@ -14,14 +14,25 @@ from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.context import Context, PassesOfMasks
 from sp_attention.region.forward import TOKENS, Forward
 from sp_attention.region.plan import RegionPlan
+from sp_attention.region.unpicklable import Unpicklable
 
 # Around a call of a module: given it and its arguments, yields those that it is called with instead, or None; is sent
 # what the module returned, None after an error; and returns what is returned instead, or None.
 Around = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Generator[Any, Any, Any]]
 
 
+class Hook(Unpicklable):
+    """A function that a module calls. A compiled model runs it as it is, and compiles what is between its hooks."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = torch.compiler.disable(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
 @dataclass
-class RegionState:
+class RegionState(Unpicklable):
     """The region of one enabled model, and its forward in progress, if any.
 
     context: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
@@ -81,13 +92,11 @@ class RegionState:
             self._close_until(around)
             return _sent(self._in_progress.pop()[1], output)
 
-        # A compiled model runs these as they are, and compiles what is between them.
-        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
         return [
-            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_pre_hook(Hook(before), with_kwargs=True),
             # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
             # leaves nothing in progress behind.
-            module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
+            module.register_forward_hook(Hook(after), prepend=True, with_kwargs=True, always_call=True),
         ]
 
     def close_interrupted(self) -> None:
