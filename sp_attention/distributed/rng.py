@@ -8,6 +8,7 @@ state, so that a layer that is recomputed in backward draws what it drew before.
 import pickle
 import random
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -87,9 +88,10 @@ def _agreed(seed: int | None, device: torch.device, peers: Peers) -> int:
     dist.all_gather(list(everyone), mine, group=peers.group)
     common = int(everyone[0, 0])
     differs = (everyone != everyone[0]).any(0).tolist()
-    for seeds, differ in zip((random.seed, _seed_numpy, torch.manual_seed), differs[1:], strict=True):
+    seeds: list[Callable[[int], Any]] = [random.seed, _seed_numpy, torch.manual_seed]
+    for seed_it, differ in zip(seeds, differs[1:], strict=True):
         if differ:
-            seeds(common)
+            seed_it(common)
     return common
 
 

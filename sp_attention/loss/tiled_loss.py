@@ -13,10 +13,10 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from sp_attention.distributed.once_differentiable import once_differentiable
 from sp_attention.distributed.sharded_params import belongs_to_engine
 from sp_attention.loss.chunked_grad import ChunkedGrad, in_tiles
 

@@ -131,6 +131,11 @@ class Hooks(RegionState):
             with self.context.inner_model(tensors_given):
                 output = yield None
             return None if output is None else _with_whole_records(output, forward)
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedError(
+                "torch.func (grad, vmap, jvp ...) of an enabled model is not covered: compute it within "
+                "handle.suspended(), by the whole model on every rank, or use autograd"
+            )
         self.close_interrupted()
         self._require_alike(model, given)
         reason = refusal(self.plan, model, given)

@@ -1,7 +1,7 @@
 """transformers' chunks of feed-forwards: `chunk_size_feed_forward`, which takes lengths only that it divides.
 
-A rank's span need not be such a length. The numbers are the same without chunks, and `enable(mlp_tile=...)` is what takes
-less memory by giving parts of layers some tokens at a time.
+A rank's span need not be such a length. The numbers are the same without chunks, and `enable(mlp_tile=...)` takes less
+memory too, by giving parts of layers some tokens at a time.
 """
 
 from contextlib import ExitStack

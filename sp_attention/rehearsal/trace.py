@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import Context
 from dataclasses import dataclass
 from itertools import accumulate
@@ -80,7 +80,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag, not a module
         for wrapper, _ in wrapped:
             wrapper.checkpoint_fn = _just_called  # type: ignore[assignment]  # a partial of torch's checkpoint else
-        with torch.no_grad(), torch.random.fork_rng(**{"devices": [], **fork}), same_buffers(model):
+        with _plain_mode(model), torch.random.fork_rng(**{"devices": [], **fork}), same_buffers(model):
             yield
     finally:
         random.setstate(randomness)
@@ -91,6 +91,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True  # type: ignore[assignment]  # a flag, not a module
         for wrapper, checkpoint in wrapped:
             wrapper.checkpoint_fn = checkpoint
+
+
+@contextmanager
+def _plain_mode(model: nn.Module) -> Iterator[None]:
+    """Within it gradients are off, and can be switched on, and nothing is cast, whatever is around enable()."""
+    parameters = list(model.parameters())
+    device = parameters[0].device.type
+    autocast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    # Parameters that were made in inference mode are of no use outside of it.
+    with torch.inference_mode(any(one.is_inference() for one in parameters)), torch.no_grad(), autocast:
+        yield
 
 
 @contextmanager
@@ -173,14 +184,15 @@ def with_gradients(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[A
     """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
 
     Small, so that they take no memory, while the path to them leads through all of the model. There are none where an
-    engine shards the parameters, since backward would set the engine to work.
+    engine shards the parameters, since backward would set the engine to work, and none of parameters that were made in
+    inference mode.
     """
     parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
     ordered = sorted(parameters, key=Tensor.numel)
     totals = accumulate(map(Tensor.numel, ordered))
     small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= COMPARED]
     sharded = any(isinstance(one, DTensor) or is_partitioned(one) for one in parameters)
-    if not small or sharded or model.device.type == "meta":
+    if not small or sharded or model.device.type == "meta" or torch.is_inference_mode_enabled():
         return model(**inputs), torch.zeros(0, device=model.device)
     with torch.enable_grad():
         output = model(**inputs)
