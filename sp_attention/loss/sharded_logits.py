@@ -55,8 +55,11 @@ class ShardedLogits:
     def __eq__(self, other: object) -> Any:
         return self._refuse()
 
+    def __copy__(self) -> "ShardedLogits":
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedLogits":
-        return self  # As a tensor with a gradient path, which it may hold, cannot be copied.
+        return self  # A tensor with a gradient path, which it may hold, cannot be copied.
 
     __hash__ = object.__hash__
     __reduce_ex__ = _refuse

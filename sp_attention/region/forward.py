@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -98,6 +99,21 @@ class Forward:
             if value.dim() == 2 and stack_pass.is_shared and stack_pass.is_span(value, rows):
                 return stack_pass.whole(value, rows)
         return value
+
+
+def out_of_place(model: PreTrainedModel, given: list[Tensor]) -> str | None:
+    """Why a forward cannot be where it is, before anything is sent; None when it can."""
+    if torch._C._are_functorch_transforms_active():
+        return (
+            "torch.func (grad, vmap, jvp ...) of an enabled model is not covered: compute it within "
+            "handle.suspended(), by the whole model on every rank, or use autograd"
+        )
+    if model.device.type == "meta" and any(tensor.device.type != "meta" for tensor in given):
+        return (
+            f"the weights of this {type(model).__name__} are elsewhere than on its device (accelerate's cpu_offload, or a "
+            'device_map with "cpu" or "disk"), which is not covered: load all of it onto one device'
+        )
+    return None
 
 
 def refusal(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:

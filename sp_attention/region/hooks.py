@@ -22,6 +22,7 @@ from sp_attention.region.forward import (
     Forward,
     fills_caches,
     is_on,
+    out_of_place,
     refusal,
     stays_sharded,
     with_sharded_logits,
@@ -131,12 +132,10 @@ class Hooks(RegionState):
             with self.context.inner_model(tensors_given):
                 output = yield None
             return None if output is None else _with_whole_records(output, forward)
-        if torch._C._are_functorch_transforms_active():
-            raise UnsupportedError(
-                "torch.func (grad, vmap, jvp ...) of an enabled model is not covered: compute it within "
-                "handle.suspended(), by the whole model on every rank, or use autograd"
-            )
         self.close_interrupted()
+        reason = out_of_place(model, tensors_given)
+        if reason is not None:
+            raise UnsupportedError(reason)
         self._require_alike(model, given)
         reason = refusal(self.plan, model, given)
         if reason is not None:
