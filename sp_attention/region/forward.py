@@ -1,6 +1,5 @@
 """A forward in progress: what a model was given, what that asks for, and what of its output becomes the user's."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -17,7 +16,7 @@ from sp_attention.errors import Refused
 from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHeadInput
 from sp_attention.region.context import StackPass
-from sp_attention.region.plan import FOR_THE_LOSS, RegionPlan
+from sp_attention.region.plan import FOR_THE_LOSS, RegionPlan, names_of_class
 from sp_attention.region.sequence_dims import Along
 from sp_attention.region.sharded_embedding import LookedUp
 
@@ -32,6 +31,7 @@ class Forward:
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss, or are
         cut for it. cut: then, S, once they are.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
+    ignored: the names of arguments that nothing in the model reads.
     seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning,
         unless it may draw some outside of the layers.
     fills_caches: key/value caches are filled. has_gradients: backward may follow.
@@ -47,6 +47,7 @@ class Forward:
     model: PreTrainedModel
     stays_sharded: int | None
     unseen: bool
+    ignored: frozenset[str] = frozenset()
     seed: int | None = None
     states: list[Tensor] | None = None
     may_draw_outside: bool = False
@@ -139,7 +140,9 @@ def refusal(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) 
     return None
 
 
-def stays_sharded(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], only_loss: bool) -> int | None:
+def stays_sharded(
+    plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], ignored: frozenset[str], only_loss: bool
+) -> int | None:
     """S if our loss, and nothing but it, will see the logits."""
     kept = given.get("logits_to_keep")
     tokens = next((given[name] for name in TOKENS if name in given), None)
@@ -151,7 +154,7 @@ def stays_sharded(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, 
         and tokens is not None
         and all(isinstance(one, Tensor) and one.shape == tokens.shape[:2] for one in labels)
         # Another argument is for code in place of the model's own forward, which may use hidden states itself.
-        and given.keys() <= _own_arguments(model)
+        and given.keys() - ignored <= own_arguments(model)
         and (kept is None or (isinstance(kept, int) and kept == 0))
         and not isinstance(plan.sharded_loss, Refused)
         # Such a mask does not remember for a recomputation that the logits stayed sharded.
@@ -178,9 +181,9 @@ def is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default
     return bool(given.get(switch, getattr(model.config, switch, default)))
 
 
-def _own_arguments(model: PreTrainedModel) -> set[str]:
+def own_arguments(model: PreTrainedModel) -> set[str]:
     """The arguments that a model's class, and what it passes its keyword arguments on to, know."""
-    return {*inspect.signature(type(model).forward).parameters, *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
+    return {*names_of_class(type(model)), *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
 
 
 def with_sharded_logits(output: Any, length: int, peers: Peers, lm_head_input: LMHeadInput | None) -> Any:

@@ -1,6 +1,7 @@
 """The hooks that make an enabled model's region: around its models, their layers, modules of these, and both ends."""
 
-from collections.abc import Generator, Iterator
+import warnings
+from collections.abc import Generator, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +18,14 @@ from sp_attention.distributed.consistency import SAMPLING, require_same_batch
 from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints
 from sp_attention.region.embedding_and_head_hooks import around_embedding, before_lm_head
+from sp_attention.region.extra_arguments import unread
 from sp_attention.region.forward import (
     TOKENS,
     Forward,
     fills_caches,
     is_on,
     out_of_place,
+    own_arguments,
     refusal,
     stays_sharded,
     with_sharded_logits,
@@ -42,11 +45,14 @@ from sp_attention.region.tiled_mlp import around_tiled
 class Hooks(RegionState):
     """The hooks of one enabled model.
 
-    embeddings: those outside of the layers, to which others may add noise.
+    inside: the layers and the modules in them. embeddings: those outside of the layers, to which others may add noise. told: the names of arguments that the user
+    was told of.
     """
 
     handles: list[RemovableHandle] = field(default_factory=list)
+    inside: set[nn.Module] = field(default_factory=set)
     embeddings: list[nn.Embedding] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
     checkpoints: ActivationCheckpoints = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,9 +62,9 @@ class Hooks(RegionState):
         """Hook what is planned."""
         self.checkpoints.installed = True
         plan, hook = self.plan, self.hook_around
-        inside = {one for stack in plan.stacks for layer in stack.layers for one in layer.module.modules()}
-        everything = plan.models[0].modules()
-        self.embeddings = [one for one in everything if isinstance(one, nn.Embedding) and one not in inside]
+        self.inside = {one for stack in plan.stacks for layer in stack.layers for one in layer.module.modules()}
+        outside = (one for one in plan.models[0].modules() if one not in self.inside)
+        self.embeddings = [one for one in outside if isinstance(one, nn.Embedding)]
         for model in plan.models:
             # Not looked up by the model when it is called, since that may be a copy of it.
             self.handles += hook(model, partial(self._around_model, plan.arguments[model]))
@@ -123,12 +129,14 @@ class Hooks(RegionState):
     ) -> Generator[Any, Any, Any]:
         given = named_arguments(model, args, kwargs)
         tensors_given = [tensor for _, tensor in tensors(given)]
-        unseen = bool(tensor_names(given) - seen - set(TOKENS))  # Tokens and their embeddings are alike.
-        if self.forward is not None and self.forward.model is not model:
+        forward = self.forward if self.forward is not None and self.forward.model is not model else None
+        others = given.keys() - own_arguments(model)
+        ignored = unread(others, model.modules()) if forward is None else forward.ignored
+        unseen = tensor_names(given) - seen - ignored - set(TOKENS)  # Tokens and their embeddings are alike.
+        if forward is not None:
             # A model inside the one that was called.
-            self.forward.unseen |= unseen
-            self.forward.records |= is_on("output_hidden_states", model, given)
-            forward = self.forward
+            forward.unseen |= bool(unseen)
+            forward.records |= is_on("output_hidden_states", model, given)
             with self.context.inner_model(tensors_given):
                 output = yield None
             return None if output is None else _with_whole_records(output, forward)
@@ -141,9 +149,11 @@ class Hooks(RegionState):
         if reason is not None:
             raise UnsupportedError(reason)
         self.checkpoints.unbind()
-        forward = self.forward = self._begun(model, given, unseen)
+        self._tell(unseen | (others - ignored), model)
+        forward = self.forward = self._begun(model, given, bool(unseen), ignored)
         try:
-            with self.context.model(tensors_given, weights=is_on("output_attentions", model, given)):
+            weights = is_on("output_attentions", model, given)
+            with self.context.model(tensors_given, weights, unread(others, self.inside)):
                 output = yield None
         finally:
             self.forward = None
@@ -167,13 +177,27 @@ class Hooks(RegionState):
         masks = {f"{name}, {field}": value for name, leaf in described for field, value in leaf.told.items()}
         require_same_batch({**given, **masks, **mode}, self.peers, model.device)
 
-    def _begun(self, model: PreTrainedModel, given: dict[str, Any], unseen: bool) -> Forward:
+    def _tell(self, names: Set[str], model: PreTrainedModel) -> None:
+        """Say once what a batch has that makes training exact and slower."""
+        if names and model.training and self.peers.rank == 0 and not self.told.issuperset(names):
+            self.told.update(names)
+            warnings.warn(
+                f"sp_attention: {', '.join(sorted(names))}: enable() did not see such arguments in its rehearsal, and "
+                f"{type(model).__name__} may read them. This is exact and takes more: each layer cuts and gathers, or "
+                "logits are whole. Leave out of the batch what the model does not need.",
+                stacklevel=2,
+            )
+
+    def _begun(
+        self, model: PreTrainedModel, given: dict[str, Any], unseen: bool, ignored: frozenset[str]
+    ) -> Forward:
         """A forward that begins. Ranks agree on tiles, and on a seed where random numbers are drawn."""
         has_cache = any(isinstance(value, Cache) for value in given.values())
         forward = Forward(
             model,
-            stays_sharded(self.plan, model, given, self.only_loss),
+            stays_sharded(self.plan, model, given, ignored, self.only_loss),
             unseen,
+            ignored,
             fills_caches=fills_caches(self.plan, model, given, has_cache, self.only_loss),
             has_gradients=torch.is_grad_enabled(),
             records=is_on("output_hidden_states", model, given),

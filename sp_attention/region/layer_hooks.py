@@ -19,6 +19,7 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.request import Mask
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints, checkpoints_in
 from sp_attention.region.context import Scope, StackPass
+from sp_attention.region.extra_arguments import without_unread
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
@@ -40,6 +41,8 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
                 if not stack_pass.fills_cache:
                     return None
                 return LayersCache(leaf, layer.heads, state.context, state.peers)
+            if len(path) > 1 and path[1] in scope.ignored:
+                return without_unread(leaf, path[1], stack_pass.extent.length)
             return entering(path, leaf, layer, stack_pass)
 
         given = map_leaves(enters, (args, kwargs))

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -123,6 +124,27 @@ class RegionPlan:
     chunk: int = 0
     random: bool = False
     caches: str | Refused = "are taken to work: nothing was rehearsed"
+
+
+# What models take that pass on whatever they are given, to another one than the class that they derive from.
+_USUAL = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "use_cache"})
+
+
+def names_taken(model: nn.Module) -> frozenset[str]:
+    """The names of the arguments that a model's forward takes; of `forward(*args, **kwargs)` those of its class."""
+    return _named(model.forward) or names_of_class(type(model))
+
+
+@cache
+def names_of_class(kind: type[nn.Module]) -> frozenset[str]:
+    """The names of the arguments of the first forward that names some, of a class and those that it derives from."""
+    inherited = (_named(vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base))
+    return next(filter(None, inherited), _USUAL)
+
+
+def _named(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)) - {"self"}
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

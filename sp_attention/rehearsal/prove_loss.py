@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHead, LMHeadInput, liger_does, tile_for
 from sp_attention.region.forward import TOKENS
 from sp_attention.region.hooks import Hooks
-from sp_attention.region.plan import NamedModule, RegionPlan
+from sp_attention.region.plan import NamedModule, RegionPlan, names_taken
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
 from sp_attention.rehearsal.findings import Findings
 from sp_attention.rehearsal.lm_head import Logits, logits_of
@@ -78,7 +77,7 @@ def shard_loss(
 def _with_labels(model: PreTrainedModel, dummy: DummyBatch) -> dict[str, Any] | None:
     """A dummy batch with labels for the causal loss; None for a model that has another, or no tokens."""
     name = next((name for name in TOKENS if name in dummy.inputs), None)
-    if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters:
+    if model.loss_function is not ForCausalLMLoss or "labels" not in names_taken(model):
         return None
     if name is None:
         return None
