@@ -76,7 +76,9 @@ def with_extras() -> dict[str, Any]:
     sp_attention.enable(model, backend="sdpa")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        found["read"] = errors_of(reference, model, lambda each: loss_step(each, "plain", loss_mask=EXTRAS["loss_mask"]))
+        found["read"] = errors_of(
+            reference, model, lambda each: loss_step(each, "plain", loss_mask=EXTRAS["loss_mask"])
+        )
     texts = [str(one.message) for one in told if "sp_attention" in str(one.message)]
     return {"errors": found, "lengths": set(lengths), "kinds": kinds, "refusal": str(refusal.value), "told": texts}
 

@@ -105,9 +105,9 @@ def checkpointed(name: str) -> dict[str, float]:
     assert torch.equal(seeded()[0], loss)
     errors = {}
     for reentrant in (True, False):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         again, others = seeded()
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         pairs = [(again, loss), *((others[one], gradients[one]) for one in gradients)]
         errors["reentrant" if reentrant else "not reentrant"] = max(relative_error(*pair) for pair in pairs)
     return errors

@@ -31,8 +31,8 @@ class Unread(NoTensor):
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ReadError(
-            f"the argument {self.name} is of no parameter of the model, and yet a layer reads it, which enable() did not "
-            "see in its rehearsal: leave it out of the batch, or give the layer's forward a parameter of this name"
+            f"the argument {self.name} is of no parameter of the model, and yet a layer reads it, which enable() did "
+            "not see in its rehearsal: leave it out of the batch, or give the layer's forward a parameter of this name"
         )
 
     @classmethod
@@ -59,7 +59,7 @@ def without_unread(value: Any, name: str, length: int) -> Any:
 
 
 @cache
-def _mentioned(kind: type[nn.Module]) -> frozenset[str]:
+def _mentioned(kind: Any) -> frozenset[str]:
     """The parameters of the forward of a class, and of those that it inherits, and every text in their code."""
     found: set[str] = set()
     for base in kind.__mro__:

@@ -111,8 +111,8 @@ def out_of_place(model: PreTrainedModel, given: list[Tensor]) -> str | None:
         )
     if model.device.type == "meta" and any(tensor.device.type != "meta" for tensor in given):
         return (
-            f"the weights of this {type(model).__name__} are elsewhere than on its device (accelerate's cpu_offload, or a "
-            'device_map with "cpu" or "disk"), which is not covered: load all of it onto one device'
+            f"the weights of this {type(model).__name__} are elsewhere than on its device (accelerate's cpu_offload, or "
+            'a device_map with "cpu" or "disk"), which is not covered: load all of it onto one device'
         )
     return None
 

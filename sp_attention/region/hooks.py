@@ -45,8 +45,8 @@ from sp_attention.region.tiled_mlp import around_tiled
 class Hooks(RegionState):
     """The hooks of one enabled model.
 
-    inside: the layers and the modules in them. embeddings: those outside of the layers, to which others may add noise. told: the names of arguments that the user
-    was told of.
+    inside: the layers and the modules in them. embeddings: those outside of the layers, to which others may add noise.
+    told: the names of arguments that the user was told of.
     """
 
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -188,9 +188,7 @@ class Hooks(RegionState):
                 stacklevel=2,
             )
 
-    def _begun(
-        self, model: PreTrainedModel, given: dict[str, Any], unseen: bool, ignored: frozenset[str]
-    ) -> Forward:
+    def _begun(self, model: PreTrainedModel, given: dict[str, Any], unseen: bool, ignored: frozenset[str]) -> Forward:
         """A forward that begins. Ranks agree on tiles, and on a seed where random numbers are drawn."""
         has_cache = any(isinstance(value, Cache) for value in given.values())
         forward = Forward(

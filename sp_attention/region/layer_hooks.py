@@ -8,6 +8,7 @@ whole tensors, and my span of what it returns goes on.
 from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,16 +37,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
     def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
         stack_pass, scope = _pass_of(state, stack, layer, (args, kwargs))
 
-        def enters(path: Path, leaf: Any) -> Any:
-            if isinstance(leaf, Cache):
-                if not stack_pass.fills_cache:
-                    return None
-                return LayersCache(leaf, layer.heads, state.context, state.peers)
-            if len(path) > 1 and path[1] in scope.ignored:
-                return without_unread(leaf, path[1], stack_pass.extent.length)
-            return entering(path, leaf, layer, stack_pass)
-
-        given = map_leaves(enters, (args, kwargs))
+        given = map_leaves(partial(_given_to, state, layer, stack_pass, scope), (args, kwargs))
         on_span = stack_pass.is_shared and not layer.gathered
         # What is not cut has caches alone to look after.
         current = stack_pass if on_span or (stack_pass.fills_cache and not layer.gathered) else None
@@ -60,7 +52,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             if offloads_from is not None and not runs_again and module.training and torch.is_grad_enabled():
                 raise UnsupportedError(
                     f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
-                    "call model.gradient_checkpointing_enable() before you train, or leave offload out"
+                    "call model.activation_checkpointing_enable() before you train, or leave offload out"
                 )
             try:
                 output = yield given
@@ -174,7 +166,7 @@ def _pass_again(state: RegionState, layer: Layer, stack: Stack, mask: Mask | Non
         raise UnsupportedError(
             f"{layer.name} is run again in backward, and its mask was given to several forwards that drew other random "
             "numbers, or made other use of the logits: give each forward a mask of its own, or use "
-            "model.gradient_checkpointing_enable()"
+            "model.activation_checkpointing_enable()"
         )
     if not noted or (noted[0][0].is_separate and noted[0][0].seed is not None):
         raise UnsupportedError(_outside(layer.name))
@@ -198,6 +190,15 @@ def require_undrawn(before: list[Tensor] | None, device: torch.device) -> None:
             "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on before "
             "enable()"
         )
+
+
+def _given_to(state: RegionState, layer: Layer, stack_pass: StackPass, scope: Scope, path: Path, leaf: Any) -> Any:
+    """What a layer is given in place of an argument."""
+    if isinstance(leaf, Cache):
+        return LayersCache(leaf, layer.heads, state.context, state.peers) if stack_pass.fills_cache else None
+    if path[1] in scope.ignored:
+        return without_unread(leaf, str(path[1]), stack_pass.extent.length)
+    return entering(path, leaf, layer, stack_pass)
 
 
 def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:
@@ -281,5 +282,5 @@ def _outside(name: str) -> str:
         )
     return (
         f"{name} runs outside of a forward of its model, and nothing tells what sequence it is of: to checkpoint it "
-        "use model.gradient_checkpointing_enable()"
+        "use model.activation_checkpointing_enable()"
     )

@@ -136,7 +136,7 @@ def names_taken(model: nn.Module) -> frozenset[str]:
 
 
 @cache
-def names_of_class(kind: type[nn.Module]) -> frozenset[str]:
+def names_of_class(kind: Any) -> frozenset[str]:
     """The names of the arguments of the first forward that names some, of a class and those that it derives from."""
     inherited = (_named(vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base))
     return next(filter(None, inherited), _USUAL)
