@@ -49,7 +49,7 @@ def unread(names: Iterable[str], modules: Iterable[nn.Module]) -> frozenset[str]
     modules = list(modules)
     if any("forward" in vars(module) for module in modules):
         return frozenset()  # Somebody else's, which may read anything.
-    kinds = {type(module) for module in modules}
+    kinds: set[Any] = {type(module) for module in modules}
     return frozenset(name for name in asked if not any(name in _mentioned(kind) for kind in kinds))
 
 

@@ -111,8 +111,8 @@ def out_of_place(model: PreTrainedModel, given: list[Tensor]) -> str | None:
         )
     if model.device.type == "meta" and any(tensor.device.type != "meta" for tensor in given):
         return (
-            f"the weights of this {type(model).__name__} are elsewhere than on its device (accelerate's cpu_offload, or "
-            'a device_map with "cpu" or "disk"), which is not covered: load all of it onto one device'
+            f"the weights of this {type(model).__name__} are elsewhere than on its device (accelerate's cpu_offload, "
+            'or a device_map with "cpu" or "disk"), which is not covered: load all of it onto one device'
         )
     return None
 
@@ -183,7 +183,8 @@ def is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default
 
 def own_arguments(model: PreTrainedModel) -> set[str]:
     """The arguments that a model's class, and what it passes its keyword arguments on to, know."""
-    return {*names_of_class(type(model)), *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
+    kind: Any = type(model)
+    return {*names_of_class(kind), *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
 
 
 def with_sharded_logits(output: Any, length: int, peers: Peers, lm_head_input: LMHeadInput | None) -> Any:

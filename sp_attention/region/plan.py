@@ -132,7 +132,8 @@ _USUAL = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_i
 
 def names_taken(model: nn.Module) -> frozenset[str]:
     """The names of the arguments that a model's forward takes; of `forward(*args, **kwargs)` those of its class."""
-    return _named(model.forward) or names_of_class(type(model))
+    kind: Any = type(model)  # A class with __hash__ of its own is nothing that can be hashed to mypy.
+    return _named(model.forward) or names_of_class(kind)
 
 
 @cache
