@@ -140,8 +140,8 @@ def enable(
         that the model asks in the rehearsal. It is not changed afterwards: what a batch asks beyond that is refused.
     group: the ranks that share a sequence: a ProcessGroup, a DeviceMesh dimension, or an object with
         `get_sequence_parallel_group()`. By default all processes.
-    rehearse: False skips the proof (below): what does not attend is taken to treat each token alone, and the loss is
-        computed from whole logits. For models that are known, and for weights that are not materialised yet.
+    rehearse: False skips the proof (below): in layers that attend through transformers' interface all else is taken to
+        treat each token alone, and the loss is computed from whole logits. For models that are known, and for weights that are not materialised yet.
     whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
     loss_tile: the loss makes the logits of this many tokens at a time, and again only for what is asked of
         `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
