@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -43,7 +43,8 @@ class Handle(Unpicklable):
 
     peers: the ranks that share its sequences, None when this rank is alone and nothing was changed.
     passed_over: the kernels of higher priority that "auto" did not take, and why.
-    own: how the model attended before.
+    own: how the model attended before. others: the handles of other models in the same module, by their names there;
+    they are disabled and suspended with this one. left_alone: those that cannot be enabled, and why.
     """
 
     backend: Backend
@@ -53,6 +54,8 @@ class Handle(Unpicklable):
     hooks: Hooks | None
     own: Own
     _undo: ExitStack
+    others: dict[str, "Handle"] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     @property
     def data_parallel_size(self) -> int:
@@ -76,10 +79,20 @@ class Handle(Unpicklable):
     def disable(self) -> None:
         """Make the model what it was before `enable`: hooks, attributes, configuration and registries."""
         self._undo.close()
+        for other in self.others.values():
+            other.disable()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Within it the model computes as before `enable`: each rank does all of the work, alone."""
+        with ExitStack() as others:
+            for other in self.others.values():
+                others.enter_context(other.suspended())
+            with self._suspended_alone():
+                yield
+
+    @contextmanager
+    def _suspended_alone(self) -> Iterator[None]:
         if self.hooks is None or not self.hooks.handles:
             yield
             return
@@ -97,7 +110,9 @@ class Handle(Unpicklable):
     @contextmanager
     def only_loss(self) -> Iterator[None]:
         """Within it logits stay sharded in evaluation with labels too, as in training: for a loss, with less memory."""
-        with nullcontext() if self.hooks is None else self.hooks.for_the_loss():
+        with ExitStack() as everyone:
+            for one in (self, *self.others.values()):
+                everyone.enter_context(nullcontext() if one.hooks is None else one.hooks.for_the_loss())
             yield
 
     def report(self) -> str:
@@ -110,7 +125,12 @@ class Handle(Unpicklable):
         lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
-        return "\n".join(lines + described(self.hooks.plan))
+        lines += described(self.hooks.plan)
+        lines += [f"{name}, beside it: {other.report()}" for name, other in self.others.items()]
+        lines += [
+            f"{name}, beside it: left alone, each rank does all of it: {why}" for name, why in self.left_alone.items()
+        ]
+        return "\n".join(lines)
 
     def __enter__(self) -> "Handle":
         return self
@@ -135,13 +155,15 @@ def enable(
 ) -> Handle:
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
-    model: a PreTrainedModel, or a module that wraps one, on its device and in any float dtype, float64 included.
+    model: a PreTrainedModel, or a module that holds one or several, on its device and in any float dtype, float64
+        included. Of several the handle is that of the first, and disables all.
     backend: the kernel, such as "sdpa"; "auto" takes the one of highest priority on the model's device that does all
         that the model asks in the rehearsal. It is not changed afterwards: what a batch asks beyond that is refused.
     group: the ranks that share a sequence: a ProcessGroup, a DeviceMesh dimension, or an object with
         `get_sequence_parallel_group()`. By default all processes.
     rehearse: False skips the proof (below): in layers that attend through transformers' interface all else is taken to
-        treat each token alone, and the loss is computed from whole logits. For models that are known, and for weights that are not materialised yet.
+        treat each token alone, and the loss is computed from whole logits. For models that are known, and for weights
+        that are not materialised yet.
     whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
     loss_tile: the loss makes the logits of this many tokens at a time, and again only for what is asked of
         `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
@@ -160,11 +182,48 @@ def enable(
     Raises on every rank of the group: BackendError for a backend that is unknown or cannot be used, UnsupportedError
     for a model that cannot be proven exact, ValueError for arguments that do not fit and a model that is enabled.
     """
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if inner is None:
+    towers = _models_in(model)
+    if not towers:
         raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
-    peers = resolve(group, sp_size, inner.device)
+    peers = resolve(group, sp_size, next(iter(towers.values())).device)
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload)
+    return _all_enabled(towers, backend, peers, options)
+
+
+def _models_in(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost models of transformers in a module, by their names in it."""
+    found: dict[str, PreTrainedModel] = {}
+    within: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module not in within:
+            found[name] = module
+            within.update(module.modules())
+    return found
+
+
+def _all_enabled(towers: dict[str, PreTrainedModel], backend: str, peers: Peers | None, options: Options) -> Handle:
+    """Of several models side by side those that cannot be enabled are left alone, unless none can."""
+    handles: dict[str, Handle] = {}
+    refused: dict[str, UnsupportedError] = {}
+    for name, tower in towers.items():
+        try:
+            handles[name] = _enabled(tower, backend, peers, options)
+        except UnsupportedError as error:
+            refused[name] = error
+        except BaseException:
+            for handle in handles.values():
+                handle.disable()
+            raise
+    if not handles:
+        raise next(iter(refused.values()))
+    first, *others = handles
+    handles[first].others = {name: handles[name] for name in others}
+    handles[first].left_alone = {name: str(error) for name, error in refused.items()}
+    return handles[first]
+
+
+def _enabled(inner: PreTrainedModel, backend: str, peers: Peers | None, options: Options) -> Handle:
+    """One model, enabled, with the best kernel that does all that it asks."""
     choice = _agreed(lambda: _candidates(inner, backend, options), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())

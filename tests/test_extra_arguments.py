@@ -46,6 +46,18 @@ def weighted() -> PreTrainedModel:
     return Weighted(LLAMA.build().config).double().train()
 
 
+class Recording(nn.SiLU):
+    """An activation, which notes of how many tokens it is given numbers."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        super().__init__()
+        self.lengths = lengths
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.lengths.append(hidden.shape[-2])
+        return super().forward(hidden)
+
+
 def read_by_name(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """A hook, which nothing shows to read what it reads."""
     kwargs["loss_mask"].sum()
@@ -58,7 +70,7 @@ def with_extras() -> dict[str, Any]:
     sp_attention.enable(model, backend="sdpa")
     lengths: list[int] = []
     kinds: list[str] = []
-    model.lm_head.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    model.model.layers[1].mlp.act_fn = Recording(lengths)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, value in EXTRAS.items():

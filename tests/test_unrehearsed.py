@@ -9,7 +9,9 @@ import sp_attention
 from sp_attention.launch import run_ranks
 
 OWN_MIXERS = {
-    "mpt": Tiny("MptForCausalLM", {"d_model": 48, "n_heads": 6, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64}),
+    "mpt": Tiny(
+        "MptForCausalLM", {"d_model": 48, "n_heads": 6, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64}
+    ),
     "bloom": Tiny("BloomForCausalLM", {"n_head": 6, "n_layer": 2}),
     "mamba": Tiny("MambaForCausalLM", {"state_size": 4, "conv_kernel": 3, "expand": 2}, 1e-3),
 }

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from sp_attention.distributed import rng
 from sp_attention.distributed.consistency import SAMPLING, require_same_batch
 from sp_attention.errors import Refused, UnsupportedError
+from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints
 from sp_attention.region.embedding_and_head_hooks import around_embedding, before_lm_head
 from sp_attention.region.extra_arguments import unread
@@ -34,7 +35,7 @@ from sp_attention.region.forward import (
 from sp_attention.region.kv_cache import cached_length
 from sp_attention.region.layer_hooks import around_gathered, around_layer, require_undrawn
 from sp_attention.region.masks import Described
-from sp_attention.region.other_hooks import hooks_of_others
+from sp_attention.region.other_hooks import hooks_of_others, watched_by_others
 from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
 from sp_attention.region.pytree import leaves, map_leaves, tensors
 from sp_attention.region.state import Hook, RegionState
@@ -167,6 +168,7 @@ class Hooks(RegionState):
             "(gradients)": torch.is_grad_enabled(),
             "(only the loss)": self.only_loss,
             "(hooks of others on embeddings)": any(map(hooks_of_others, self.embeddings)),
+            "(hooks of others on the LM head)": self._others_see_logits(),
             "(tokens in the cache)": max(map(cached_length, caches), default=0),
         }
         if (caches or given.get("use_cache")) and not torch.is_grad_enabled():
@@ -176,6 +178,13 @@ class Hooks(RegionState):
         described = [(".".join(map(str, path)), leaf) for path, leaf in leaves(given) if isinstance(leaf, Described)]
         masks = {f"{name}, {field}": value for name, leaf in described for field, value in leaf.told.items()}
         require_same_batch({**given, **masks, **mode}, self.peers, model.device)
+
+    def _others_see_logits(self) -> bool:
+        """Whether somebody looks at what goes into the LM head, or comes out, and so has to see all of it."""
+        lm_head, cut_before = self.plan.lm_head, self.plan.cut_before
+        known = lm_head.module if isinstance(lm_head, LMHead) else None if cut_before is None else cut_before.module
+        head = known or self.plan.models[0].get_output_embeddings()
+        return head is not None and watched_by_others(head)
 
     def _tell(self, names: Set[str], model: PreTrainedModel) -> None:
         """Say once what a batch has that makes training exact and slower."""
@@ -193,7 +202,7 @@ class Hooks(RegionState):
         has_cache = any(isinstance(value, Cache) for value in given.values())
         forward = Forward(
             model,
-            stays_sharded(self.plan, model, given, ignored, self.only_loss),
+            None if self._others_see_logits() else stays_sharded(self.plan, model, given, ignored, self.only_loss),
             unseen,
             ignored,
             fills_caches=fills_caches(self.plan, model, given, has_cache, self.only_loss),

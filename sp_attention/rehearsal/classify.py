@@ -32,8 +32,9 @@ def explore(
 ) -> tuple[Findings, Traces]:
     """Find the stacks of a model and what their parts are, from pairs of a narrow and a wide dummy batch of one kind.
 
-    Unless it `proves`, what does not attend is taken to be position-wise in layers in which something does. Raises UnsupportedError when there is nothing
-    that works on a sequence, and when the model should attend through us and does not.
+    Unless it `proves`, what does not attend is taken to be position-wise in layers in which something does.
+    Raises UnsupportedError when there is nothing that works on a sequence, and when the model should attend through us
+    and does not.
     """
     traces, proof = _traced(model, pairs, attention_calls, proves=proves, attends=attends)
     names = {module: name for name, module in model.named_modules()}

@@ -16,6 +16,7 @@ from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHead, LMHeadInput, liger_does, tile_for
 from sp_attention.region.forward import TOKENS
 from sp_attention.region.hooks import Hooks
+from sp_attention.region.other_hooks import watched_by_others
 from sp_attention.region.plan import NamedModule, RegionPlan, names_taken
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
 from sp_attention.rehearsal.findings import Findings
@@ -41,6 +42,9 @@ def shard_loss(
     batch = _with_labels(model, dummy)
     if batch is None or not before:
         return plan
+    head = model.get_output_embeddings()
+    if head is not None and watched_by_others(head):
+        return replace(plan, sharded_loss=Refused("hooks that are not sp_attention's see them, on the LM head"))
     whole = attempted(lambda: model(**batch), hooks.peers)
     if isinstance(whole, Refused):
         return plan  # Such a model wants other labels.
@@ -120,7 +124,7 @@ def _with_tiled_loss(
     logits, expected = found
     lm_head = _lm_head(model, logits, tile)
     refused = None
-    for liger in (True, False) if liger_does(lm_head) else (False,):
+    for liger in (True, False) if liger_does(lm_head, lm_head.module) else (False,):
 
         def compare() -> None:
             require_same(computed(), expected, f"{type(model).__name__} with its loss in tiles")
