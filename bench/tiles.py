@@ -44,7 +44,7 @@ def step_of(setting: str, length: int) -> tuple[int, float, float]:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL, max_position_embeddings=length)).train()
     options, checkpointed = SETTINGS[setting]
     if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     sp_attention.enable(model, backend="sdpa", **options)
     ids = torch.randint(MODEL["vocab_size"], (1, length))
     spent, seconds, loss = 0, [], 0.0

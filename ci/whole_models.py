@@ -150,7 +150,7 @@ def _judged(model: PreTrainedModel, steps: dict[str, Step], way: Way) -> Iterato
     names = model.config.model_type, str(model.dtype).removeprefix("torch.")
     with sp_attention.enable(shared, "auto", **way.asked or {}) as handle:
         if way.checkpoints:
-            shared.gradient_checkpointing_enable()
+            shared.activation_checkpointing_enable()
         for name, step in steps.items():
             try:
                 expected = step(exact)
@@ -203,7 +203,7 @@ def _measured(kind: str, length: int, ways: dict[str, Way]) -> dict[str, tuple[i
         if way.asked is not None:
             sp_attention.enable(model, "auto", **way.asked)
         if way.checkpoints:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         for _ in range(2):
             module.reset_peak_memory_stats()
             start = perf_counter()

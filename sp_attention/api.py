@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -26,6 +26,7 @@ from sp_attention.region.attn_implementation import Own, attend_as, configs, kee
 from sp_attention.region.context import Context
 from sp_attention.region.copies import CopiedHooks
 from sp_attention.region.hooks import Hooks
+from sp_attention.region.unpicklable import Unpicklable
 from sp_attention.rehearsal.findings import Findings, described, report
 from sp_attention.rehearsal.install import install
 from sp_attention.rehearsal.options import LossTile, Options
@@ -42,12 +43,13 @@ _UNCHANGED: WeakKeyDictionary[nn.Module, "Handle"] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
-class Handle:
+class Handle(Unpicklable):
     """An enabled model. As a context manager it disables the model at the end.
 
     peers: the ranks that share its sequences, None when this rank is alone and nothing was changed.
     passed_over: the kernels of higher priority that "auto" did not take, and why.
-    own: how the model attended before.
+    own: how the model attended before. others: the handles of other models in the same module, by their names there;
+    they are disabled and suspended with this one. left_alone: those that cannot be enabled, and why.
     """
 
     backend: Backend
@@ -57,6 +59,8 @@ class Handle:
     hooks: Hooks | CopiedHooks | None
     own: Own
     _undo: ExitStack
+    others: dict[str, "Handle"] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     @property
     def data_parallel_size(self) -> int:
@@ -80,10 +84,20 @@ class Handle:
     def disable(self) -> None:
         """Make the model what it was before `enable`: hooks, attributes, configuration and registries."""
         self._undo.close()
+        for other in self.others.values():
+            other.disable()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Within it the model computes as before `enable`: each rank does all of the work, alone."""
+        with ExitStack() as others:
+            for other in self.others.values():
+                others.enter_context(other.suspended())
+            with self._suspended_alone():
+                yield
+
+    @contextmanager
+    def _suspended_alone(self) -> Iterator[None]:
         if self.hooks is None or not self.hooks.are_installed:
             yield
             return
@@ -101,7 +115,9 @@ class Handle:
     @contextmanager
     def only_loss(self) -> Iterator[None]:
         """Within it logits stay sharded in evaluation with labels too, as in training: for a loss, with less memory."""
-        with nullcontext() if self.hooks is None else self.hooks.for_the_loss():
+        with ExitStack() as everyone:
+            for one in (self, *self.others.values()):
+                everyone.enter_context(nullcontext() if one.hooks is None else one.hooks.for_the_loss())
             yield
 
     def report(self) -> str:
@@ -114,7 +130,12 @@ class Handle:
         lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
-        return "\n".join(lines + described(self.hooks.plan))
+        lines += described(self.hooks.plan)
+        lines += [f"{name}, beside it: {other.report()}" for name, other in self.others.items()]
+        lines += [
+            f"{name}, beside it: left alone, each rank does all of it: {why}" for name, why in self.left_alone.items()
+        ]
+        return "\n".join(lines)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
         """That of a copied model, which has the same hooks, and goes on with them when the other is disabled."""
@@ -158,13 +179,15 @@ def enable(
 ) -> Handle:
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
-    model: a PreTrainedModel, or a module that wraps one, on its device and in any float dtype, float64 included.
+    model: a PreTrainedModel, or a module that holds one or several, on its device and in any float dtype, float64
+        included. Of several the handle is that of the first, and disables all.
     backend: the kernel, such as "sdpa"; "auto" takes the one of highest priority on the model's device that does all
         that the model asks in the rehearsal. It is not changed afterwards: what a batch asks beyond that is refused.
     group: the ranks that share a sequence: a ProcessGroup, a DeviceMesh dimension, or an object with
         `get_sequence_parallel_group()`. By default all processes.
-    rehearse: False skips the proof (below): what does not attend is taken to treat each token alone, and the loss is
-        computed from whole logits. For models that are known, and for weights that are not materialised yet.
+    rehearse: False skips the proof (below): in layers that attend through transformers' interface all else is taken to
+        treat each token alone, and the loss is computed from whole logits. For models that are known, and for weights
+        that are not materialised yet.
     whole_logits: also in training with labels `outputs.logits` are all logits, and not `ShardedLogits`.
     loss_tile: the loss makes the logits of this many tokens at a time, and again only for what is asked of
         `outputs.logits`; "auto" takes as many as have logits of 64 MiB, and at least 512. None makes all at once.
@@ -189,12 +212,52 @@ def enable(
     """
     peers = resolve(group, sp_size, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload, longest)
-    inner, choice = _agreed(lambda: _candidates(model, backend, options), peers)
+    towers = _agreed(lambda: _models_in(model), peers)
+    return _all_enabled(towers, backend, peers, options)
+
+
+def _models_in(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost models of transformers in a module, by their names in it. Raises ValueError if there are none."""
+    found: dict[str, PreTrainedModel] = {}
+    within: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module not in within:
+            found[name] = module
+            within.update(module.modules())
+    if not found:
+        raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
+    return found
+
+
+def _all_enabled(towers: dict[str, PreTrainedModel], backend: str, peers: Peers | None, options: Options) -> Handle:
+    """Of several models side by side those that cannot be enabled are left alone, unless none can."""
+    handles: dict[str, Handle] = {}
+    refused: dict[str, UnsupportedError] = {}
+    for name, tower in towers.items():
+        try:
+            handles[name] = _enabled(tower, backend, peers, options)
+        except UnsupportedError as error:
+            refused[name] = error
+        except BaseException:
+            for handle in handles.values():
+                handle.disable()
+            raise
+    if not handles:
+        raise next(iter(refused.values()))
+    first, *others = handles
+    handles[first].others = {name: handles[name] for name in others}
+    handles[first].left_alone = {name: str(error) for name, error in refused.items()}
+    return handles[first]
+
+
+def _enabled(inner: PreTrainedModel, backend: str, peers: Peers | None, options: Options) -> Handle:
+    """One model, enabled, with the best kernel that does all that it asks."""
+    choice = _agreed(lambda: _candidates(inner, backend, options), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
     require_same_options(asdict(options), peers)
-    require_same_model(model, inner, peers)
+    require_same_model(inner, inner, peers)
     names = WeakKeyDictionary({module: name for name, module in inner.named_modules()})
     passed_over: dict[str, str] = {}
     own = own_attention(inner)
@@ -233,14 +296,8 @@ def _name_of(names: Mapping[nn.Module, str], module: nn.Module | None) -> str:
     return type(module).__name__ if module is None else names.get(module, type(module).__name__)
 
 
-def _candidates(outer: nn.Module, backend: str, options: Options) -> tuple[PreTrainedModel, tuple[Backend, ...]]:
-    """The model of transformers in `outer`, and the backends to try.
-
-    Raises BackendError, UnsupportedError or ValueError for what is refused on this rank.
-    """
-    model = next((module for module in outer.modules() if isinstance(module, PreTrainedModel)), None)
-    if model is None:
-        raise ValueError(f"{type(outer).__name__} is not a transformers model, nor does it contain one")
+def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple[Backend, ...]:
+    """The backends to try. Raises BackendError, UnsupportedError or ValueError for what is refused on this rank."""
     problem = options.problem(model.device)
     if problem is not None:
         raise ValueError(problem)
@@ -256,9 +313,10 @@ def _candidates(outer: nn.Module, backend: str, options: Options) -> tuple[PreTr
     if model.device.type == "meta" and options.rehearse:
         raise UnsupportedError(
             "the model's weights are not materialised (meta device), so nothing can be proven: load them before "
-            "enable(), or pass rehearse=False"
+            "enable(), or pass rehearse=False; weights that accelerate keeps elsewhere (cpu_offload, device_map) are "
+            "not covered"
         )
-    return model, candidates(model.device.type, backend)
+    return candidates(model.device.type, backend)
 
 
 def _of_every_rank(choice: tuple[Backend, ...], peers: Peers) -> list[Backend]:

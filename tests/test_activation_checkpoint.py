@@ -83,7 +83,7 @@ def run_checkpointed(reentrant: bool) -> dict[str, float]:
     for name, step in STEPS.items():
         models = MODELS["mistral-window5"].build(), MODELS["mistral-window5"].build()
         for model in models:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         sp_attention.enable(models[1], backend="sdpa")
         errors[name] = largest_error(*models, step)
     return errors

@@ -80,6 +80,11 @@ def can_be_copied_and_given_a_class(kind: type) -> None:
     assert not any(vars(one).keys() & {"__slots__", "__copy__", "__reduce_ex__"} for one in kind.__mro__[:-1])
 
 
+def is_known_within_transforms(are_active: Callable[[], bool]) -> None:
+    assert not are_active()
+    assert torch.func.vmap(lambda one: one * are_active())(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
 def indexes_by_tensors(mode: Any) -> None:
     """Within it a tensor can be indexed under vmap."""
     table = torch.arange(4) * 10
@@ -368,6 +373,7 @@ CHECKS: dict[str, Check] = {
     "accelerate.data_loader.DataLoaderShard.base_dataloader": is_a(DataLoader),
     "accelerate.utils.recursively_apply": takes("func", "data", also=("error_on_other_type",)),
     "torch.Tensor._version": counts_what_is_written,
+    "torch._C._are_functorch_transforms_active": is_known_within_transforms,
     "torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex": indexes_by_tensors,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": gives_the_module_to_its_function,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper.checkpoint_fn": is_callable,

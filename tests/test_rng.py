@@ -4,9 +4,11 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from helpers import Selected, gradients_of, relative_error, run_once, too_large
 from models import Tiny, batch_of
 from torch import Tensor, nn
@@ -103,9 +105,9 @@ def checkpointed(name: str) -> dict[str, float]:
     assert torch.equal(seeded()[0], loss)
     errors = {}
     for reentrant in (True, False):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         again, others = seeded()
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         pairs = [(again, loss), *((others[one], gradients[one]) for one in gradients)]
         errors["reentrant" if reentrant else "not reentrant"] = max(relative_error(*pair) for pair in pairs)
     return errors
@@ -177,6 +179,88 @@ def test_a_model_without_dropout_draws_nothing_and_dropout_that_comes_later_is_r
         )
 
 
+def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """As NEFTune does, by a hook on the embeddings that Trainer puts there in train()."""
+    return output + 0.3 * torch.rand_like(output) if module.training else output
+
+
+def noisy_llama(*, enabled: bool) -> PreTrainedModel:
+    """Without dropout; noise comes after enable()."""
+    model = Tiny("LlamaForCausalLM").build()
+    if enabled:
+        sp_attention.enable(model, backend="sdpa")
+    model.get_input_embeddings().register_forward_hook(add_noise)
+    return model
+
+
+def masked_sound(*, enabled: bool) -> PreTrainedModel:
+    """Spans of time are masked, which numpy draws."""
+    dropouts = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
+    settings = {
+        "vocab_size": 32,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 2,
+        "num_feat_extract_layers": 2,
+        "conv_dim": [16, 16],
+        "conv_stride": [5, 4],
+        "conv_kernel": [10, 8],
+        "mask_time_length": 4,
+        "layerdrop": 0.0,
+    }
+    off = dict.fromkeys(dropouts, 0.0)
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**settings, **off, mask_time_prob=0.3))
+    model = model.double().train()
+    if enabled:
+        sp_attention.enable(model, backend="sdpa")
+    return model
+
+
+def noise_of_one_process(differ: bool) -> dict[str, Any]:
+    """By model, the largest relative error of losses and gradients of two steps, with generators seeded alike or by
+    rank, and the losses.
+    """
+    found: dict[str, Any] = {}
+    for make in (noisy_llama, masked_sound):
+        one, model = make(enabled=False), make(enabled=True)
+        sound = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)).double()
+        batches = {
+            noisy_llama: batch_of("plain", 33),
+            masked_sound: {"input_values": sound, "labels": torch.tensor([[5, 6, 7], [8, 9, 4]])},
+        }
+        results = []
+        for each in (one, model):
+            seed = 3 + (dist.get_rank() if differ and each is model else 0)
+            torch.manual_seed(seed), numpy.random.seed(seed), random.seed(seed)
+            losses = [each(**batches[make]).loss for _ in range(2)]
+            sum(losses).backward()
+            results.append([loss.detach() for loss in losses])
+        sp_attention.average_gradients(model)
+        expected, gradients = gradients_of(one), gradients_of(model)
+        pairs = [*zip(*results, strict=True), *((gradients[name], expected[name]) for name in expected)]
+        scale = max(float(gradient.abs().max()) for gradient in expected.values())
+        errors = [float((ours - theirs).abs().max()) / scale for ours, theirs in pairs]
+        found[make.__name__] = (max(errors), [loss.item() for loss in results[1]])
+    return found
+
+
+def test_noise_outside_of_the_layers_is_that_of_one_process_where_ranks_are_seeded_alike() -> None:
+    for found in run_ranks(3, noise_of_one_process, False):
+        for error, losses in found.values():
+            assert error < 1e-6
+            assert losses[0] != losses[1]
+
+
+def test_noise_outside_of_the_layers_is_alike_where_ranks_are_not() -> None:
+    first, second = run_ranks(2, noise_of_one_process, True)
+    for name, (_, losses) in first.items():
+        assert losses == second[name][1]
+
+
 def test_seeds_are_made_of_numbers_and_names() -> None:
     seeds = {derived(1, "model.layers.0"), derived(1, "model.layers.1"), derived(2, "model.layers.0"), derived(1, 0)}
     assert len(seeds) == 4
@@ -189,7 +273,7 @@ def test_generators_draw_what_a_seed_tells_until_they_are_what_they_were() -> No
     before, drawn = states(device), []
     for _ in range(2):
         with Forked(7, device):
-            drawn.append((random.random(), torch.rand(()).item()))
+            drawn.append((random.random(), numpy.random.rand(), torch.rand(()).item()))
         assert are_equal(states(device), before)
     assert drawn[0] == drawn[1]
 

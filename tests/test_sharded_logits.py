@@ -1,6 +1,7 @@
 """Logits that stay sharded: never taken for the whole, and whole on request."""
 
 import copy
+import dataclasses
 import operator
 import pickle
 from collections.abc import Callable
@@ -56,11 +57,11 @@ def uses() -> dict[str, Any]:
     assert not hasattr(outputs.logits, "device")
     assert outputs.logits.shape == outputs.logits.part.shape == (2, len(outputs.logits.span), 97)
     assert repr(outputs.logits).startswith("ShardedLogits([2, ")
-    assert copy.copy(outputs.logits).part is outputs.logits.part
-    for duplicate in (copy.deepcopy, pickle.dumps):
-        with pytest.raises((TypeError, RuntimeError)) as error:  # a process group cannot be copied
-            duplicate(outputs.logits)
-        assert error.type is not RecursionError
+    assert copy.copy(outputs.logits).part is copy.deepcopy(outputs.logits).part is outputs.logits.part
+    # Lightning and FSDP2 take dataclasses apart, to convert tensors in them.
+    assert not dataclasses.is_dataclass(outputs.logits)
+    with pytest.raises(ShardedLogitsError):
+        pickle.dumps(outputs.logits)
 
     # Whole, with a gradient: the user's own loss beside the model's.
     def step(each: PreTrainedModel) -> list[Tensor]:

@@ -74,7 +74,7 @@ def hooked(model: nn.Module) -> nn.Module:
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     return model
 

@@ -186,7 +186,7 @@ def _turned(batch: Batch) -> Batch:
 def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
     trainable = [parameter.requires_grad for parameter in model.parameters()]
     if variant in CHECKPOINTING:
-        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[variant]})
+        model.activation_checkpointing_enable({"use_reentrant": CHECKPOINTING[variant]})
     if variant == "frozen":
         for parameter in list(model.parameters())[::2]:
             parameter.requires_grad_(False)
@@ -195,7 +195,7 @@ def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
         yield
     finally:
         if variant in CHECKPOINTING:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
         for parameter, was in zip(model.parameters(), trainable, strict=True):
             parameter.requires_grad_(was)
         model.train()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sp_attention.distributed.once_differentiable import once_differentiable
 from sp_attention.distributed.partition import spans
 from sp_attention.distributed.peers import Peers
 

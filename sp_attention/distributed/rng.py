@@ -5,8 +5,12 @@ rank computes for its span alone must draw others than its peers. Seeds are deri
 state, so that a layer that is recomputed in backward draws what it drew before.
 """
 
+import pickle
 import random
+import sys
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,13 +21,33 @@ from sp_attention.distributed.peers import Peers
 
 
 def states(device: torch.device) -> list[Tensor]:
-    """The states of Python's and torch's generators, and of the device's; unequal when numbers were drawn between."""
-    return [torch.tensor(random.getstate()[1]), *_of_torch(device)]
+    """The states of Python's, numpy's and torch's generators, and of the device's; unequal when numbers were drawn."""
+    return [torch.tensor(random.getstate()[1]), _as_tensor(numpy_state()), *_of_torch(device)]
 
 
 def sampling_state(device: torch.device) -> int:
     """A number that tells apart the states of the generator that tokens are sampled with, alike in every process."""
     return _number_of(_of_torch(device)[-1])
+
+
+def numpy_state() -> Any:
+    """The state of numpy's global generator, by which models of sound mask time; None where nobody imported numpy."""
+    numpy = _numpy()
+    return None if numpy is None else numpy.get_state(legacy=False)
+
+
+def set_numpy_state(state: Any) -> None:
+    """Give numpy's global generator back a state that `numpy_state` returned."""
+    if state is not None:
+        _numpy().set_state(state)
+
+
+def _numpy() -> Any:
+    return getattr(sys.modules.get("numpy"), "random", None)
+
+
+def _as_tensor(state: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
 
 
 def _of_torch(device: torch.device) -> list[Tensor]:
@@ -46,19 +70,34 @@ def shared_seed(device: torch.device, peers: Peers) -> int:
 
     Generators that differ between ranks are seeded with it, so that from here on they draw the same.
     """
-    seed = int(torch.randint(2**62, ()))
-    python, *others = map(_number_of, states(device))
-    mine = torch.tensor([seed, python, derived(*others)], device=device)
+    return _agreed(int(torch.randint(2**62, ())), device, peers)
+
+
+def make_alike(device: torch.device, peers: Peers) -> None:
+    """Generators that differ between ranks are seeded, so that they draw the same; nothing is drawn from the others."""
+    _agreed(None, device, peers)
+
+
+def _agreed(seed: int | None, device: torch.device, peers: Peers) -> int:
+    """The seed of the group's first rank, or one made of its generators' states; those that differ are seeded by it."""
+    python, numpy, *others = map(_number_of, states(device))
+    torchs = derived(*others)
+    mine = torch.tensor([torchs if seed is None else seed, python, numpy, torchs], device=device)
     everyone = torch.empty(peers.size, len(mine), dtype=torch.int64, device=device)
     peers.meet(7)
     dist.all_gather(list(everyone), mine, group=peers.group)
-    seed = int(everyone[0, 0])
+    common = int(everyone[0, 0])
     differs = (everyone != everyone[0]).any(0).tolist()
-    if differs[1]:
-        random.seed(seed)
-    if differs[2]:
-        torch.manual_seed(seed)
-    return seed
+    seeds: list[Callable[[int], Any]] = [random.seed, _seed_numpy, torch.manual_seed]
+    for seed_it, differ in zip(seeds, differs[1:], strict=True):
+        if differ:
+            seed_it(common)
+    return common
+
+
+def _seed_numpy(seed: int) -> None:
+    if _numpy() is not None:
+        _numpy().seed(seed % 2**32)
 
 
 def derived(*parts: int | str) -> int:
@@ -78,9 +117,10 @@ class Forked:
         self._module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
 
     def __enter__(self) -> None:
-        self._python, self._host = random.getstate(), torch.get_rng_state()
+        self._python, self._numpy, self._host = random.getstate(), numpy_state(), torch.get_rng_state()
         self._own = None if self._module is None else self._module.get_rng_state(self._device)
         random.seed(self._seed)
+        _seed_numpy(self._seed)
         torch.manual_seed(self._seed)
 
     def __exit__(
@@ -89,6 +129,7 @@ class Forked:
         if kind is GeneratorExit:  # Long after: others may have seeded since.
             return
         random.setstate(self._python)
+        set_numpy_state(self._numpy)
         torch.set_rng_state(self._host)
         if self._module is not None:
             self._module.set_rng_state(self._own, self._device)

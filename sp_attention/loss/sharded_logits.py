@@ -1,8 +1,7 @@
 """What stands in `outputs.logits` where logits stay sharded: no tensor, so that nobody takes a span for the whole."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,20 +9,20 @@ from torch import Tensor
 from sp_attention.distributed.collectives import gather
 from sp_attention.distributed.peers import Peers
 from sp_attention.errors import ShardedLogitsError
+from sp_attention.loss.no_tensor import NoTensor
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class ShardedLogits:
+class ShardedLogits(NoTensor):
     """This rank's span of a causal model's logits, in training with labels.
 
     shape: [B, s, V], of my span. length: S, the tokens of the whole sequence. compute: makes them, or has them.
     Whatever else is asked of it, as if it were a tensor, raises ShardedLogitsError, which says what to do.
+
+    No dataclass: Lightning and FSDP2 take those apart that a model returns, to convert the tensors in them.
     """
 
-    shape: torch.Size
-    length: int
-    peers: Peers
-    compute: Callable[[], Tensor]
+    def __init__(self, shape: torch.Size, length: int, peers: Peers, compute: Callable[[], Tensor]) -> None:
+        self.shape, self.length, self.peers, self.compute = shape, length, peers, compute
 
     @property
     def part(self) -> Tensor:
@@ -42,26 +41,20 @@ class ShardedLogits:
     def __repr__(self) -> str:
         return f"ShardedLogits({list(self.shape)}, tokens {self.span.start} to {self.span.stop} of {self.length})"
 
-    def _refuse(self, *_: Any) -> Any:
+    def _refuse(self, *_: Any) -> NoReturn:
         raise ShardedLogitsError(
             f"outputs.logits hold {len(self.span)} of {self.length} tokens: in training with labels a causal model's "
             "logits stay sharded. Use outputs.logits.part, or outputs.logits.whole() on every rank of the group, or "
             "enable(model, whole_logits=True)."
         )
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Python's own, asked of what is copied or pickled.
-            raise AttributeError(name)
-        return self._refuse()
+    def __copy__(self) -> "ShardedLogits":
+        return self
 
-    def __eq__(self, other: object) -> Any:
-        return self._refuse()
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedLogits":
+        return self  # A tensor with a gradient path, which it may hold, cannot be copied.
 
-    __hash__ = object.__hash__
-    __getitem__ = __setitem__ = __len__ = __iter__ = __array__ = __float__ = __int__ = __bool__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __pow__ = __rpow__ = _refuse
-    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __reduce_ex__ = _refuse
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sp_attention.errors import UnsupportedError
 from sp_attention.region.context import Context, Scope
 
 # Where transformers' layers and torch's wrapper keep the function that checkpoints.
@@ -26,9 +27,13 @@ def checkpoints_in(layer: nn.Module) -> list[Checkpoint]:
 
 @dataclass(eq=False)
 class ActivationCheckpoints:
-    """The checkpoints of the layer in progress, whose functions are bound to its scope meanwhile."""
+    """The checkpoints of the layer in progress, whose functions are bound to its scope meanwhile.
+
+    installed: the hooks are in place without which no layer runs again as it ran.
+    """
 
     context: Context
+    installed: bool = False
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def bind(self, checkpoints: list[Checkpoint], offloads_from: str | None) -> bool:
@@ -56,6 +61,11 @@ class ActivationCheckpoints:
         self, scope: Scope, checkpoint: Any, offloads_from: str | None, function: Any, *args: Any, **options: Any
     ) -> Any:
         def within(*args: Any, **kwargs: Any) -> Any:
+            if not self.installed:
+                raise UnsupportedError(
+                    "a checkpointed layer runs again in backward as it ran in an enabled model, which it is no longer: "
+                    "call backward() before handle.disable(), and not within handle.suspended()"
+                )
             with self.context.recomputation(scope):
                 return function(*args, **kwargs)
 

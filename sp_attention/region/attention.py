@@ -160,7 +160,8 @@ class AttentionFunction:
             # A flag that is off, or absent, asks for nothing.
             if name in _TOLD_BY_THE_MASK | _ABOUT_OTHER_THINGS or value is None or value is False:
                 continue
-            is_users = isinstance(value, Tensor) and value in self.context.scope.given
+            scope = self.context.scope
+            is_users = name in scope.ignored or (isinstance(value, Tensor) and value in scope.given)
             if is_users and name not in _read_by_transformers(module):
                 continue  # The user's own, passed down to no effect: transformers' attention does not look at it.
             raise UnsupportedError(

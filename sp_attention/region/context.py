@@ -26,7 +26,8 @@ class StackPass:
     is_separate: each layer cuts its arguments and gathers its results. is_replicated: every rank does all of it, but
     for heads that it keeps. stays_sharded: nothing is gathered after the last layer.
     mlp_tiles: how many tiles of tokens MLPs and norms of its layers are given.
-    seed: of the random numbers that are drawn in it. embedded: my span of what its first layer is given, if that is all
+    seed: of the random numbers that are drawn in it. states: those of the generators at its beginning, where numbers
+    are drawn around it, and must not be in it. embedded: my span of what its first layer is given, if that is all
     that was looked up. pending: the names of the layers that backward has not run again.
     """
 
@@ -38,6 +39,7 @@ class StackPass:
     stays_sharded: bool = False
     mlp_tiles: int = 1
     seed: int | None = None
+    states: list[Tensor] | None = None
     embedded: LookedUp | None = None
     pending: set[str] = field(default_factory=set)
     # A tensor that is a key is alive, so that none other is taken for it.
@@ -112,7 +114,8 @@ class Scope:
     """What the running code belongs to.
 
     stack_pass: None outside of the stacks and in what is given whole tensors. weights: the user wants those of
-    attention. given: the tensors that the models around the stacks were given.
+    attention. given: the tensors that the models around the stacks were given. ignored: the names of arguments that
+    nothing in the layers reads.
     is_known: False outside of forwards, and of those recomputations in backward that are tied to theirs; then nothing
     tells what runs.
     mlp_tiles: how many tiles of tokens MLPs and norms are given.
@@ -122,6 +125,7 @@ class Scope:
     stack_pass: StackPass | None = None
     weights: bool = False
     given: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    ignored: frozenset[str] = frozenset()
     is_known: bool = False
     mlp_tiles: int = 1
     attend: Callable[..., Tensor] | None = None
@@ -141,9 +145,10 @@ class Context:
     def stack_pass(self) -> StackPass | None:
         return self.scope.stack_pass
 
-    def model(self, given: Iterable[Tensor], weights: bool) -> "Transition":
+    def model(self, given: Iterable[Tensor], weights: bool, ignored: frozenset[str] = frozenset()) -> "Transition":
         """In the model that was called, with these tensors; behind it nothing is known, whatever was before."""
-        return Transition(self, Scope(weights=weights, given=_weakly(given), is_known=True), after=Scope())
+        into = Scope(weights=weights, given=_weakly(given), ignored=ignored, is_known=True)
+        return Transition(self, into, after=Scope())
 
     def inner_model(self, given: Iterable[Tensor]) -> "Transition":
         """In a model inside of the one that was called."""

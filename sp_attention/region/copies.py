@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sp_attention.region.context import Context
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.plan import RegionPlan
-from sp_attention.region.state import is_ours
+from sp_attention.region.state import Hook
 
 # Where modules keep hooks, and which of them are given keyword arguments, and called after errors too.
 _PLACES = {
@@ -71,5 +71,5 @@ def _ours_in(model: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
     for module in model.modules():
         for place in _PLACES:
             for number, hook in getattr(module, place).items():
-                if is_ours(hook):
+                if isinstance(hook, Hook):
                     yield module, place, number

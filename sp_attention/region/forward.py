@@ -1,11 +1,11 @@
 """A forward in progress: what a model was given, what that asks for, and what of its output becomes the user's."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -17,7 +17,7 @@ from sp_attention.loss.logits_later import logits_later
 from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHeadInput
 from sp_attention.region.context import StackPass
-from sp_attention.region.plan import FOR_THE_LOSS, RegionPlan
+from sp_attention.region.plan import FOR_THE_LOSS, RegionPlan, names_of_class
 from sp_attention.region.sequence_dims import Along
 from sp_attention.region.sharded_embedding import LookedUp
 
@@ -32,7 +32,9 @@ class Forward:
     model: the one that was called. stays_sharded: S if hidden states of this length stay sharded for the loss, or are
         cut for it. cut: then, S, once they are.
     unseen: it was given tensors that the rehearsal did not show, so that anything may happen between the layers.
-    seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning.
+    ignored: the names of arguments that nothing in the model reads.
+    seed: of its random numbers, None where none are drawn. states: then, those of the generators at its beginning,
+        unless it may draw some outside of the layers.
     fills_caches: key/value caches are filled. has_gradients: backward may follow.
     tile_counts: how many tiles modules of layers, and the LM head, are given by all ranks of an engine; None where
         there is none, and each group of ranks counts its own.
@@ -46,8 +48,10 @@ class Forward:
     model: PreTrainedModel
     stays_sharded: int | None
     unseen: bool
+    ignored: frozenset[str] = frozenset()
     seed: int | None = None
     states: list[Tensor] | None = None
+    may_draw_outside: bool = False
     passes: int = 0
     latest: dict[str, StackPass] = field(default_factory=dict)
     inside: set[str] = field(default_factory=set)
@@ -99,6 +103,21 @@ class Forward:
         return value
 
 
+def out_of_place(model: PreTrainedModel, given: list[Tensor]) -> str | None:
+    """Why a forward cannot be where it is, before anything is sent; None when it can."""
+    if torch._C._are_functorch_transforms_active():
+        return (
+            "torch.func (grad, vmap, jvp ...) of an enabled model is not covered: compute it within "
+            "handle.suspended(), by the whole model on every rank, or use autograd"
+        )
+    if model.device.type == "meta" and any(tensor.device.type != "meta" for tensor in given):
+        return (
+            f"the weights of this {type(model).__name__} are elsewhere than on its device (accelerate's cpu_offload, "
+            'or a device_map with "cpu" or "disk"), which is not covered: load all of it onto one device'
+        )
+    return None
+
+
 def refusal(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) -> str | None:
     """Why this forward cannot be exact under sequence parallelism, None when it can."""
     key = plan.implementation
@@ -123,7 +142,9 @@ def refusal(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any]) 
     return None
 
 
-def stays_sharded(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], only_loss: bool) -> int | None:
+def stays_sharded(
+    plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, Any], ignored: frozenset[str], only_loss: bool
+) -> int | None:
     """S if our loss, and nothing but it, will see the logits."""
     kept = given.get("logits_to_keep")
     tokens = next((given[name] for name in TOKENS if name in given), None)
@@ -135,7 +156,7 @@ def stays_sharded(plan: RegionPlan, model: PreTrainedModel, given: Mapping[str, 
         and tokens is not None
         and all(isinstance(one, Tensor) and one.shape == tokens.shape[:2] for one in labels)
         # Another argument is for code in place of the model's own forward, which may use hidden states itself.
-        and given.keys() <= _own_arguments(model)
+        and given.keys() - ignored <= own_arguments(model)
         and (kept is None or (isinstance(kept, int) and kept == 0))
         and not isinstance(plan.sharded_loss, Refused)
         # Such a mask does not remember for a recomputation that the logits stayed sharded.
@@ -162,9 +183,10 @@ def is_on(switch: str, model: PreTrainedModel, given: Mapping[str, Any], default
     return bool(given.get(switch, getattr(model.config, switch, default)))
 
 
-def _own_arguments(model: PreTrainedModel) -> set[str]:
+def own_arguments(model: PreTrainedModel) -> set[str]:
     """The arguments that a model's class, and what it passes its keyword arguments on to, know."""
-    return {*inspect.signature(type(model).forward).parameters, *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
+    kind: Any = type(model)
+    return {*names_of_class(kind), *TransformersKwargs.__annotations__, *FOR_THE_LOSS}
 
 
 def with_sharded_logits(output: Any, length: int, peers: Peers, lm_head_input: LMHeadInput | None) -> Any:

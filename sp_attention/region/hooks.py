@@ -1,12 +1,14 @@
 """The hooks that make an enabled model's region: around its models, their layers, modules of these, and both ends."""
 
-from collections.abc import Generator, Iterator
+import warnings
+from collections.abc import Generator, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -14,40 +16,48 @@ from transformers.cache_utils import Cache
 from sp_attention.distributed import rng
 from sp_attention.distributed.consistency import require_same_batch
 from sp_attention.errors import Refused, UnsupportedError
+from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints
 from sp_attention.region.cache_history import note_filling
 from sp_attention.region.compared import compared
 from sp_attention.region.embedding_and_head_hooks import around_embedding, before_lm_head
+from sp_attention.region.extra_arguments import unread
 from sp_attention.region.forward import (
     TOKENS,
     Forward,
     fills_caches,
     is_on,
+    out_of_place,
+    own_arguments,
     refusal,
     stays_sharded,
     with_sharded_logits,
     without_cache,
 )
-from sp_attention.region.layer_hooks import around_gathered, around_layer
+from sp_attention.region.layer_hooks import around_gathered, around_layer, require_undrawn
+from sp_attention.region.other_hooks import hooks_of_others, watched_by_others
 from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
 from sp_attention.region.pytree import map_leaves, tensors
-from sp_attention.region.state import RegionState, as_ours
+from sp_attention.region.state import Hook, RegionState
 from sp_attention.region.tiled_mlp import around_tiled
 
 
 @dataclass
 class Hooks(RegionState):
-    """The hooks of one enabled model."""
+    """The hooks of one enabled model.
+
+    inside: the layers and the modules in them. embeddings: those outside of the layers, to which others may add noise.
+    told: the names of arguments that the user was told of.
+    """
 
     handles: list[RemovableHandle] = field(default_factory=list)
+    inside: set[nn.Module] = field(default_factory=set)
+    embeddings: list[nn.Embedding] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
     checkpoints: ActivationCheckpoints = field(init=False)
 
     def __post_init__(self) -> None:
         self.checkpoints = ActivationCheckpoints(self.context)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Hooks":
-        # A copied model keeps its hooks, and process groups cannot be copied.
-        return self
 
     @property
     def model(self) -> PreTrainedModel:
@@ -60,7 +70,11 @@ class Hooks(RegionState):
 
     def install(self) -> None:
         """Hook what is planned."""
+        self.checkpoints.installed = True
         plan, hook = self.plan, self.hook_around
+        self.inside = {one for stack in plan.stacks for layer in stack.layers for one in layer.module.modules()}
+        outside = (one for one in plan.models[0].modules() if one not in self.inside)
+        self.embeddings = [one for one in outside if isinstance(one, nn.Embedding)]
         for model in plan.models:
             # Not looked up by the model when it is called, since that may be a copy of it.
             self.handles += hook(model, partial(self._around_model, plan.arguments[model]))
@@ -74,13 +88,14 @@ class Hooks(RegionState):
                     self.handles += hook(gathered.module, around_gathered(self, gathered))
         lm_head = plan.lm_head if plan.cut_before is None else plan.cut_before
         if not isinstance(lm_head, Refused):
-            before = as_ours(before_lm_head(self, lm_head.name))
+            before = Hook(before_lm_head(self, lm_head.name))
             self.handles.append(lm_head.module.register_forward_pre_hook(before, with_kwargs=True))
         for module in plan.tiled_modules:
             self.handles += hook(module, around_tiled(self.mlp_tiles_of, plan.random))
 
     def remove(self) -> None:
         """Take all hooks away."""
+        self.checkpoints.installed = False
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -124,23 +139,30 @@ class Hooks(RegionState):
     ) -> Generator[Any, Any, Any]:
         given = named_arguments(model, args, kwargs)
         tensors_given = [tensor for _, tensor in tensors(given)]
-        unseen = bool(tensor_names(given) - seen - set(TOKENS))  # Tokens and their embeddings are alike.
-        if self.forward is not None and self.forward.model is not model:
+        forward = self.forward if self.forward is not None and self.forward.model is not model else None
+        others = given.keys() - own_arguments(model)
+        ignored = unread(others, model.modules()) if forward is None else forward.ignored
+        unseen = tensor_names(given) - seen - ignored - set(TOKENS)  # Tokens and their embeddings are alike.
+        if forward is not None:
             # A model inside the one that was called.
-            self.forward.unseen |= unseen
-            self.forward.records |= is_on("output_hidden_states", model, given)
-            forward = self.forward
+            forward.unseen |= bool(unseen)
+            forward.records |= is_on("output_hidden_states", model, given)
             with self.context.inner_model(tensors_given):
                 output = yield None
             return None if output is None else _with_whole_records(output, forward)
+        reason = out_of_place(model, tensors_given)
+        if reason is not None:
+            raise UnsupportedError(reason)
         number = self._require_alike(model, given)
         reason = refusal(self.plan, model, given)
         if reason is not None:
             raise UnsupportedError(reason)
         self.checkpoints.unbind()
-        forward = self.forward = self._begun(model, given, unseen)
+        self._tell(unseen | (others - ignored), model)
+        forward = self.forward = self._begun(model, given, bool(unseen), ignored)
         try:
-            with self.context.model(tensors_given, weights=is_on("output_attentions", model, given)):
+            weights = is_on("output_attentions", model, given)
+            with self.context.model(tensors_given, weights, unread(others, self.inside)):
                 output = yield None
         finally:
             self.forward = None
@@ -148,24 +170,47 @@ class Hooks(RegionState):
 
     def _require_alike(self, model: PreTrainedModel, given: dict[str, Any]) -> int:
         """A number for this forward. Raises BatchError, on every rank, unless all were given the same, in one mode."""
-        told = compared(model, given, self.only_loss)
+        others = {
+            "(hooks of others on embeddings)": any(map(hooks_of_others, self.embeddings)),
+            "(hooks of others on the LM head)": self._others_see_logits(),
+        }
         # What every step of a generation is given anew, such as what an encoder returned, is looked at once.
         known = None if torch.is_grad_enabled() else self.known
+        told = compared(model, given, self.only_loss) | others
         number = require_same_batch(told, self.peers, model.device, known)
         for value in given.values():
             if isinstance(value, Cache):
                 note_filling(value, number)
         return number
 
-    def _begun(self, model: PreTrainedModel, given: dict[str, Any], unseen: bool) -> Forward:
+    def _others_see_logits(self) -> bool:
+        """Whether somebody looks at what goes into the LM head, or comes out, and so has to see all of it."""
+        lm_head, cut_before = self.plan.lm_head, self.plan.cut_before
+        known = lm_head.module if isinstance(lm_head, LMHead) else None if cut_before is None else cut_before.module
+        head = known or self.plan.models[0].get_output_embeddings()
+        return head is not None and watched_by_others(head)
+
+    def _tell(self, names: Set[str], model: PreTrainedModel) -> None:
+        """Say once what a batch has that makes training exact and slower."""
+        if names and model.training and self.peers.rank == 0 and not self.told.issuperset(names):
+            self.told.update(names)
+            warnings.warn(
+                f"sp_attention: {', '.join(sorted(names))}: enable() did not see such arguments in its rehearsal, and "
+                f"{type(model).__name__} may read them. This is exact and takes more: each layer cuts and gathers, or "
+                "logits are whole. Leave out of the batch what the model does not need.",
+                stacklevel=2,
+            )
+
+    def _begun(self, model: PreTrainedModel, given: dict[str, Any], unseen: bool, ignored: frozenset[str]) -> Forward:
         """A forward that begins. Ranks agree on tiles, and on a seed where random numbers are drawn."""
         has_cache = any(isinstance(value, Cache) for value in given.values())
         if self.length_check is not None:
             self.length_check.begin(max((given[name].shape[1] for name in TOKENS if name in given), default=0))
         forward = Forward(
             model,
-            stays_sharded(self.plan, model, given, self.only_loss),
+            None if self._others_see_logits() else stays_sharded(self.plan, model, given, ignored, self.only_loss),
             unseen,
+            ignored,
             fills_caches=fills_caches(self.plan, model, given, has_cache, self.only_loss),
             has_gradients=torch.is_grad_enabled(),
             records=is_on("output_hidden_states", model, given),
@@ -174,6 +219,10 @@ class Hooks(RegionState):
             forward.tile_counts = self.tile_counts_of_engine(forward, given)
         if model.training and self.plan.random:
             forward.seed = rng.shared_seed(model.device, self.peers)
+        elif model.training and (unseen or any(map(hooks_of_others, self.embeddings))):
+            # Noise may be added to embeddings, and time be masked: outside of the layers, where ranks draw the same.
+            forward.may_draw_outside = True
+            rng.make_alike(model.device, self.peers)
         elif model.training:
             forward.states = rng.states(model.device)
         return forward
@@ -185,12 +234,7 @@ class Hooks(RegionState):
                 f"{', '.join(sorted(forward.inside))}: the last layer was not called, unlike in the rehearsal of "
                 "enable(): a model that skips layers (layerdrop, early exit) is not covered"
             )
-        before = forward.states
-        if before is not None and not rng.are_equal(rng.states(forward.model.device), before):
-            raise UnsupportedError(
-                "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on "
-                "before enable()"
-            )
+        require_undrawn(forward.states, forward.model.device)
         output = _with_whole_records(output, forward)
         for value in output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ():
             if isinstance(value, Cache):

@@ -8,6 +8,7 @@ whole tensors, and my span of what it returns goes on.
 from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.request import Mask
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints, checkpoints_in
 from sp_attention.region.context import Scope, StackPass
+from sp_attention.region.extra_arguments import without_unread
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
@@ -35,14 +37,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
     def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
         stack_pass, scope = _pass_of(state, stack, layer, (args, kwargs))
 
-        def enters(path: Path, leaf: Any) -> Any:
-            if isinstance(leaf, Cache):
-                if not stack_pass.fills_cache:
-                    return None
-                return LayersCache(leaf, layer.heads, state.context, state.peers)
-            return entering(path, leaf, layer, stack_pass)
-
-        given = map_leaves(enters, (args, kwargs))
+        given = map_leaves(partial(_given_to, state, layer, stack_pass, scope), (args, kwargs))
         on_span = stack_pass.is_shared and not layer.gathered
         # What is not cut has caches alone to look after.
         current = stack_pass if on_span or (stack_pass.fills_cache and not layer.gathered) else None
@@ -57,7 +52,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             if offloads_from is not None and not runs_again and module.training and torch.is_grad_enabled():
                 raise UnsupportedError(
                     f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
-                    "call model.gradient_checkpointing_enable() before you train, or leave offload out"
+                    "call model.activation_checkpointing_enable() before you train, or leave offload out"
                 )
             try:
                 output = yield given
@@ -67,11 +62,13 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             state.forward.inside.discard(stack.name)
         if output is None:
             return None
+        ends = is_last or stack_pass.is_separate
+        require_undrawn(stack_pass.states if ends else None, state.plan.models[0].device)
         if not stack_pass.is_shared:
             return map_leaves(lambda _, leaf: users_own(leaf), output)
         _look_at(state, layer, stack_pass, given, output)
-        ends = stack_pass.is_separate or (is_last and not stack_pass.stays_sharded)
-        return map_leaves(lambda path, leaf: leaving(path, leaf, layer, stack_pass, ends), output)
+        gathers = ends and not stack_pass.stays_sharded
+        return map_leaves(lambda path, leaf: leaving(path, leaf, layer, stack_pass, gathers), output)
 
     return around
 
@@ -154,6 +151,7 @@ def _new_pass(state: RegionState, stack: Stack, layer: Layer, given: Any, is_sep
         stays_sharded=is_before_loss and not is_separate,
         mlp_tiles=(forward.tile_counts or state.tile_counts(extent.batch, extent.length))[0],
         seed=rng.derived(forward.seed, forward.passes) if forward.seed else None,
+        states=rng.states(forward.model.device) if forward.may_draw_outside else None,
     )
     if stack.embedding is not None and forward.embedded is not None:
         looked_up, forward.embedded = forward.embedded, None
@@ -176,7 +174,7 @@ def _pass_again(state: RegionState, layer: Layer, stack: Stack, mask: Mask | Non
         raise UnsupportedError(
             f"{layer.name} is run again in backward, and its mask was given to several forwards that drew other random "
             "numbers, or made other use of the logits: give each forward a mask of its own, or use "
-            "model.gradient_checkpointing_enable()"
+            "model.activation_checkpointing_enable()"
         )
     if not noted or (noted[0][0].is_separate and noted[0][0].seed is not None):
         raise UnsupportedError(_outside(layer.name))
@@ -191,6 +189,24 @@ def _drawing(state: RegionState, stack_pass: StackPass, name: str, alone: bool) 
         return nullcontext()
     seed = rng.derived(stack_pass.seed, name, *([state.peers.rank] if alone else []))
     return rng.Forked(seed, state.plan.models[0].device)
+
+
+def require_undrawn(before: list[Tensor] | None, device: torch.device) -> None:
+    """Raise UnsupportedError, on every rank alike, if random numbers were drawn since generators had these states."""
+    if before is not None and not rng.are_equal(rng.states(device), before):
+        raise UnsupportedError(
+            "random numbers were drawn in training, unlike in the rehearsal of enable(): switch dropout on before "
+            "enable()"
+        )
+
+
+def _given_to(state: RegionState, layer: Layer, stack_pass: StackPass, scope: Scope, path: Path, leaf: Any) -> Any:
+    """What a layer is given in place of an argument."""
+    if isinstance(leaf, Cache):
+        return LayersCache(leaf, layer.heads, state.context, state.peers) if stack_pass.fills_cache else None
+    if path[1] in scope.ignored:
+        return without_unread(leaf, str(path[1]), stack_pass.extent.length)
+    return entering(path, leaf, layer, stack_pass)
 
 
 def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:
@@ -274,5 +290,5 @@ def _outside(name: str) -> str:
         )
     return (
         f"{name} runs outside of a forward of its model, and nothing tells what sequence it is of: to checkpoint it "
-        "use model.gradient_checkpointing_enable()"
+        "use model.activation_checkpointing_enable()"
     )

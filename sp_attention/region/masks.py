@@ -26,6 +26,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.request import Mask, MaskFunction
 
 # Where packed documents begin, as `position_ids` say too: for what runs on whole sequences.
@@ -113,6 +114,34 @@ class Described(BlockMask):
 
     def contiguous(self) -> "Described":
         return self
+
+    def to(self, device: torch.device | str | int, *_: Any, **__: Any) -> "Described":
+        """accelerate's hooks move to a layer's device whatever can be moved."""
+        there, here = torch.device(device), self.mask.device
+        if there.type != here.type or None is not there.index != here.index is not None:
+            raise UnsupportedError(
+                f"layers of this model are on {there}, and its masks on {here}: a model that is spread over several "
+                "devices of a rank is not covered, so put all of it on one"
+            )
+        return self
+
+    def _refuse(self, *_: Any) -> Any:
+        raise UnsupportedError(
+            "a description of a mask, which enable() has put in its place, is used as if it were a tensor. If this is "
+            "in backward: layers that are checkpointed run again in it, so it has to come before handle.disable(), and "
+            "not within handle.suspended()"
+        )
+
+    __getitem__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls._refuse(cls)  # type: ignore[arg-type]  # which looks at none
+
+    def __repr__(self) -> str:
+        return f"Described{list(self.shape)}"
+
+    __str__ = __repr__
 
     @property
     def told(self) -> dict[str, Any]:

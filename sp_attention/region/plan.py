@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,6 +105,7 @@ class RegionPlan:
     tiled_modules: the modules of layers that are given tiles of tokens, of `mlp_tile` tokens at most.
     offloads: what checkpoints of layers keep for backward is in CPU memory until then.
     arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
+    chunk: how many tokens feed-forwards take at a time on their own, 0 for all; enabled they take all of a span.
     random: in training the model draws random numbers (dropout).
     caches: what key/value caches hold, as text for people, or why they are refused.
     """
@@ -119,8 +121,31 @@ class RegionPlan:
     tiled_modules: tuple[nn.Module, ...] = ()
     mlp_tile: int = 1
     offloads: bool = False
+    chunk: int = 0
     random: bool = False
     caches: str | Refused = "are taken to work: nothing was rehearsed"
+
+
+# What models take that pass on whatever they are given, to another one than the class that they derive from.
+_USUAL = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids", "use_cache"})
+
+
+def names_taken(model: nn.Module) -> frozenset[str]:
+    """The names of the arguments that a model's forward takes; of `forward(*args, **kwargs)` those of its class."""
+    kind: Any = type(model)  # A class with __hash__ of its own is nothing that can be hashed to mypy.
+    return _named(model.forward) or names_of_class(kind)
+
+
+@cache
+def names_of_class(kind: Any) -> frozenset[str]:
+    """The names of the arguments of the first forward that names some, of a class and those that it derives from."""
+    inherited = (_named(vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base))
+    return next(filter(None, inherited), _USUAL)
+
+
+def _named(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)) - {"self"}
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

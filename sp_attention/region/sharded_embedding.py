@@ -8,8 +8,9 @@ of the whole sequence.
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import Tensor, nn
+
+from sp_attention.region.other_hooks import hooks_of_others
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,7 @@ def can_look_up(module: nn.Embedding, ids: Tensor) -> bool:
     """Whether each rank may look up its span of ids [B, S] alone.
 
     Not where hooks of others see the embeddings, nor where an id is in no table: then every rank has to say so.
-    transformers' own hook only lets them require gradients, when a model is checkpointed.
     """
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    others = [hook for hook in hooks if getattr(hook, "__module__", None) != transformers.modeling_utils.__name__]
-    return ids.dim() == 2 and len(others) == 2 and bool(((ids >= 0) & (ids < module.num_embeddings)).all())
+    if ids.dim() != 2 or hooks_of_others(module):
+        return False
+    return bool(((ids >= 0) & (ids < module.num_embeddings)).all())

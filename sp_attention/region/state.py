@@ -17,17 +17,25 @@ from sp_attention.region.context import Context, PassesOfMasks
 from sp_attention.region.forward import TOKENS, Forward
 from sp_attention.region.length_check import LengthCheck
 from sp_attention.region.plan import RegionPlan
-
-# The attribute of a hook that is ours.
-_OURS = "_sp_attention_hook"
+from sp_attention.region.unpicklable import Unpicklable
 
 # Around a call of a module: given it and its arguments, yields those that it is called with instead, or None; is sent
 # what the module returned, None after an error; and returns what is returned instead, or None.
 Around = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Generator[Any, Any, Any]]
 
 
+class Hook(Unpicklable):
+    """A function that a module calls. A compiled model runs it as it is, and compiles what is between its hooks."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = torch.compiler.disable(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
 @dataclass
-class RegionState:
+class RegionState(Unpicklable):
     """The region of one enabled model, and its forward in progress, if any.
 
     context: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
@@ -94,30 +102,17 @@ class RegionState:
                 self._in_progress.pop().running.close()
             return _sent(self._in_progress.pop().running, output)
 
-        before, after = as_ours(before), as_ours(after)
         return [
-            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_pre_hook(Hook(before), with_kwargs=True),
             # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
             # leaves nothing in progress behind.
-            module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
+            module.register_forward_hook(Hook(after), prepend=True, with_kwargs=True, always_call=True),
         ]
 
     def close_interrupted(self) -> None:
         """End what an interrupt, of which hooks are not told, has left in progress."""
         while self._in_progress and self._in_progress[-1].has_ended:
             self._in_progress.pop().running.close()
-
-
-def as_ours(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that is known for one of ours, in copies of a model too."""
-    # A compiled model runs it as it is, and compiles what is between hooks.
-    hook = torch.compiler.disable(hook)
-    setattr(hook, _OURS, True)
-    return hook
-
-
-def is_ours(hook: Any) -> bool:
-    return getattr(hook, _OURS, False) is True
 
 
 def _sent(running: Generator[Any, Any, Any], output: Any) -> Any:

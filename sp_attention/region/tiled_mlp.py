@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from sp_attention.distributed.once_differentiable import once_differentiable
 from sp_attention.distributed.sharded_params import belongs_to_engine
 from sp_attention.loss.chunked_grad import ChunkedGrad, autocast_of_now, in_tiles
 from sp_attention.region.state import Around

@@ -36,8 +36,9 @@ def explore(
 ) -> tuple[Findings, Traces]:
     """Find the stacks of a model and what their parts are, from pairs of a narrow and a wide dummy batch of one kind.
 
-    Unless it `proves`, what does not attend is taken to be position-wise. Raises UnsupportedError when there is nothing
-    that works on a sequence, and when the model should attend through us and does not.
+    Unless it `proves`, what does not attend is taken to be position-wise in layers in which something does.
+    Raises UnsupportedError when there is nothing that works on a sequence, and when the model should attend through us
+    and does not.
     """
     traces, proof = _traced(model, pairs, attention_calls, proves=proves, attends=attends)
     names = {module: name for name, module in model.named_modules()}
@@ -45,6 +46,12 @@ def explore(
     position_wise = set(model.modules())
     if proves:
         position_wise = _proven(model, pairs[0][0], attention_calls, _Proof(drafts, traces[0][1], proof))
+    else:
+        # Where nothing attends through us, something else mixes tokens: what it is has to be found in any case.
+        suspects = _Proof(_silent(drafts), traces[0][1], {})
+        position_wise -= suspects.suspects.keys()
+        if model.device.type != "meta":
+            position_wise |= _proven(model, pairs[0][0], attention_calls, suspects)
     settings = model.config.to_dict()
     long_proof = LongProof(*traces[0], max(longest, length_beyond(settings)), settings, context)
 
@@ -118,6 +125,15 @@ def _proven(
     if not proof.suspects.keys() <= proof.results.keys():
         record(model, narrow, attention_calls, proof)
     return {module for module, is_position_wise in proof.results.items() if is_position_wise}
+
+
+def _silent(drafts: list[StackDraft]) -> list[StackDraft]:
+    """The stacks with their layers in which nothing attends."""
+    found = [
+        replace(draft, layers=tuple(one for one in draft.layers if draft.modes.keys().isdisjoint(one.module.modules())))
+        for draft in drafts
+    ]
+    return [draft for draft in found if draft.layers]
 
 
 def _models_around(

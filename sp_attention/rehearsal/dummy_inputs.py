@@ -1,6 +1,5 @@
 """Tiny batches for the rehearsal in enable(), of whatever a model takes."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from sp_attention.errors import UnsupportedError
+from sp_attention.region.plan import names_taken
 from sp_attention.region.sequence_dims import Extent
 from sp_attention.rehearsal.dummy_tensors import DummyTensors, Inputs
 
@@ -58,7 +58,7 @@ def dummy_batches(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[
 
 def _kinds(model: PreTrainedModel, extent: Extent, rows: int) -> list[list[DummyBatch]]:
     """Kinds of batches, each with what to take instead when the model does not take it."""
-    takes = inspect.signature(model.forward).parameters
+    takes = names_taken(model)
     dummy = DummyTensors(model, extent.batch, rows)
     length, encoder_length = extent.length, None
     padding: Inputs = {"attention_mask": dummy.padding(length)}

@@ -47,7 +47,7 @@ class DummyTensors:
         return next((value for value in values if value is not None), None)
 
     def ids(self, length: int, seed: int = 0) -> Tensor:
-        """Ordinary tokens [B * rows, length]: none that the configuration gives a meaning to."""
+        """Ordinary tokens [B * rows, length]: none that the configuration gives a meaning to, if there are others."""
         special: set[int] = set()
 
         def collect(settings: Mapping[str, Any]) -> None:
@@ -59,7 +59,8 @@ class DummyTensors:
 
         collect(self.model.config.to_dict())
         first = self.first_id if self.first_id < self.vocabulary else 0
-        ordinary = torch.tensor([token for token in range(first, min(self.vocabulary, 1024)) if token not in special])
+        tokens = range(first, min(self.vocabulary, 1024))
+        ordinary = torch.tensor([token for token in tokens if token not in special] or tokens)
         picked = torch.randint(len(ordinary), (self.batch * self.rows, length), generator=_generator(seed))
         return ordinary[picked].to(self.model.device)
 

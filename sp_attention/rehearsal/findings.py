@@ -114,6 +114,9 @@ def described(plan: RegionPlan) -> list[str]:
     lines.append(f"  key/value caches {told}")
     if plan.offloads:
         lines.append("  inputs of checkpointed layers are in CPU memory until backward")
+    if plan.chunk:
+        instead = f"enable(mlp_tile={plan.chunk}) gives parts of layers so many at a time"
+        lines.append(f"  feed-forwards take all of a rank's tokens, not {plan.chunk} at a time: {instead}")
     if plan.random:
         lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
     return lines

@@ -29,6 +29,7 @@ from sp_attention.region.sequence_dims import Extent
 from sp_attention.rehearsal.classify import explore
 from sp_attention.rehearsal.draws import Draws, draws_of
 from sp_attention.rehearsal.dummy_inputs import DummyBatch, dummy_batches
+from sp_attention.rehearsal.feed_forward_chunks import without_chunks
 from sp_attention.rehearsal.findings import Findings
 from sp_attention.rehearsal.options import Options
 from sp_attention.rehearsal.prove import prove_stacks
@@ -55,6 +56,7 @@ def install(
 
     `key` is the name under which transformers gets to know `attention`. Raises UnsupportedError, on every rank.
     """
+    chunk = without_chunks(model, undo)
     with undisturbed(model):
         model.eval()
         pairs = _dummy_batches(model, attention.peers)
@@ -70,7 +72,7 @@ def install(
             raise UnsupportedError(f"loss_tile={options.loss_tile}: {': '.join(reasons)}; leave it out")
         if options.mlp_tile is not None:
             findings, plan = tile_mlps(model, hooks, plan, findings, pairs[0][0], options.mlp_tile)
-        hooks.plan = replace(plan, offloads=options.offload)
+        hooks.plan = replace(plan, offloads=options.offload, chunk=chunk)
         hooks.length_check = LengthCheck.of(findings.samples, hooks.plan, findings.proven_length)
         hooks.install()
     return findings, hooks

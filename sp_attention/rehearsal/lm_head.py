@@ -32,12 +32,13 @@ def logits_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> Logits:
     The module is the outermost that has parameters. The steps are of a scale, a softcap, a dtype, or a part of the
     vocabulary. Raises UnsupportedError where there is more to it.
     """
-    loss, given = model.loss_function, list[Tensor]()
+    loss, given = model.loss_function, list[tuple[Tensor, Logits | None]]()
     calls: list[nn.Module] = []
     follow = _Follow()
 
     def noted(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given.append(logits)
+        # Now, since what the loss does with them is no step: in float32 its `float` returns the same tensor.
+        given.append((logits, follow.known.get(id(logits))))
         return loss(logits, *args, **kwargs)
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
@@ -56,8 +57,8 @@ def logits_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> Logits:
             handle.remove()
     if len(given) != 1:
         raise UnsupportedError("the loss is not computed once")
-    found = follow.known.get(id(given[0]))
-    if found is None or given[0].dim() != 3:
+    tensor, found = given[0]
+    if found is None or tensor.dim() != 3:
         raise UnsupportedError(
             "the model does more with what its head returns than to scale or to cap it, before the loss"
         )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import signature
 from itertools import pairwise, product
 from typing import Any
 
@@ -19,7 +18,7 @@ from sp_attention.region.attn_implementation import Own, attend_as, own_attentio
 from sp_attention.region.forward import TOKENS
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.kv_cache import told_of
-from sp_attention.region.plan import Layer, RegionPlan, Stack, named_arguments
+from sp_attention.region.plan import Layer, RegionPlan, Stack, named_arguments, names_taken
 from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
 from sp_attention.rehearsal.dummy_tensors import Inputs
@@ -113,7 +112,7 @@ def _takers(models: tuple[PreTrainedModel, ...]) -> list[PreTrainedModel]:
     """The models that go on from caches of their own: the outermost, or else those in it that generate."""
     takers: list[PreTrainedModel] = []
     for model in models:  # outermost first
-        takes = not signature(model.forward).parameters.keys().isdisjoint({"use_cache", "past_key_values"})
+        takes = not names_taken(model).isdisjoint({"use_cache", "past_key_values"})
         is_inside = any(model is module for taker in takers for module in taker.modules())
         if takes and not is_inside and (model is models[0] or model.can_generate()):
             takers.append(model)

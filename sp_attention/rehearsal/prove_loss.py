@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHead, liger_does, tile_for
 from sp_attention.region.forward import TOKENS
 from sp_attention.region.hooks import Hooks
-from sp_attention.region.plan import NamedModule, RegionPlan
+from sp_attention.region.other_hooks import watched_by_others
+from sp_attention.region.plan import NamedModule, RegionPlan, names_taken
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
 from sp_attention.rehearsal.findings import Findings
 from sp_attention.rehearsal.lm_head import Logits, logits_of
@@ -42,6 +42,9 @@ def shard_loss(
     batch = _with_labels(model, dummy)
     if batch is None or not before:
         return plan
+    head = model.get_output_embeddings()
+    if head is not None and watched_by_others(head):
+        return replace(plan, sharded_loss=Refused("hooks that are not sp_attention's see them, on the LM head"))
     whole = attempted(lambda: model(**batch), hooks.peers)
     if isinstance(whole, Refused):
         return plan  # Such a model wants other labels.
@@ -86,7 +89,7 @@ def give_back_loss(model: PreTrainedModel, plan: RegionPlan) -> None:
 def _with_labels(model: PreTrainedModel, dummy: DummyBatch) -> dict[str, Any] | None:
     """A dummy batch with labels for the causal loss; None for a model that has another, or no tokens."""
     name = next((name for name in TOKENS if name in dummy.inputs), None)
-    if model.loss_function is not ForCausalLMLoss or "labels" not in signature(model.forward).parameters:
+    if model.loss_function is not ForCausalLMLoss or "labels" not in names_taken(model):
         return None
     if name is None:
         return None
@@ -132,7 +135,7 @@ def _with_tiled_loss(
     logits, expected = found
     lm_head = _lm_head(model, logits, tile)
     refused = None
-    for liger in (True, False) if liger_does(lm_head) else (False,):
+    for liger in (True, False) if liger_does(lm_head, lm_head.module) else (False,):
 
         def compare() -> None:
             require_same(computed(), expected, f"{type(model).__name__} with its loss in tiles")

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import Context
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -13,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from sp_attention.distributed import rng
 from sp_attention.distributed.sharded_params import is_partitioned
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.pytree import tensors
@@ -70,7 +72,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     wrapped = [(module, module.checkpoint_fn) for module in model.modules() if isinstance(module, CheckpointWrapper)]
-    randomness = random.getstate()
+    randomness, of_numpy = random.getstate(), rng.numpy_state()
     device = next(model.parameters()).device
     fork = {} if device.type in ("cpu", "meta") else {"devices": [device], "device_type": device.type}
     try:
@@ -78,16 +80,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag, not a module
         for wrapper, _ in wrapped:
             wrapper.checkpoint_fn = _just_called  # type: ignore[assignment]  # a partial of torch's checkpoint else
-        with torch.no_grad(), torch.random.fork_rng(**{"devices": [], **fork}), same_buffers(model):
+        with _plain_mode(model), torch.random.fork_rng(**{"devices": [], **fork}), same_buffers(model):
             yield
     finally:
         random.setstate(randomness)
+        rng.set_numpy_state(of_numpy)
         for module, mode in training.items():
             module.training = mode
         for module in checkpointed:
             module.gradient_checkpointing = True  # type: ignore[assignment]  # a flag, not a module
         for wrapper, checkpoint in wrapped:
             wrapper.checkpoint_fn = checkpoint
+
+
+@contextmanager
+def _plain_mode(model: nn.Module) -> Iterator[None]:
+    """Within it gradients are off, and can be switched on, and nothing is cast, whatever is around enable()."""
+    parameters = list(model.parameters())
+    device = parameters[0].device.type
+    autocast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    # Parameters that were made in inference mode are of no use outside of it.
+    with torch.inference_mode(any(one.is_inference() for one in parameters)), torch.no_grad(), autocast:
+        yield
 
 
 @contextmanager
@@ -127,7 +141,9 @@ def record(
         calls[module].append(called)
         if prove is not None:
             proving = True
-            prove(module, called)
+            # In a context of its own: transformers' recorders of router logits, hidden states and weights, which the
+            # configuration may have switched on, find out by a context variable whether they record.
+            Context().run(prove, module, called)
             proving = False
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in calls]
@@ -168,14 +184,15 @@ def with_gradients(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[A
     """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
 
     Small, so that they take no memory, while the path to them leads through all of the model. There are none where an
-    engine shards the parameters, since backward would set the engine to work.
+    engine shards the parameters, since backward would set the engine to work, and none of parameters that were made in
+    inference mode.
     """
     parameters = [one for one in model.parameters() if one.requires_grad and one.is_floating_point()]
     ordered = sorted(parameters, key=Tensor.numel)
     totals = accumulate(map(Tensor.numel, ordered))
     small = [parameter for parameter, total in zip(ordered, totals, strict=True) if total <= COMPARED]
     sharded = any(isinstance(one, DTensor) or is_partitioned(one) for one in parameters)
-    if not small or sharded or model.device.type == "meta":
+    if not small or sharded or model.device.type == "meta" or torch.is_inference_mode_enabled():
         return model(**inputs), torch.zeros(0, device=model.device)
     with torch.enable_grad():
         output = model(**inputs)

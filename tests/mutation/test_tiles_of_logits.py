@@ -270,7 +270,7 @@ def on_device(dtype: torch.dtype = torch.float32) -> nn.Linear:
 
 
 def asked_of_liger(module: nn.Module, *steps: Callable[[Tensor], Tensor]) -> bool:
-    return liger_does(LMHead(module, "", steps, VOCABULARY, 5))
+    return liger_does(LMHead(module, "", steps, VOCABULARY, 5), module)
 
 
 def test_liger_does_one_matrix_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def adapted(model: PreTrainedModel, adapters: dict[str, Any], checkpointed: dict
     # Random weights: with those that PEFT begins with, half of the gradients are zero.
     made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **adapters))
     if checkpointed is not None:
-        made.gradient_checkpointing_enable(checkpointed)
+        made.activation_checkpointing_enable(checkpointed)
         made.enable_input_require_grads()
     return made.train()
 

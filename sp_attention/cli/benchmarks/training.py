@@ -86,7 +86,7 @@ def _ours(model: PreTrainedModel, ids: Tensor) -> Step:
 
 def _ours_long(model: PreTrainedModel, ids: Tensor) -> Step:
     sp_attention.enable(model, **ENABLE_LONG)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     return _alone(model, ids)
 
 
@@ -113,7 +113,7 @@ def _deepspeed_alst(model: PreTrainedModel, ids: Tensor) -> Step:
     """With what DeepSpeed has for long sequences: checkpointing, and MLP and loss in tiles."""
     mine, positions, targets = _deepspeed_part(model, ids)
     module: Any = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     ranks, tokens = dist.get_world_size(), ids.shape[1] - 1
 
     def tiled_mlp(self: Any, x: Tensor) -> Tensor:
