@@ -168,9 +168,11 @@ class Hooks(RegionState):
         )
         if model.training or self.only_loss:
             forward.tile_counts = self.tile_counts_of_engine(forward, given)
-        if model.training and self.plan.random:
+        if not model.training or self.rehearses:
+            return forward
+        if self.plan.random:
             forward.seed = rng.shared_seed(model.device, self.peers)
-        elif model.training:
+        else:
             forward.states = rng.states(model.device)
         return forward
 

@@ -25,7 +25,7 @@ class RegionState:
     """The region of one enabled model, and its forward in progress, if any.
 
     context: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
-    passes: those that backward may run again.
+    rehearses: random numbers are made harmless, so that they need no seeds. passes: those that backward may run again.
     """
 
     plan: RegionPlan
@@ -33,6 +33,7 @@ class RegionState:
     context: Context
     forward: Forward | None = None
     only_loss: bool = False
+    rehearses: bool = False
     passes: PassesOfMasks = field(default_factory=PassesOfMasks)
     _in_progress: list[tuple[Around, Generator[Any, Any, Any]]] = field(default_factory=list)
 

@@ -6,16 +6,18 @@ the stack; and in the end a refusal.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from sp_attention.distributed import rng
 from sp_attention.distributed.collectives import mean_over_ranks
 from sp_attention.distributed.consistency import attempted
 from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.plan import Layer, RegionPlan, Stack
+from sp_attention.rehearsal.draws import Draws, TrainingRun
 from sp_attention.rehearsal.findings import EVERYTHING, Findings, LayerFindings
 from sp_attention.rehearsal.trace import Trace, require_same, with_gradients
 
@@ -26,24 +28,24 @@ def prove_stacks(
     plan: RegionPlan,
     findings: Findings,
     traces: list[Trace],
-    last: tuple[Any, Tensor],
+    run: TrainingRun,
 ) -> Findings:
     """The findings with as much gathered as the sharded model needs to give what the whole one gives.
 
-    `last` is what the whole model gives for the last trace's batch, in the mode that it is in, with its gradients; the
-    traces were recorded in evaluation.
+    In evaluation that is what it gave in the traces, and in training what it gave in `run`, with gradients.
     """
-    trains = model.training
+    name = type(model).__name__
 
     def compare() -> None:
         model.eval()
-        for trace in traces[:-1]:
-            require_same(model(**trace.dummy.inputs), trace.output, f"{type(model).__name__} sharded")
-        model.train(trains)
-        output, gradients = with_gradients(model, traces[-1].dummy.inputs)
-        require_same(output, last[0], f"{type(model).__name__} sharded")
+        for trace in traces:
+            require_same(model(**trace.dummy.inputs), trace.output, f"{name} sharded")
+        model.train()
+        with run.draws.harmless():
+            output, gradients = with_gradients(model, run.inputs)
+        require_same(output, run.output, f"{name} sharded, in training")
         gradients = mean_over_ranks(gradients, hooks.peers)
-        require_same(gradients, last[1], f"the backward of {type(model).__name__} sharded")
+        require_same(gradients, run.gradients, f"the backward of {name} sharded")
 
     def tried(found: Findings) -> Refused | None:
         with hooks.trying(replace(plan, stacks=found.planned())):
@@ -55,16 +57,18 @@ def prove_stacks(
         refused = tried(findings)
     if refused is None:
         return findings
-    for found in _falling_back(hooks, plan, findings, traces):
+    for found in _falling_back(hooks, plan, findings, traces, run.draws):
         if not found.shares_nothing and tried(found) is None:
             return found
     raise UnsupportedError(f"{refused.reason}; nothing of it can be shared out exactly")
 
 
-def _falling_back(hooks: Hooks, plan: RegionPlan, findings: Findings, traces: list[Trace]) -> Iterator[Findings]:
+def _falling_back(
+    hooks: Hooks, plan: RegionPlan, findings: Findings, traces: list[Trace], draws: Draws
+) -> Iterator[Findings]:
     """The findings with more and more on whole tensors: mixers and what attends, regions around layers, all of it."""
     enough = {
-        name: tuple(_gathering_enough(found, hooks, plan, traces) for found in layers)
+        name: tuple(_gathering_enough(found, hooks, plan, traces, draws) for found in layers)
         for name, layers in findings.stacks.items()
     }
     findings = replace(findings, stacks=enough)
@@ -78,21 +82,34 @@ def _falling_back(hooks: Hooks, plan: RegionPlan, findings: Findings, traces: li
     yield replace(findings, stacks=findings.idle, separate=apart)
 
 
-def _gathering_enough(found: LayerFindings, hooks: Hooks, plan: RegionPlan, traces: list[Trace]) -> LayerFindings:
-    """The layer with as much gathered as it needs to give alone, sharded, what it gave in the rehearsal."""
+def _gathering_enough(
+    found: LayerFindings, hooks: Hooks, plan: RegionPlan, traces: list[Trace], draws: Draws
+) -> LayerFindings:
+    """The layer with as much gathered as it needs to give alone, sharded, what it gives whole, in either mode."""
+    module, device = found.layer.module, plan.models[0].device
+    given = [call.inputs for trace in traces for call in trace.calls[module]]
+
+    def outputs() -> list[Any]:
+        results = []
+        for (args, kwargs), trains in product(given, (False, True)):
+            module.train(trains)
+            rng.seed_all(0)
+            with hooks.as_in_a_forward(), draws.harmless():
+                results.append(module(*args, **kwargs))
+        return results
+
+    whole = attempted(outputs, hooks.peers)
+    if isinstance(whole, Refused):
+        return replace(found, gathers=EVERYTHING)
+
+    def compare() -> None:
+        for output, expected in zip(outputs(), whole, strict=True):
+            require_same(output, expected, found.layer.name)
+
     for gathers in range(found.gathers, EVERYTHING + 1):
         found = replace(found, gathers=gathers)
-        layer = found.planned()
-
-        def compare(layer: Layer = layer) -> None:
-            for trace in traces:
-                for called in trace.calls[layer.module]:
-                    with hooks.as_in_a_forward():
-                        args, kwargs = called.inputs
-                        require_same(layer.module(*args, **kwargs), called.output, layer.name)
-
-        with hooks.trying(_with_layer(plan, layer)):
-            refused = attempted(compare, hooks.peers, plan.models[0].device)
+        with hooks.trying(_with_layer(plan, found.planned())):
+            refused = attempted(compare, hooks.peers, device)
         if refused is None:
             break
     return found
