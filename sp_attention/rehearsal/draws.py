@@ -215,6 +215,6 @@ class _Drawing:
 
 
 def _is_of_channels(shape: torch.Size, extent: Extent) -> bool:
-    """Whether numbers of this shape are alike for all tokens: [B, 1, E], and not [n, E] of the n tokens of an expert."""
+    """Whether numbers of this shape are alike for all tokens: [B, 1, E], and not [n, E] of the tokens of an expert."""
     of_rows = len(shape) > 2 and shape[0] in (1, extent.batch)
     return of_rows and {extent.length, extent.batch * extent.length}.isdisjoint(shape)

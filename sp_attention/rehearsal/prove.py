@@ -4,7 +4,7 @@ Slower each time: mixers, what attends, whole layers on whole tensors; a region 
 the stack; and in the end a refusal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -17,9 +17,13 @@ from sp_attention.distributed.consistency import attempted
 from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.plan import Layer, RegionPlan, Stack
+from sp_attention.rehearsal.classify import matrices_in
 from sp_attention.rehearsal.draws import Draws, TrainingRun
 from sp_attention.rehearsal.findings import EVERYTHING, Findings, LayerFindings
 from sp_attention.rehearsal.trace import Trace, require_same, with_gradients
+
+# The layers of a stack.
+Stacked = tuple[LayerFindings, ...]
 
 
 def prove_stacks(
@@ -66,20 +70,37 @@ def prove_stacks(
 def _falling_back(
     hooks: Hooks, plan: RegionPlan, findings: Findings, traces: list[Trace], draws: Draws
 ) -> Iterator[Findings]:
-    """The findings with more and more on whole tensors: mixers and what attends, regions around layers, all of it."""
+    """The findings with more and more on whole tensors: mixers and what attends, regions around layers, all of it.
+
+    Between these, parts whose results are position-wise: first those of several matrices, such as MLPs and experts,
+    of which a balance loss may be made, then norms too.
+    """
     enough = {
         name: tuple(_gathering_enough(found, hooks, plan, traces, draws) for found in layers)
         for name, layers in findings.stacks.items()
     }
-    findings = replace(findings, stacks=enough)
+    as_tried, findings = findings, replace(findings, stacks=enough)
     everything = {
         name: tuple(replace(found, gathers=EVERYTHING) for found in layers) for name, layers in findings.stacks.items()
     }
     apart = frozenset({*findings.stacks, *findings.idle})
-    yield findings
+    if findings != as_tried:
+        yield findings
     yield replace(findings, separate=apart)
+    for matrices in (2, 0):
+        yield replace(findings, stacks=_gathering_parts(findings.stacks, matrices))
     yield replace(findings, stacks=everything)
     yield replace(findings, stacks=findings.idle, separate=apart)
+
+
+def _gathering_parts(stacks: Mapping[str, Stacked], matrices: int) -> dict[str, Stacked]:
+    """Stacks whose parts of as many matrices or more are given whole tensors."""
+    return {
+        name: tuple(
+            found.with_mixers(part for part in found.parts if matrices_in(part.module) >= matrices) for found in layers
+        )
+        for name, layers in stacks.items()
+    }
 
 
 def _gathering_enough(
@@ -98,21 +119,22 @@ def _gathering_enough(
                 results.append(module(*args, **kwargs))
         return results
 
-    whole = attempted(outputs, hooks.peers)
+    everything = replace(found, gathers=EVERYTHING)
+    with hooks.trying(_with_layer(plan, everything.planned())):
+        whole = attempted(outputs, hooks.peers, device)
     if isinstance(whole, Refused):
-        return replace(found, gathers=EVERYTHING)
+        return everything
 
     def compare() -> None:
         for output, expected in zip(outputs(), whole, strict=True):
             require_same(output, expected, found.layer.name)
 
-    for gathers in range(found.gathers, EVERYTHING + 1):
-        found = replace(found, gathers=gathers)
-        with hooks.trying(_with_layer(plan, found.planned())):
-            refused = attempted(compare, hooks.peers, device)
-        if refused is None:
-            break
-    return found
+    for gathers in range(found.gathers, EVERYTHING):
+        less = replace(found, gathers=gathers)
+        with hooks.trying(_with_layer(plan, less.planned())):
+            if attempted(compare, hooks.peers, device) is None:
+                return less
+    return everything
 
 
 def _with_layer(plan: RegionPlan, layer: Layer) -> RegionPlan:
