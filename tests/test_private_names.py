@@ -324,6 +324,7 @@ MADE: dict[str, Callable[[], Any]] = {
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": lambda: CheckpointWrapper(
         nn.Identity()
     ),
+    "torch._ops.OpOverload": lambda: torch.ops.aten.bernoulli_.float,
     "torch.nn.Module": nn.Module,
     "transformers.PreTrainedModel": with_a_loss,
     "transformers.cache_utils.CacheLayerMixin": lambda: filled(DynamicLayer()),
@@ -346,6 +347,10 @@ def is_by_identity(kind: Any) -> None:
     assert len(held) == 0
 
 
+def names_the_chance(schema: Any) -> None:
+    assert [argument.name for argument in schema.arguments][:2] == ["self", "p"]
+
+
 CHECKS: dict[str, Check] = {
     "accelerate.Accelerator": can_be_copied_and_given_a_class,
     "accelerate.Accelerator.dispatch_batches": PROPERTY,
@@ -357,6 +362,7 @@ CHECKS: dict[str, Check] = {
     "accelerate.data_loader.DataLoaderShard.base_dataloader": is_a(DataLoader),
     "accelerate.utils.recursively_apply": takes("func", "data", also=("error_on_other_type",)),
     "torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex": indexes_by_tensors,
+    "torch._ops.OpOverload._schema": names_the_chance,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": gives_the_module_to_its_function,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper.checkpoint_fn": is_callable,
     "torch.get_autocast_dtype": is_of_a_device,

@@ -79,7 +79,7 @@ def _make_harmless(operation: Any, args: Any, kwargs: Any, drawn: Tensor) -> Non
     """Write into what an operation has drawn what is harmless in its place."""
     names = (argument.name for argument in operation._schema.arguments)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    kind = _name(operation).removesuffix("_").removesuffix("_like")
+    kind = _name(operation).split("_")[0]  # As of uniform_, rand_like, log_normal.
     if kind == "bernoulli":
         chances = given.get("p", given["self"] if drawn is not given["self"] else 1.0)
         drawn.copy_(torch.as_tensor(chances, device=drawn.device) > 0)
@@ -90,5 +90,5 @@ def _make_harmless(operation: Any, args: Any, kwargs: Any, drawn: Tensor) -> Non
     elif kind in ("randn", "normal"):
         mean = given.get("mean", 0.0)
         drawn.copy_(torch.as_tensor(mean, device=drawn.device))
-    elif kind in ("exponential", "log_normal"):
+    elif kind in ("exponential", "log"):
         drawn.fill_(1.0)
