@@ -329,6 +329,7 @@ MADE: dict[str, Callable[[], Any]] = {
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": lambda: CheckpointWrapper(
         nn.Identity()
     ),
+    "torch._ops.OpOverload": lambda: torch.ops.aten.bernoulli_.float,
     "torch.nn.Module": nn.Module,
     "transformers.PreTrainedModel": with_a_loss,
     "transformers.cache_utils.CacheLayerMixin": lambda: filled(DynamicLayer()),
@@ -362,6 +363,10 @@ def counts_what_is_written(version: Any) -> None:
     assert len(set(versions)) == 3
 
 
+def names_the_chance(schema: Any) -> None:
+    assert [argument.name for argument in schema.arguments][:2] == ["self", "p"]
+
+
 CHECKS: dict[str, Check] = {
     "accelerate.Accelerator": can_be_copied_and_given_a_class,
     "accelerate.Accelerator.dispatch_batches": PROPERTY,
@@ -375,6 +380,7 @@ CHECKS: dict[str, Check] = {
     "torch.Tensor._version": counts_what_is_written,
     "torch._C._are_functorch_transforms_active": is_known_within_transforms,
     "torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex": indexes_by_tensors,
+    "torch._ops.OpOverload._schema": names_the_chance,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": gives_the_module_to_its_function,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper.checkpoint_fn": is_callable,
     "torch.get_autocast_dtype": is_of_a_device,

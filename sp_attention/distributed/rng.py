@@ -25,6 +25,13 @@ def states(device: torch.device) -> list[Tensor]:
     return [torch.tensor(random.getstate()[1]), _as_tensor(numpy_state()), *_of_torch(device)]
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    _seed_numpy(seed)
+    torch.manual_seed(seed)
+
+
 def sampling_state(device: torch.device) -> int:
     """A number that tells apart the states of the generator that tokens are sampled with, alike in every process."""
     return _number_of(_of_torch(device)[-1])
@@ -108,19 +115,23 @@ def derived(*parts: int | str) -> int:
 class Forked:
     """Within it all generators are seeded; behind it they are what they were.
 
+    host_seed: that of Python's and numpy's, by default the same: what ranks draw from them they draw alike, since it
+    decides what is done rather than what becomes of a token.
+
     As torch.random.fork_rng, with Python's own. That is a generator itself, and would turn back time whenever it is
     collected, where an interrupt, of which hooks are not told, has left it open.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, host_seed: int | None = None) -> None:
         self._seed, self._device = seed, device
+        self._host_seed = seed if host_seed is None else host_seed
         self._module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
 
     def __enter__(self) -> None:
         self._python, self._numpy, self._host = random.getstate(), numpy_state(), torch.get_rng_state()
         self._own = None if self._module is None else self._module.get_rng_state(self._device)
-        random.seed(self._seed)
-        _seed_numpy(self._seed)
+        random.seed(self._host_seed)
+        _seed_numpy(self._host_seed)
         torch.manual_seed(self._seed)
 
     def __exit__(

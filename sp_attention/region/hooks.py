@@ -217,13 +217,15 @@ class Hooks(RegionState):
         )
         if model.training or self.only_loss:
             forward.tile_counts = self.tile_counts_of_engine(forward, given)
-        if model.training and self.plan.random:
+        if not model.training or self.rehearses:
+            return forward
+        if self.plan.random:
             forward.seed = rng.shared_seed(model.device, self.peers)
-        elif model.training and (unseen or any(map(hooks_of_others, self.embeddings))):
+        elif unseen or any(map(hooks_of_others, self.embeddings)):
             # Noise may be added to embeddings, and time be masked: outside of the layers, where ranks draw the same.
             forward.may_draw_outside = True
             rng.make_alike(model.device, self.peers)
-        elif model.training:
+        else:
             forward.states = rng.states(model.device)
         return forward
 

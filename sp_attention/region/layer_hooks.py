@@ -39,10 +39,11 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
 
         given = map_leaves(partial(_given_to, state, layer, stack_pass, scope), (args, kwargs))
         on_span = stack_pass.is_shared and not layer.gathered
+        alone = on_span and not layer.draws_alike
         # What is not cut has caches alone to look after.
         current = stack_pass if on_span or (stack_pass.fills_cache and not layer.gathered) else None
         with (
-            _drawing(state, stack_pass, layer.name, alone=on_span),
+            _drawing(state, stack_pass, layer.name, alone),
             state.context.layer(current, stack_pass.mlp_tiles, scope),
         ):
             if state.forward is not None and stack_pass.is_shared:
@@ -187,8 +188,9 @@ def _drawing(state: RegionState, stack_pass: StackPass, name: str, alone: bool) 
     """Within it a layer or a module draws random numbers of this rank alone, or those that all ranks draw."""
     if stack_pass.seed is None:
         return nullcontext()
-    seed = rng.derived(stack_pass.seed, name, *([state.peers.rank] if alone else []))
-    return rng.Forked(seed, state.plan.models[0].device)
+    shared = rng.derived(stack_pass.seed, name)
+    seed = rng.derived(stack_pass.seed, name, state.peers.rank) if alone else shared
+    return rng.Forked(seed, state.plan.models[0].device, shared)
 
 
 def require_undrawn(before: list[Tensor] | None, device: torch.device) -> None:

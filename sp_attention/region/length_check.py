@@ -54,9 +54,7 @@ class LengthCheck:
             return
         sample = self.samples[layer.module]
         tokens = max(len(stack_pass.span), min(self.length, _MOST)) // 4 * 4 + 2
-        found = not_local(
-            sample, tokens, context, trains=layer.module.training and stack_pass.seed is None, dtype=hidden.dtype
-        )
+        found = not_local(sample, tokens, context, trains=layer.module.training, dtype=hidden.dtype)
         reason = f"{layer.name} does something else" if found else None
         reason = first_reason(reason, stack_pass.peers)
         if reason is not None:

@@ -6,17 +6,19 @@ parts return and what it returns itself must be the same tokens in both.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from sp_attention.distributed import rng
 from sp_attention.region.context import Context
 from sp_attention.region.few_tokens import FewTokens
+from sp_attention.region.harmless_draws import HarmlessDraws
+from sp_attention.region.kept import Buffers, as_before
 from sp_attention.region.plan import Layer
 from sp_attention.region.pytree import Path, leaf_at, tensors
 from sp_attention.region.sequence_dims import Extent
@@ -79,8 +81,7 @@ class _Run:
 def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dtype: torch.dtype) -> NotLocal:
     """What of a layer depends on where in a sequence of `length` tokens, or among how many, its tokens are.
 
-    trains: in training, without dropout; nothing can be told of a layer that draws other random numbers there. dtype:
-    of the hidden states.
+    trains: in training, where what is drawn is harmless. dtype: of the hidden states.
     """
     start = length // 2
     batch = sample.inputs.extent.batch
@@ -96,18 +97,22 @@ def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dt
 
     def run(given: Any, results: Mapping[nn.Module, list[Any]], length: int) -> _Run:
         for module, its in results.items():
-            module.forward = partial(_next, iter(its))  # Until `unchanged` takes it back.
+            module.forward = partial(_next, iter(its))  # Until `as_before` takes it back.
         return _run(sample, given, Extent(batch, length), context)
 
-    with torch.no_grad(), _NoDropout(), unchanged(sample.layer.module):
-        sample.layer.module.train(trains)
+    module = sample.layer.module
+    modes, buffers = {one: one.training for one in module.modules()}, Buffers.of(module)
+    with torch.no_grad(), rng.Forked(0, leaf_at(given, sample.layer.hidden).device), HarmlessDraws(), as_before(module):
+        module.train(trains)
         try:
             whole = run(given, outputs, length)
-            if trains and not _agree(whole.output, run(given, outputs, length).output):
-                return NotLocal()
             later = run(sample.inputs.later(given, length, start), later_outputs, length - start)
         except Exception as error:  # whatever a layer raises at what it was not made for
             return NotLocal(error=f"{type(error).__name__}: {error}")
+        finally:
+            buffers.restore()
+            for one, mode in modes.items():
+                one.training = mode
     if [module for module, _, _ in whole.parts] != [module for module, _, _ in later.parts]:
         return NotLocal(results=True)
     parts = frozenset(
@@ -206,34 +211,3 @@ def _close(whole: _Told, later: _Told) -> bool:
 def _next(results: Iterator[Any], *_: Any, **__: Any) -> Any:
     """What a module on whole tensors returns, call by call, instead of working."""
     return next(results)
-
-
-class _NoDropout(TorchFunctionMode):
-    """Within it dropout drops nothing."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "").endswith("dropout"):
-            return args[0] if args else (kwargs or {})["input"]
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Whatever is inside leaves the attributes, submodules and buffers of a module and its parts as they are."""
-    before = [(one, dict(vars(one)), dict(one._modules), dict(one._buffers)) for one in module.modules()]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for one, attributes, modules, buffers in before:
-            one._modules.clear()
-            one._modules.update(modules)
-            one._buffers.clear()
-            one._buffers.update(buffers)
-            for name in vars(one).keys() - attributes.keys():
-                delattr(one, name)
-            vars(one).update(attributes)
-        with torch.no_grad():
-            for buffer, value in values:
-                if buffer.device.type != "meta":
-                    buffer.copy_(value)

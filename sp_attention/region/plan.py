@@ -17,7 +17,7 @@ from sp_attention.region.pytree import Path, tensors
 from sp_attention.region.sequence_dims import Dims
 
 # What transformers hands down through the layers although only the loss uses it.
-FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
+FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch", "start_positions", "end_positions"}
 LOGITS_ARE_WHOLE = Refused("logits are whole")
 # Layers are given these as they are.
 NEVER_CUT = FOR_THE_LOSS | DOCUMENTS
@@ -48,6 +48,8 @@ class Layer:
     heads: how many heads attend in it, by whether to another sequence, and the number of key heads.
     gathered: the whole layer is a mixer: it runs on whole tensors, and only what is between the layers is cut.
     takes_last: of what is about the tokens in a cache too, such as rotary tables, it takes the end for its own tokens.
+    draws_alike: the random numbers that it draws in training are of no token, such as whether it skips itself, so all
+    ranks draw the same.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Layer:
     heads: HeadCounts = field(default_factory=dict)
     gathered: bool = False
     takes_last: bool = False
+    draws_alike: bool = False
 
 
 @dataclass(frozen=True)

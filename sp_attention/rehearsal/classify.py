@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.context import Context
+from sp_attention.region.kept import Attributes
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, named_arguments, tensor_names
 from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
@@ -176,6 +177,8 @@ class _Proof:
                     self.suspects[part] = draft.extents
                 if not draft.attends:
                     self.suspects[layer.module] = draft.extents
+        # What a part writes into itself is no reason for which it would not be.
+        self.before = {module: Attributes.of(module) for module in self.suspects}
         self.wide, self.results = wide, results
         self.done = dict.fromkeys(self.suspects, 0)
 
@@ -185,12 +188,14 @@ class _Proof:
         others, index = self.wide.calls[module], self.done[module]
         self.done[module] += 1
         self.results[module] = index < len(others) and _is_position_wise(
-            module, called, others[index], self.suspects[module]
+            module, called, others[index], self.suspects[module], self.before[module]
         )
 
 
-def _is_position_wise(module: nn.Module, called: ModuleCall, other: ModuleCall, extents: tuple[Extent, Extent]) -> bool:
-    """Whether a module gives for some tokens alone what it gives for them within the sequence."""
+def _is_position_wise(
+    module: nn.Module, called: ModuleCall, other: ModuleCall, extents: tuple[Extent, Extent], before: Attributes
+) -> bool:
+    """Whether a module, as it was `before`, gives for some tokens alone what it gives for them within the sequence."""
     into, out = dims(called.inputs, other.inputs, *extents), dims(called.output, other.output, *extents)
     length = extents[0].length
     for start, stop in ((length - 1, length), (0, length // 2), (length // 2, length)):
@@ -206,6 +211,7 @@ def _is_position_wise(module: nn.Module, called: ModuleCall, other: ModuleCall, 
             return map_leaves(cut, tree)
 
         args, kwargs = alone(called.inputs, into)
+        before.restore()
         try:
             result = module(*args, **kwargs)
         except Exception:  # whatever a strange module raises when it is given fewer tokens
@@ -230,6 +236,7 @@ def _found(
     }
     mixers: list[GatheredModule] = []
     attending: list[GatheredModule] = []
+    parts: list[GatheredModule] = []
     tileable: dict[str, nn.Module] = {}
     others = {module for module, mode in draft.modes.items() if mode == "other"}
     everything = layer.module in others
@@ -249,6 +256,8 @@ def _found(
                 mixers.append(GatheredModule(names[module], module, {}, {}))
             elif module in position_wise:
                 kinds[names[module]] = POSITION_WISE
+                learning = _gathered(module, names, traces, draft) if any(True for _ in module.parameters()) else None
+                parts += [learning] if learning is not None else []
                 if not attends and keeps_more(module) and all(fits(call.inputs, call.output) for call in calls):
                     tileable[names[module]] = module
             else:
@@ -257,7 +266,8 @@ def _found(
                 everything |= gathered is None
                 mixers += [gathered] if gathered is not None else []
     layer = replace(layer, heads=draft.heads_in(layer.module))
-    return LayerFindings(layer, kinds, tuple(mixers), tuple(attending), tileable, EVERYTHING if everything else MIXERS)
+    gathers = EVERYTHING if everything else MIXERS
+    return LayerFindings(layer, kinds, tuple(mixers), tuple(parts), tuple(attending), tileable, gathers)
 
 
 def _gathered(

@@ -1,52 +1,220 @@
-"""Where a model draws random numbers in training, such as those of dropout."""
+"""Where a model draws random numbers in training, such as those of dropout, and what it gives in training without them.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Two forwards tell: one as users run it, and if that draws anything, one in which draws are harmless. The second is what
+the sharded model is held to. What it cannot show is how ranks draw then, so that is decided by what is drawn:
+
+- of tokens, such as dropout: each rank its own, within layers;
+- of no token, such as whether a layer skips itself, or a sample its residual: all ranks the same. A layer that draws
+  both kinds is given whole tensors;
+- outside of the layers, and within modules that are given whole tensors: all ranks the same anyway. Where the model
+  draws between its layers, or as few numbers as it has layers, it may skip some: each cuts and gathers on its own.
+
+What kernels of others draw, and no operation of torch, is compared as it comes, from the same seed: what is not the
+same then is gathered, and in the end refused.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sp_attention.distributed import rng
-from sp_attention.rehearsal.findings import Findings
-from sp_attention.rehearsal.trace import same_buffers, with_gradients
+from sp_attention.region.harmless_draws import HarmlessDraws
+from sp_attention.region.sequence_dims import Extent
+from sp_attention.rehearsal.findings import EVERYTHING, Findings, LayerFindings
+from sp_attention.rehearsal.trace import with_gradients
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Where a model draws random numbers in training: at all, between which stacks' layers, after the last layer."""
+    """Where a model draws random numbers in training: at all, between which stacks' layers, after the last layer.
+
+    alike: the layers that draw numbers that are of no token, and none else. whole: those that draw both kinds, or in
+    which draws of tokens decide whether anything attends.
+    """
 
     anywhere: bool = False
     between: frozenset[str] = frozenset()
     after: bool = False
+    alike: frozenset[nn.Module] = frozenset()
+    whole: frozenset[nn.Module] = frozenset()
+
+    def harmless(self) -> AbstractContextManager[Any]:
+        """Within it the model draws nothing that differs between a whole and a sharded forward."""
+        return HarmlessDraws() if self.anywhere else nullcontext()
+
+    def applied(self, findings: Findings) -> Findings:
+        """The findings with what follows from the draws."""
+        if not self.anywhere:
+            return findings
+
+        def told(found: LayerFindings) -> LayerFindings:
+            if found.layer.module in self.whole:
+                return replace(found, gathers=EVERYTHING)
+            return replace(found, layer=replace(found.layer, draws_alike=found.layer.module in self.alike))
+
+        stacks = {name: tuple(map(told, layers)) for name, layers in findings.stacks.items()}
+        # Dropout may come between the embeddings and the first layer.
+        return replace(findings, stacks=stacks, separate=findings.separate | self.between, embeddings={})
 
 
-def draws_of(model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any]) -> tuple[Draws, tuple[Any, Tensor]]:
-    """Where random numbers are drawn, and the model's output with gradients; in training unless there are any."""
-    seen: list[tuple[str | None, list[Tensor]]] = []
-    handles = []
-    for name, layers in findings.stacks.items():
-        for found in layers:
-            module = found.layer.module
+@dataclass(frozen=True)
+class TrainingRun:
+    """What the whole model gives for `inputs` in training, where what it draws is harmless, with its gradients."""
 
-            def note(*_: Any, name: str = name) -> None:
-                seen.append((name, rng.states(model.device)))
+    inputs: Mapping[str, Any]
+    draws: Draws
+    output: Any
+    gradients: Tensor
 
-            handles += [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
+
+def trained(
+    model: PreTrainedModel, findings: Findings, inputs: Mapping[str, Any], attending: frozenset[nn.Module]
+) -> TrainingRun:
+    """A forward and a backward in training, and where random numbers are drawn; `attending`: what attends by us."""
     model.train()
-    before = rng.states(model.device)
-    try:
-        with same_buffers(model):
-            result = with_gradients(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    after = rng.states(model.device)
-    if rng.are_equal(before, after):
-        return Draws(), result
-    model.eval()
-    # Two notes a layer: what lies between the second of one and the first of the next is the model's own.
-    gaps = [(one, other) for one, other in zip(seen[1::2], seen[2::2], strict=False) if one[0] == other[0]]
-    between = frozenset(str(one[0]) for one, other in gaps if not rng.are_equal(one[1], other[1]))
-    draws = Draws(True, between, not seen or not rng.are_equal(seen[-1][1], after))
-    return draws, with_gradients(model, inputs)
+    drawing = _Drawing(findings, attending, model.device)
+    with drawing.watched(model):
+        output, gradients = with_gradients(model, inputs)
+    if not drawing.draws_anything:
+        return TrainingRun(inputs, Draws(), output, gradients)
+    harmless = _Drawing(findings, attending, model.device)
+    with harmless.watched(model), HarmlessDraws(harmless.note):
+        output, gradients = with_gradients(model, inputs)
+    return TrainingRun(inputs, _draws(findings, drawing, harmless), output, gradients)
+
+
+def _draws(findings: Findings, drawing: "_Drawing", harmless: "_Drawing") -> Draws:
+    """What a forward as users run it, and one in which draws are harmless, tell together."""
+    layers = {found.layer.module: name for name, stack in findings.stacks.items() for found in stack}
+    # In evaluation all layers were called.
+    skipped = {layers[layer] for layer in layers if not (drawing.calls[layer] and harmless.calls[layer])}
+    depends = {
+        layer
+        for layer in layers
+        if drawing.calls[layer]
+        and any(drawing.calls[one] != harmless.calls[one] for one in layer.modules() if one in drawing.attending)
+    }
+    alike = {layer for layer in layers if harmless.of_none[layer]}
+    of_tokens = {layer for layer in layers if harmless.of_tokens[layer]}
+    whole = (alike & of_tokens) | (depends - alike)
+    return Draws(
+        True,
+        frozenset(skipped | drawing.between | harmless.between),
+        drawing.drawn_since or harmless.drawn_since,
+        frozenset(alike - whole),
+        frozenset(whole),
+    )
+
+
+@dataclass
+class _Drawing:
+    """Watches a forward for where it draws.
+
+    calls: of layers, and of what attends. of_tokens, of_none: how often each layer drew for tokens, or for none.
+    between: the stacks that the model draws between the layers of, or before, as few numbers as there are layers.
+    draws_anything: in the whole forward. drawn_since: something was drawn since the last layer.
+    """
+
+    findings: Findings
+    attending: frozenset[nn.Module]
+    device: torch.device
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    of_tokens: Counter[nn.Module] = field(default_factory=Counter)
+    of_none: Counter[nn.Module] = field(default_factory=Counter)
+    between: set[str] = field(default_factory=set)
+    draws_anything: bool = False
+    drawn_since: bool = False
+    _may_skip: bool = False
+    _layer: tuple[str, nn.Module] | None = None
+    _left: str | None = None
+    _states: list[Tensor] = field(default_factory=list)
+    _in_gathered: int = 0
+    _in_attention: int = 0
+
+    def note(self, shape: torch.Size) -> None:
+        """Something of this shape was drawn."""
+        if not self._states or self._in_gathered:  # Not in a forward, or by all ranks alike.
+            return
+        if self._layer is None:
+            self.drawn_since = True
+            self._may_skip |= shape.numel() <= max(map(len, self.findings.stacks.values()))
+            return
+        stack, layer = self._layer
+        extent = self.findings.extents[stack]
+        # Kernels attend to parts of the sequence.
+        is_of_none = shape.numel() <= extent.batch or (not self._in_attention and _is_of_channels(shape, extent))
+        (self.of_none if is_of_none else self.of_tokens)[layer] += 1
+
+    @contextmanager
+    def watched(self, model: nn.Module) -> Iterator[None]:
+        """Within it forwards of the model are watched."""
+        first: list[Tensor] = []
+
+        def begin(*_: Any) -> None:
+            self._states = rng.states(self.device)
+            first.extend(self._states)
+
+        def end(*_: Any) -> None:
+            now = rng.states(self.device)
+            self.drawn_since |= not rng.are_equal(self._states, now)
+            self.draws_anything = not rng.are_equal(first, now)
+            self._states = []
+
+        def into_attention(module: nn.Module, _: Any) -> None:
+            self.calls[module] += 1
+            self._in_attention += 1
+
+        def out_of_attention(*_: Any) -> None:
+            self._in_attention -= 1
+
+        def into_gathered(*_: Any) -> None:
+            self._in_gathered += 1
+
+        def out_of_gathered(*_: Any) -> None:
+            self._in_gathered -= 1
+
+        handles = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
+        for module in self.attending:
+            handles.append(module.register_forward_pre_hook(into_attention))
+            handles.append(module.register_forward_hook(out_of_attention))
+        for name, layers in self.findings.stacks.items():
+            for found in layers:
+                handles += self._around_layer(name, found.layer.module)
+                for mixer in found.planned().gathered_modules:
+                    handles.append(mixer.module.register_forward_pre_hook(into_gathered))
+                    handles.append(mixer.module.register_forward_hook(out_of_gathered))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _around_layer(self, stack: str, module: nn.Module) -> list[RemovableHandle]:
+        def enter(*_: Any) -> None:
+            self.calls[module] += 1
+            if not self._states:
+                return
+            self.drawn_since |= not rng.are_equal(self._states, rng.states(self.device))
+            if self._may_skip or (self.drawn_since and self._left == stack):
+                self.between.add(stack)
+            self._layer = stack, module
+
+        def leave(*_: Any) -> None:
+            self._layer, self._left, self.drawn_since = None, stack, False
+            if self._states:
+                self._states = rng.states(self.device)
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+def _is_of_channels(shape: torch.Size, extent: Extent) -> bool:
+    """Whether numbers of this shape are alike for all tokens: [B, 1, E], and not [n, E] of the tokens of an expert."""
+    of_rows = len(shape) > 2 and shape[0] in (1, extent.batch)
+    return of_rows and {extent.length, extent.batch * extent.length}.isdisjoint(shape)

@@ -1,6 +1,6 @@
 """What the rehearsal found in a model: its stacks, and what each part of each layer is; as text for people too."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -21,17 +21,31 @@ POSITION_WISE = "position-wise"
 class LayerFindings:
     """A layer as it was found: what is known of it whatever of it is gathered, and what each of its parts is.
 
-    kinds: by the name of a part, what it is. mixers: the parts that are always given whole tensors; attending: the
-    children that attend, as parts to gather where sharing out their heads is not exact. tileable: position-wise
-    parts outside of those that keep more for backward than what they are given, such as MLPs and norms.
+    kinds: by the name of a part, what it is. mixers: the parts that are always given whole tensors; parts: those that
+    learn and are position-wise as far as their results tell; attending: the children that attend, as parts to gather
+    where sharing out their heads is not exact. tileable: position-wise parts outside of those that keep more for
+    backward than what they are given, such as MLPs and norms.
     """
 
     layer: Layer
     kinds: Mapping[str, str]
     mixers: tuple[GatheredModule, ...]
+    parts: tuple[GatheredModule, ...]
     attending: tuple[GatheredModule, ...]
     tileable: Mapping[str, nn.Module]
     gathers: int = MIXERS
+
+    def with_mixers(self, parts: Iterable[GatheredModule]) -> "LayerFindings":
+        """The layer with parts that count as mixers."""
+        more = tuple(part for part in parts if part in self.parts)
+        kind = "gathered: more comes of its tokens than what it returns, such as a loss"
+        return replace(
+            self,
+            kinds={**self.kinds, **{part.name: kind for part in more}},
+            mixers=self.mixers + more,
+            parts=tuple(part for part in self.parts if part not in more),
+            tileable={name: one for name, one in self.tileable.items() if all(one is not part.module for part in more)},
+        )
 
     def planned(self) -> Layer:
         if self.gathers == EVERYTHING:

@@ -27,8 +27,9 @@ from sp_attention.region.plan import RegionPlan
 from sp_attention.region.pytree import Path, tensors
 from sp_attention.region.sequence_dims import Extent
 from sp_attention.rehearsal.classify import explore
-from sp_attention.rehearsal.draws import Draws, draws_of
+from sp_attention.rehearsal.draws import Draws, TrainingRun, trained
 from sp_attention.rehearsal.dummy_inputs import DummyBatch, dummy_batches
+from sp_attention.rehearsal.dummy_labels import with_labels
 from sp_attention.rehearsal.feed_forward_chunks import without_chunks
 from sp_attention.rehearsal.findings import Findings
 from sp_attention.rehearsal.options import Options
@@ -61,18 +62,21 @@ def install(
         model.eval()
         pairs = _dummy_batches(model, attention.peers)
         placed = _placed(model, attention, key, pairs, undo, options)
-        hooks, findings, plan = placed.hooks, placed.findings, placed.plan
+        hooks, findings, plan, draws = placed.hooks, placed.findings, placed.plan, placed.draws
         undo.callback(hooks.remove)
+        model.train()
         if options.whole_logits:
             plan = replace(plan, sharded_loss=Refused("enable(whole_logits=True)"))
-        elif options.rehearse and not placed.draws.after:
-            plan = shard_loss(model, hooks, plan, findings, pairs[0][0], undo, options.loss_tile)
+        elif options.rehearse and not draws.after:
+            with draws.harmless():
+                plan = shard_loss(model, hooks, plan, findings, pairs[0][0], undo, options.loss_tile)
         if isinstance(options.loss_tile, int) and isinstance(plan.lm_head, Refused):
             reasons = [one.reason for one in (plan.lm_head, plan.sharded_loss) if isinstance(one, Refused)]
             raise UnsupportedError(f"loss_tile={options.loss_tile}: {': '.join(reasons)}; leave it out")
         if options.mlp_tile is not None:
-            findings, plan = tile_mlps(model, hooks, plan, findings, pairs[0][0], options.mlp_tile)
-        hooks.plan = replace(plan, offloads=options.offload, chunk=chunk)
+            with draws.harmless():
+                findings, plan = tile_mlps(model, hooks, plan, findings, pairs[0][0], options.mlp_tile)
+        hooks.plan, hooks.rehearses = replace(plan, offloads=options.offload, chunk=chunk), False
         hooks.length_check = LengthCheck.of(findings.samples, hooks.plan, findings.proven_length)
         hooks.install()
     return findings, hooks
@@ -152,28 +156,42 @@ def _place(
     if rehearse and masks is not None and not all(_is_right(trace.output, trace.dummy) for trace, _ in traces):
         _require_right_kernel(model, attention, key, [pair[0] for pair in pairs])
         raise UnsupportedError("through transformers' attention interface the model gives other numbers")
-    draws, last = draws_of(model, findings, pairs[-1][0].inputs)
-    findings = replace(findings, separate=findings.separate | draws.between)
-    if draws.anywhere:
-        findings = replace(findings, embeddings={})  # Dropout may come between them and the first layer.
+    run = _trained(model, findings, pairs[-1][0], traces, attention.peers, rehearse)
+    findings = run.draws.applied(findings)
     plan = RegionPlan(
         findings.planned(),
         findings.models,
         findings.arguments,
         key if masks is not None else None,
         _NO_LOSS if rehearse else _UNPROVEN,
-        random=draws.anywhere,
+        random=run.draws.anywhere,
     )
-    hooks = Hooks(plan, attention.peers, attention.context)
+    hooks = Hooks(plan, attention.peers, attention.context, rehearses=True)
     if rehearse:
         plan = replace(plan, caches=Refused("not proven yet"))
-        findings = prove_stacks(model, hooks, plan, findings, [pair[0] for pair in traces], last)
+        findings = prove_stacks(model, hooks, plan, findings, [pair[0] for pair in traces], run)
         plan = replace(plan, stacks=findings.planned())
-        trains = model.training
         model.eval()
         plan = prove_caches(model, hooks, plan, own, traces[0])
-        model.train(trains)
-    return _Placed(findings, plan, hooks, draws)
+    return _Placed(findings, plan, hooks, run.draws)
+
+
+def _trained(
+    model: PreTrainedModel, findings: Findings, dummy: DummyBatch, traces: Traces, peers: Peers, rehearse: bool
+) -> TrainingRun:
+    """What the whole model gives in training: with labels, if it has a loss for those that fit what it returns."""
+    attending = frozenset(call.module for pair in traces for trace in pair for call in trace.attention_calls)
+    labelled = with_labels(model, dummy) if rehearse else None
+
+    def with_loss() -> TrainingRun:
+        assert labelled is not None
+        run = trained(model, findings, labelled, attending)
+        if not run.output["loss"].isfinite():
+            raise UnsupportedError("such labels give no loss")
+        return run
+
+    run = Refused("nothing tells its labels") if labelled is None else attempted(with_loss, peers)
+    return trained(model, findings, dummy.inputs, attending) if isinstance(run, Refused) else run
 
 
 def _explored(

@@ -4,20 +4,26 @@ Slower each time: mixers, what attends, whole layers on whole tensors; a region 
 the stack; and in the end a refusal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from sp_attention.distributed import rng
 from sp_attention.distributed.collectives import mean_over_ranks
 from sp_attention.distributed.consistency import attempted
 from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.plan import Layer, RegionPlan, Stack
+from sp_attention.rehearsal.classify import matrices_in
+from sp_attention.rehearsal.draws import Draws, TrainingRun
 from sp_attention.rehearsal.findings import EVERYTHING, Findings, LayerFindings
 from sp_attention.rehearsal.trace import Trace, require_same, with_gradients
+
+# The layers of a stack.
+Stacked = tuple[LayerFindings, ...]
 
 
 def prove_stacks(
@@ -26,24 +32,24 @@ def prove_stacks(
     plan: RegionPlan,
     findings: Findings,
     traces: list[Trace],
-    last: tuple[Any, Tensor],
+    run: TrainingRun,
 ) -> Findings:
     """The findings with as much gathered as the sharded model needs to give what the whole one gives.
 
-    `last` is what the whole model gives for the last trace's batch, in the mode that it is in, with its gradients; the
-    traces were recorded in evaluation.
+    In evaluation that is what it gave in the traces, and in training what it gave in `run`, with gradients.
     """
-    trains = model.training
+    name = type(model).__name__
 
     def compare() -> None:
         model.eval()
-        for trace in traces[:-1]:
-            require_same(model(**trace.dummy.inputs), trace.output, f"{type(model).__name__} sharded")
-        model.train(trains)
-        output, gradients = with_gradients(model, traces[-1].dummy.inputs)
-        require_same(output, last[0], f"{type(model).__name__} sharded")
+        for trace in traces:
+            require_same(model(**trace.dummy.inputs), trace.output, f"{name} sharded")
+        model.train()
+        with run.draws.harmless():
+            output, gradients = with_gradients(model, run.inputs)
+        require_same(output, run.output, f"{name} sharded, in training")
         gradients = mean_over_ranks(gradients, hooks.peers)
-        require_same(gradients, last[1], f"the backward of {type(model).__name__} sharded")
+        require_same(gradients, run.gradients, f"the backward of {name} sharded")
 
     def tried(found: Findings) -> Refused | None:
         with hooks.trying(replace(plan, stacks=found.planned())):
@@ -55,47 +61,80 @@ def prove_stacks(
         refused = tried(findings)
     if refused is None:
         return findings
-    for found in _falling_back(hooks, plan, findings, traces):
+    for found in _falling_back(hooks, plan, findings, traces, run.draws):
         if not found.shares_nothing and tried(found) is None:
             return found
     raise UnsupportedError(f"{refused.reason}; nothing of it can be shared out exactly")
 
 
-def _falling_back(hooks: Hooks, plan: RegionPlan, findings: Findings, traces: list[Trace]) -> Iterator[Findings]:
-    """The findings with more and more on whole tensors: mixers and what attends, regions around layers, all of it."""
+def _falling_back(
+    hooks: Hooks, plan: RegionPlan, findings: Findings, traces: list[Trace], draws: Draws
+) -> Iterator[Findings]:
+    """The findings with more and more on whole tensors: mixers and what attends, regions around layers, all of it.
+
+    Between these, parts whose results are position-wise: first those of several matrices, such as MLPs and experts,
+    of which a balance loss may be made, then norms too.
+    """
     enough = {
-        name: tuple(_gathering_enough(found, hooks, plan, traces) for found in layers)
+        name: tuple(_gathering_enough(found, hooks, plan, traces, draws) for found in layers)
         for name, layers in findings.stacks.items()
     }
-    findings = replace(findings, stacks=enough)
+    as_tried, findings = findings, replace(findings, stacks=enough)
     everything = {
         name: tuple(replace(found, gathers=EVERYTHING) for found in layers) for name, layers in findings.stacks.items()
     }
     apart = frozenset({*findings.stacks, *findings.idle})
-    yield findings
+    if findings != as_tried:
+        yield findings
     yield replace(findings, separate=apart)
+    for matrices in (2, 0):
+        yield replace(findings, stacks=_gathering_parts(findings.stacks, matrices))
     yield replace(findings, stacks=everything)
     yield replace(findings, stacks=findings.idle, separate=apart)
 
 
-def _gathering_enough(found: LayerFindings, hooks: Hooks, plan: RegionPlan, traces: list[Trace]) -> LayerFindings:
-    """The layer with as much gathered as it needs to give alone, sharded, what it gave in the rehearsal."""
-    for gathers in range(found.gathers, EVERYTHING + 1):
-        found = replace(found, gathers=gathers)
-        layer = found.planned()
+def _gathering_parts(stacks: Mapping[str, Stacked], matrices: int) -> dict[str, Stacked]:
+    """Stacks whose parts of as many matrices or more are given whole tensors."""
+    return {
+        name: tuple(
+            found.with_mixers(part for part in found.parts if matrices_in(part.module) >= matrices) for found in layers
+        )
+        for name, layers in stacks.items()
+    }
 
-        def compare(layer: Layer = layer) -> None:
-            for trace in traces:
-                for called in trace.calls[layer.module]:
-                    with hooks.as_in_a_forward():
-                        args, kwargs = called.inputs
-                        require_same(layer.module(*args, **kwargs), called.output, layer.name)
 
-        with hooks.trying(_with_layer(plan, layer)):
-            refused = attempted(compare, hooks.peers, plan.models[0].device)
-        if refused is None:
-            break
-    return found
+def _gathering_enough(
+    found: LayerFindings, hooks: Hooks, plan: RegionPlan, traces: list[Trace], draws: Draws
+) -> LayerFindings:
+    """The layer with as much gathered as it needs to give alone, sharded, what it gives whole, in either mode."""
+    module, device = found.layer.module, plan.models[0].device
+    given = [call.inputs for trace in traces for call in trace.calls[module]]
+
+    def outputs() -> list[Any]:
+        results = []
+        for (args, kwargs), trains in product(given, (False, True)):
+            module.train(trains)
+            rng.seed_all(0)
+            with hooks.as_in_a_forward(), draws.harmless():
+                results.append(module(*args, **kwargs))
+        return results
+
+    everything = replace(found, gathers=EVERYTHING)
+    with hooks.trying(_with_layer(plan, everything.planned())):
+        whole = attempted(outputs, hooks.peers, device)
+    if isinstance(whole, Refused):
+        return everything
+
+    def compare() -> None:
+        for output, expected in zip(outputs(), whole, strict=True):
+            require_same(output, expected, found.layer.name)
+
+    for gathers in range(found.gathers, EVERYTHING):
+        less = replace(found, gathers=gathers)
+        with hooks.trying(_with_layer(plan, less.planned())):
+            if attempted(compare, hooks.peers, device) is None:
+                return less
+    return everything
 
 
 def _with_layer(plan: RegionPlan, layer: Layer) -> RegionPlan:

@@ -1,28 +1,43 @@
 """Prove that the loss can be computed from this rank's span of the logits, a tile of tokens at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from sp_attention.distributed.collectives import mean_over_ranks
 from sp_attention.distributed.consistency import attempted
 from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.loss.causal_lm import LogitsInProgress, sharded_causal_loss
 from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHead, liger_does, tile_for
-from sp_attention.region.forward import TOKENS
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.other_hooks import watched_by_others
 from sp_attention.region.plan import NamedModule, RegionPlan, names_taken
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
+from sp_attention.rehearsal.dummy_labels import token_labels
 from sp_attention.rehearsal.findings import Findings
 from sp_attention.rehearsal.lm_head import Logits, logits_of
 from sp_attention.rehearsal.options import LossTile
 from sp_attention.rehearsal.trace import COMPARED, require_same, same, with_gradients
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a model gives for a batch with labels: its loss, logits [B, S | s, V], and gradients of the loss."""
+
+    loss: Tensor
+    logits: Any
+    gradients: Tensor
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Of this rank, where logits stay sharded."""
+        return [self.loss, self.logits.part, self.gradients]
 
 
 def shard_loss(
@@ -45,7 +60,12 @@ def shard_loss(
     head = model.get_output_embeddings()
     if head is not None and watched_by_others(head):
         return replace(plan, sharded_loss=Refused("hooks that are not sp_attention's see them, on the LM head"))
-    whole = attempted(lambda: model(**batch), hooks.peers)
+
+    def computed() -> _Computed:
+        output, gradients = with_gradients(model, batch, of="loss")
+        return _Computed(output["loss"], output["logits"], gradients)
+
+    whole = attempted(computed, hooks.peers)
     if isinstance(whole, Refused):
         return plan  # Such a model wants other labels.
     loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers, lambda: _in_progress(hooks))
@@ -53,29 +73,30 @@ def shard_loss(
     model.loss_function = loss
     undo.callback(lambda: delattr(model, "_loss_function") if own is None else setattr(model, "loss_function", own))
     span = hooks.peers.span(dummy.extent.length)
+    expected = replace(whole, logits=whole.logits[:, span.start : span.stop])
 
-    def compare() -> None:
-        output = model(**batch)
-        mine = {"loss": whole["loss"], "logits": whole["logits"][:, span.start : span.stop]}
-        if not isinstance(output["logits"], ShardedLogits):
+    def compared() -> _Computed:
+        mine = computed()
+        if not isinstance(mine.logits, ShardedLogits):
             raise UnsupportedError("each layer gathers what it returns")
-        if not same({"loss": output["loss"], "logits": output["logits"].part}, mine):
+        gradients = mean_over_ranks(mine.gradients, hooks.peers)
+        if not same([mine.loss, mine.logits.part, gradients], [expected.loss, expected.logits, expected.gradients]):
             raise UnsupportedError("the model computes another loss from a part of the sequence")
+        return mine
 
-    def tried(plan: RegionPlan) -> Refused | None:
+    def tried(plan: RegionPlan) -> _Computed | Refused:
         with hooks.trying(plan):
-            return attempted(compare, hooks.peers, model.device)
+            return attempted(compared, hooks.peers, model.device)
 
-    with hooks.for_the_loss():  # The model may be in evaluation, so that it draws no random numbers.
-        sharded = replace(plan, sharded_loss=loss, before_loss=before[-1])
-        refused = tried(sharded)
-        if refused is not None:
-            why = Refused(f"computed from a part of the sequence: {refused.reason}")
-            found = _cut_before_head(model, hooks, replace(plan, sharded_loss=loss), batch)
-            if found is None or tried(found) is not None:
-                return replace(plan, sharded_loss=why)
-            sharded = found
-        return _with_tiled_loss(model, hooks, sharded, batch, loss_tile)
+    sharded = replace(plan, sharded_loss=loss, before_loss=before[-1])
+    found = tried(sharded)
+    if isinstance(found, Refused):
+        why = Refused(f"computed from a part of the sequence: {found.reason}")
+        cut = _cut_before_head(model, hooks, replace(plan, sharded_loss=loss), batch)
+        if cut is None or isinstance(found := tried(cut), Refused):
+            return replace(plan, sharded_loss=why)
+        sharded = cut
+    return _with_tiled_loss(model, hooks, sharded, batch, loss_tile, computed, found)
 
 
 def give_back_loss(model: PreTrainedModel, plan: RegionPlan) -> None:
@@ -88,15 +109,10 @@ def give_back_loss(model: PreTrainedModel, plan: RegionPlan) -> None:
 
 def _with_labels(model: PreTrainedModel, dummy: DummyBatch) -> dict[str, Any] | None:
     """A dummy batch with labels for the causal loss; None for a model that has another, or no tokens."""
-    name = next((name for name in TOKENS if name in dummy.inputs), None)
     if model.loss_function is not ForCausalLMLoss or "labels" not in names_taken(model):
         return None
-    if name is None:
-        return None
-    ids = dummy.inputs[name]
-    padding = dummy.inputs.get(name.replace("input_ids", "attention_mask"))
-    labels = ids if padding is None or padding.shape != ids.shape else ids.masked_fill(padding == 0, -100)
-    return {**dummy.inputs, "labels": labels}
+    labels = token_labels(dummy)
+    return None if labels is None else {**dummy.inputs, "labels": labels}
 
 
 def _in_progress(hooks: Hooks) -> LogitsInProgress:
@@ -118,28 +134,31 @@ def _cut_before_head(
 
 
 def _with_tiled_loss(
-    model: PreTrainedModel, hooks: Hooks, plan: RegionPlan, batch: Mapping[str, Any], tile: LossTile
+    model: PreTrainedModel,
+    hooks: Hooks,
+    plan: RegionPlan,
+    batch: Mapping[str, Any],
+    tile: LossTile,
+    computed: Callable[[], _Computed],
+    expected: _Computed,
 ) -> RegionPlan:
-    """The plan with a loss that makes logits in tiles, if little comes between the LM head and it."""
+    """The plan with a loss that makes logits in tiles, if little comes between the LM head and it.
+
+    `computed`: what the model gives for the batch, `expected` of all logits at once.
+    """
     if tile is None:
         return replace(plan, lm_head=Refused("enable(loss_tile=None)"))
-
-    def computed() -> dict[str, Tensor]:
-        output, gradients = with_gradients(model, batch)
-        return {"loss": output["loss"], "logits": output["logits"].part, "gradients": gradients}
-
     with hooks.trying(plan):
-        found = attempted(lambda: (logits_of(model, batch), computed()), hooks.peers, model.device)
-    if isinstance(found, Refused):
-        return replace(plan, lm_head=found)
-    logits, expected = found
+        logits = attempted(lambda: logits_of(model, batch), hooks.peers, model.device)
+    if isinstance(logits, Refused):
+        return replace(plan, lm_head=logits)
     lm_head = _lm_head(model, logits, tile)
     refused = None
+
+    def compare() -> None:
+        require_same(computed().parts, expected.parts, f"{type(model).__name__} with its loss in tiles")
+
     for liger in (True, False) if liger_does(lm_head, lm_head.module) else (False,):
-
-        def compare() -> None:
-            require_same(computed(), expected, f"{type(model).__name__} with its loss in tiles")
-
         tiled = replace(lm_head, liger=liger)
         with hooks.trying(replace(plan, lm_head=replace(tiled, tile=2))), _without_large_gradients(lm_head.module):
             refused = attempted(compare, hooks.peers, model.device)

@@ -49,11 +49,10 @@ def tile_mlps(
         require_same(with_gradients(model, dummy.inputs), expected, f"mlp_tile={tile}: {type(model).__name__} with it")
 
     planned = replace(plan, tiled_modules=tuple(tiled), mlp_tile=tile)
-    with hooks.for_the_loss():  # The model may be in evaluation, so that it draws no random numbers.
-        with hooks.trying(plan):
-            expected = with_gradients(model, dummy.inputs)
-        with hooks.trying(replace(planned, mlp_tile=2)):
-            refused = attempted(compare, hooks.peers, model.device)
+    with hooks.trying(plan):
+        expected = with_gradients(model, dummy.inputs)
+    with hooks.trying(replace(planned, mlp_tile=2)):
+        refused = attempted(compare, hooks.peers, model.device)
     if isinstance(refused, Refused):
         raise UnsupportedError(refused.reason)
     return replace(findings, stacks=stacks), planned

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sp_attention.distributed import rng
 from sp_attention.distributed.sharded_params import is_partitioned
 from sp_attention.errors import UnsupportedError
+from sp_attention.region.kept import Attributes, Buffers, as_before
 from sp_attention.region.pytree import tensors
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
 
@@ -68,7 +69,11 @@ def _just_called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run what is inside without gradients or checkpointing; modes, buffers and random numbers stay as they were."""
+    """Run what is inside without gradients or checkpointing; behind it the model and random numbers are as they were.
+
+    Every forward of the model begins so too, unless it goes on from a cache: what forwards write into modules, and the
+    random numbers that they draw, are no reason for which a sharded one differs from a whole one.
+    """
     training = {module: module.training for module in model.modules()}
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     wrapped = [(module, module.checkpoint_fn) for module in model.modules() if isinstance(module, CheckpointWrapper)]
@@ -80,7 +85,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = False  # type: ignore[assignment]  # a flag, not a module
         for wrapper, _ in wrapped:
             wrapper.checkpoint_fn = _just_called  # type: ignore[assignment]  # a partial of torch's checkpoint else
-        with _plain_mode(model), torch.random.fork_rng(**{"devices": [], **fork}), same_buffers(model):
+        with _plain_mode(model), torch.random.fork_rng(**{"devices": [], **fork}), _each_forward_anew(model):
             yield
     finally:
         random.setstate(randomness)
@@ -105,16 +110,32 @@ def _plain_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Whatever is inside leaves the buffers as they are, such as the running means of a batch normalisation."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def _each_forward_anew(model: nn.Module) -> Iterator[None]:
+    """Within it each forward begins with the model's attributes, buffers and generators as at its first; so it ends."""
+    attributes, buffers = Attributes.of(model), Buffers.of(model)
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("past_key_values") is None:
+            attributes.restore()
+            buffers.restore()
+            rng.seed_all(0)
+
+    def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        # Backward may still need the buffers as they are, and a forward that goes on from a cache needs the attributes.
+        if kwargs.get("past_key_values") is None and not kwargs.get("use_cache"):
+            attributes.restore()
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+        model.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if buffer.device.type != "meta" and not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        for handle in handles:
+            handle.remove()
+        attributes.restore()
+        buffers.restore()
 
 
 def record(
@@ -143,7 +164,8 @@ def record(
             proving = True
             # In a context of its own: transformers' recorders of router logits, hidden states and weights, which the
             # configuration may have switched on, find out by a context variable whether they record.
-            Context().run(prove, module, called)
+            with as_before(module):
+                Context().run(prove, module, called)
             proving = False
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in calls]
@@ -180,9 +202,10 @@ def require_same(output: Any, expected: Any, what: str) -> None:
         raise UnsupportedError(f"{what} gives other numbers than the model on its own")
 
 
-def with_gradients(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+def with_gradients(model: PreTrainedModel, inputs: Mapping[str, Any], of: str | None = None) -> tuple[Any, Tensor]:
     """A model's output, and the gradients of some number made of it with respect to its small parameters, in a row.
 
+    of: the name of the output that the number is made of, by default all of them.
     Small, so that they take no memory, while the path to them leads through all of the model. There are none where an
     engine shards the parameters, since backward would set the engine to work, and none of parameters that were made in
     inference mode.
@@ -197,8 +220,8 @@ def with_gradients(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[A
     with torch.enable_grad():
         output = model(**inputs)
         number = torch.zeros((), dtype=torch.float64, device=model.device)
-        for _, tensor in tensors(output):
-            if tensor.requires_grad:
+        for path, tensor in tensors(output):
+            if tensor.requires_grad and of in (None, path[0]):
                 weights = torch.arange(tensor.numel(), device=tensor.device).cos().view(tensor.shape)
                 number = number + torch.where(tensor.isfinite(), tensor, 0).mul(weights).double().sum()
         gradients = torch.autograd.grad(number, small, allow_unused=True)
