@@ -173,7 +173,12 @@ def test_ranks_and_their_folder_end_with_their_parent(name: str, tmp_path: Path)
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as parent:
         until(lambda: len([*(tmp_path / "begun").iterdir()]) == 2, 60)
         parent.send_signal(signal.Signals[name])
-    until(lambda: not any(is_alive(int(file.name)) for file in (tmp_path / "begun").iterdir()), 10)
+    ranks = [int(file.name) for file in (tmp_path / "begun").iterdir()]
+    try:
+        until(lambda: not any(map(is_alive, ranks)), 10)
+    finally:
+        for rank in filter(is_alive, ranks):
+            os.kill(rank, signal.SIGKILL)
     assert not any((tmp_path / "temporary").glob("sp_attention_ranks_*"))
 
 

@@ -13,6 +13,7 @@ from models import LLAMA, MODELS, Tiny
 from torch import nn
 
 import sp_attention
+from sp_attention.distributed.digest import weights_digest
 from sp_attention.errors import BatchError
 from sp_attention.launch import run_ranks
 
@@ -110,6 +111,18 @@ def test_ranks_with_different_models_are_refused_on_every_rank(ranks: int) -> No
             assert text in first[name], name
     for name in CONTEXTS:
         assert f"{name} differs on rank {ranks - 1} from rank 0" in first[name]
+
+
+def test_weights_are_told_apart_by_their_numbers_wherever_they_lie() -> None:
+    numbers = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8):
+        one = (100 * numbers).to(dtype)
+        apart = torch.cat([one.new_zeros(1), one.flatten()])[1:].view(5, 7)
+        places = {"as it is": one, "further on": apart, "by columns": one.t().contiguous().t()}
+        assert len(set(weights_digest(places).values())) == 1
+        others = {"as it is": one, "turned": one.flip(0), "one more": one + 1, "a part": one[1:]}
+        assert len(set(weights_digest(others).values())) == 4
+    assert weights_digest({"nowhere": numbers.to("meta")}) == {}
 
 
 def sharded() -> bool:

@@ -110,6 +110,7 @@ def _words(weight: Tensor) -> Tensor | None:
         return None
     try:
         raw = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+        raw = raw.clone() if raw.storage_offset() % 8 else raw  # As of a part of a file, on the rank that reads it.
         whole = raw.numel() // 8 * 8
         words = raw[:whole].view(torch.int64)
         # Integers, of which the sum does not depend on the order, and so not on the number of threads.

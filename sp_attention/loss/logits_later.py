@@ -79,8 +79,11 @@ def _noted(tensor: Tensor, by_numbers: bool = True) -> _Noted:
     is_gone = here.is_meta or here.untyped_storage().nbytes() < here.nbytes
     if not by_numbers or is_gone:
         return _Noted(tensor, version, None)
-    flat = here.detach().reshape(-1)
-    return _Noted(tensor, version, flat[:: max(1, flat.numel() // _SOME)].clone())
+    try:
+        flat = here.detach().reshape(-1)
+        return _Noted(tensor, version, flat[:: max(1, flat.numel() // _SOME)].clone())
+    except (RuntimeError, NotImplementedError, TypeError):  # Quantised ones of others, which have no numbers to show.
+        return _Noted(tensor, version, None)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
