@@ -213,7 +213,7 @@ def enable(
     peers = resolve(group, sp_size, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload, longest)
     towers = _agreed(lambda: _models_in(model), peers)
-    return _all_enabled(towers, backend, peers, options)
+    return _all_enabled(model, towers, backend, peers, options)
 
 
 def _models_in(model: nn.Module) -> dict[str, PreTrainedModel]:
@@ -229,13 +229,15 @@ def _models_in(model: nn.Module) -> dict[str, PreTrainedModel]:
     return found
 
 
-def _all_enabled(towers: dict[str, PreTrainedModel], backend: str, peers: Peers | None, options: Options) -> Handle:
+def _all_enabled(
+    outer: nn.Module, towers: dict[str, PreTrainedModel], backend: str, peers: Peers | None, options: Options
+) -> Handle:
     """Of several models side by side those that cannot be enabled are left alone, unless none can."""
     handles: dict[str, Handle] = {}
     refused: dict[str, UnsupportedError] = {}
     for name, tower in towers.items():
         try:
-            handles[name] = _enabled(tower, backend, peers, options)
+            handles[name] = _enabled(outer, tower, backend, peers, options)
         except UnsupportedError as error:
             refused[name] = error
         except BaseException:
@@ -250,14 +252,14 @@ def _all_enabled(towers: dict[str, PreTrainedModel], backend: str, peers: Peers 
     return handles[first]
 
 
-def _enabled(inner: PreTrainedModel, backend: str, peers: Peers | None, options: Options) -> Handle:
+def _enabled(outer: nn.Module, inner: PreTrainedModel, backend: str, peers: Peers | None, options: Options) -> Handle:
     """One model, enabled, with the best kernel that does all that it asks."""
     choice = _agreed(lambda: _candidates(inner, backend, options), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
     require_same_options(asdict(options), peers)
-    require_same_model(inner, inner, peers)
+    require_same_model(outer, inner, peers)
     names = WeakKeyDictionary({module: name for name, module in inner.named_modules()})
     passed_over: dict[str, str] = {}
     own = own_attention(inner)
