@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sp_attention.distributed.fingerprint import fingerprint
 from sp_attention.distributed.peers import Peers
-from sp_attention.errors import BackendError, BatchError, Refused, UnsupportedError
+from sp_attention.errors import BackendError, BatchError, Refused, UnsupportedError, told
 
 # Odd multipliers of a multiply-and-shift hash on 64-bit integers (L'Ecuyer 1999, Steele et al. 2014).
 _MIX = (0x2545F4914F6CDD1D, -0x61C8864680B583EB)
@@ -59,7 +59,7 @@ def attempted(step: Callable[[], Result], peers: Peers, device: torch.device | N
     except BackendError as error:
         refusal = error
     except Exception as error:
-        reason = str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, UnsupportedError) else told(error)
     share_problem(refusal, peers)
     reason = first_reason(reason, peers)
     return result if reason is None else Refused(reason)
