@@ -124,7 +124,7 @@ def _with_tiled_loss(
     logits, expected = found
     lm_head = _lm_head(model, logits, tile)
     refused = None
-    for liger in (True, False) if liger_does(lm_head, lm_head.module) else (False,):
+    for liger in (True, False) if liger_does(lm_head) else (False,):
 
         def compare() -> None:
             require_same(computed(), expected, f"{type(model).__name__} with its loss in tiles")
