@@ -314,9 +314,9 @@ def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple
         )
     if model.device.type == "meta" and options.rehearse:
         raise UnsupportedError(
-            "the model's weights are not materialised (meta device), so nothing can be proven: load them before "
-            "enable(), or pass rehearse=False; weights that accelerate keeps elsewhere (cpu_offload, device_map) are "
-            "not covered"
+            "the model's weights are not materialised (meta device), so nothing can be proven: load them onto its "
+            "device, where accelerate's cpu_offload and device_map do not keep them, before enable(), or pass "
+            "rehearse=False"
         )
     return candidates(model.device.type, backend)
 

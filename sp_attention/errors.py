@@ -40,3 +40,9 @@ class Refused:
     """In place of a value: the reason why there is none."""
 
     reason: str
+
+
+def told(error: Exception, length: int = 300) -> str:
+    """What somebody else's error is and says, in one line: that of a module may be its repr, of a line a part."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= length else f"{text[:length]} ..."

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import LLAMA, batch_of
-from torch import Tensor
+from models import LLAMA, Tiny, batch_of
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import sp_attention
 from sp_attention.api import Handle
-from sp_attention.errors import UnsupportedError
+from sp_attention.errors import UnsupportedError, told
 from sp_attention.launch import run_ranks
 
 
@@ -106,3 +106,29 @@ def still_done() -> list[Any]:
 
 def test_graphs_of_gradients_and_saving_a_disabled_model_still_work() -> None:
     assert run_ranks(2, still_done) == [[True, True]] * 2
+
+
+class Unknown(nn.Module):
+    """An LM head that ends in an error that is a module, as of a table of modules that it is not in."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[1] == 0:
+            raise KeyError(self)
+        return hidden[..., :97]
+
+    def __repr__(self) -> str:
+        return "Unknown(\n" + "  (0): Linear(in_features=48, out_features=48, bias=True)\n" * 40 + ")"
+
+
+def report_of_unknown() -> str:
+    model = Tiny("LlamaForCausalLM", {"hidden_size": 96}).build()
+    model.lm_head = nn.Sequential(nn.Linear(96, 97, bias=False).double(), Unknown())
+    return sp_attention.enable(model, backend="sdpa").report()
+
+
+def test_errors_of_others_are_told_in_one_line() -> None:
+    for report in run_ranks(2, report_of_unknown):
+        assert "KeyError: Unknown(" in report
+        assert max(map(len, report.splitlines())) < 450
+    assert told(ValueError("one\n  two")) == "ValueError: one two"
+    assert told(ValueError("x" * 400)) == "ValueError: " + "x" * 288 + " ..."

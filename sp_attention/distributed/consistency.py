@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sp_attention.distributed.digest import described, digest
 from sp_attention.distributed.fingerprint import fingerprint
 from sp_attention.distributed.peers import Peers
-from sp_attention.errors import BackendError, BatchError, Refused, UnsupportedError
+from sp_attention.errors import BackendError, BatchError, Refused, UnsupportedError, told
 
 # The name under which the state of the generator is compared that tokens are sampled with.
 SAMPLING = "(random state)"
@@ -70,7 +70,7 @@ def attempted(step: Callable[[], Result], peers: Peers, device: torch.device | N
     except BackendError as error:
         refusal = error
     except Exception as error:
-        reason = str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, UnsupportedError) else told(error)
     share_problem(refusal, peers)
     reason = first_reason(reason, peers)
     return result if reason is None else Refused(reason)

@@ -100,7 +100,8 @@ class LMHeadInput:
 
     def _fused(self) -> Callable[..., Tensor] | None:
         """What does the head and the loss in one, given all tokens; None where nothing does exactly that, by less."""
-        if self.head.liger and liger_does(self.head, self.module):
+        # Anew in each forward: hooks and adapters may have come since.
+        if self.head.liger and _is_bare(self.module):
             return self._by_liger
         with self.autocast():  # Which torch's function does not follow.
             autocast = torch.is_autocast_enabled(self.hidden.device.type)
@@ -135,8 +136,9 @@ def tile_for(vocabulary: int) -> int:
     return max(_TOKENS, _LOGITS // vocabulary)
 
 
-def liger_does(head: LMHead, module: nn.Module) -> bool:
-    """Whether Liger's kernel is there, and can do this head in a forward: one matrix, nothing after it, on a GPU."""
+def liger_does(head: LMHead) -> bool:
+    """Whether Liger's kernel is there, and can do this head: one matrix, and nothing after it, on a GPU."""
+    module = head.module
     if not _is_bare(module) or head.steps:
         return False
     return module.weight.is_cuda and module.weight.dtype != torch.float64 and find_spec("liger_kernel") is not None

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from sp_attention.errors import UnsupportedError
+from sp_attention.errors import UnsupportedError, told
 from sp_attention.region.plan import names_taken
 from sp_attention.region.sequence_dims import Extent
 from sp_attention.rehearsal.dummy_tensors import DummyTensors, Inputs
@@ -52,7 +52,7 @@ def dummy_batches(model: PreTrainedModel, narrow: Extent, wide: Extent) -> list[
                     break
         if pairs:
             return pairs
-    why = "nothing is known of its inputs" if problem is None else f"{type(problem).__name__}: {problem}"
+    why = "nothing is known of its inputs" if problem is None else told(problem)
     raise UnsupportedError(f"enable() found no small batch that {type(model).__name__} takes: {why}")
 
 

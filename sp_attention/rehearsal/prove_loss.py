@@ -158,7 +158,7 @@ def _with_tiled_loss(
     def compare() -> None:
         require_same(computed().parts, expected.parts, f"{type(model).__name__} with its loss in tiles")
 
-    for liger in (True, False) if liger_does(lm_head, lm_head.module) else (False,):
+    for liger in (True, False) if liger_does(lm_head) else (False,):
         tiled = replace(lm_head, liger=liger)
         with hooks.trying(replace(plan, lm_head=replace(tiled, tile=2))), _without_large_gradients(lm_head.module):
             refused = attempted(compare, hooks.peers, model.device)

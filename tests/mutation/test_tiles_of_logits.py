@@ -246,6 +246,16 @@ def test_liger_is_given_all_tokens_at_once(name: str, liger: list[tuple[Any, ...
     assert liger[-1][2]
 
 
+def test_liger_is_not_asked_where_a_hook_has_come_since(liger: list[tuple[Any, ...]]) -> None:
+    module = head_of()
+    head = LMHead(module, "", (), VOCABULARY, 5, liger=True)
+    module.register_forward_hook(lambda module, args, logits: 2 * logits)
+    hidden = random(ROWS, TOKENS, HIDDEN, seed=7).requires_grad_()
+    loss = LMHeadInput(head, module, hidden, 3, nullcontext).loss(targets(), -100)
+    torch.testing.assert_close(loss, expected_of(module, hidden).float())
+    assert liger == []
+
+
 def test_liger_is_not_asked_for_weights_of_an_engine(liger: list[tuple[Any, ...]]) -> None:
     module = head_of()
     module.bias.ds_numel = VOCABULARY
@@ -270,7 +280,7 @@ def on_device(dtype: torch.dtype = torch.float32) -> nn.Linear:
 
 
 def asked_of_liger(module: nn.Module, *steps: Callable[[Tensor], Tensor]) -> bool:
-    return liger_does(LMHead(module, "", steps, VOCABULARY, 5), module)
+    return liger_does(LMHead(module, "", steps, VOCABULARY, 5))
 
 
 def test_liger_does_one_matrix_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
