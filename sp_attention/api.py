@@ -156,9 +156,9 @@ def enable(
 
     Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is
     run through the model, whole and sharded, to prove that sharding is exact; the model's weights, buffers, attributes
-    and modes, and the random numbers, are left as they were. On one rank nothing is changed. The loss that the model returns is that
-    of the whole batch on every rank, and the mean over all ranks of each parameter's gradient, which DDP, FSDP and
-    ZeRO take, is its gradient; without them call `average_gradients`.
+    and modes, and the random numbers, are left as they were. On one rank nothing is changed. The loss that the model
+    returns is that of the whole batch on every rank, and the mean over all ranks of each parameter's gradient, which
+    DDP, FSDP and ZeRO take, is its gradient; without them call `average_gradients`.
 
     Raises on every rank of the group: BackendError for a backend that is unknown or cannot be used, UnsupportedError
     for a model that cannot be proven exact, ValueError for arguments that do not fit and a model that is enabled.

@@ -18,7 +18,7 @@ from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
 from sp_attention.rehearsal.findings import EVERYTHING, MIXERS, Findings, LayerFindings
-from sp_attention.rehearsal.kept import Attributes
+from sp_attention.rehearsal.kept import Attributes, as_before
 from sp_attention.rehearsal.layer_stacks import StackDraft, dims_of, drafts_of, embedding_of
 from sp_attention.rehearsal.trace import AttentionCall, ModuleCall, Trace, Traces, record, same
 
@@ -156,9 +156,10 @@ class _Proof:
             return
         others, index = self.wide.calls[module], self.done[module]
         self.done[module] += 1
-        self.results[module] = index < len(others) and _is_position_wise(
-            module, called, others[index], self.suspects[module], self.before[module]
-        )
+        with as_before(module):
+            self.results[module] = index < len(others) and _is_position_wise(
+                module, called, others[index], self.suspects[module], self.before[module]
+            )
 
 
 def _is_position_wise(

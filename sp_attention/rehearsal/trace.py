@@ -18,7 +18,7 @@ from sp_attention.distributed.sharded_params import is_partitioned
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.pytree import tensors
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
-from sp_attention.rehearsal.kept import Attributes, Buffers, as_before
+from sp_attention.rehearsal.kept import Attributes, Buffers
 
 # Largest difference, relative to the largest number, of two computations of the same thing: the order of sums
 # differs, and models compute parts in float32 whatever their dtype.
@@ -149,8 +149,7 @@ def record(
         calls[module].append(called)
         if prove is not None:
             proving = True
-            with as_before(module):
-                prove(module, called)
+            prove(module, called)
             proving = False
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in calls]
