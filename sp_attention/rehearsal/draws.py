@@ -1,8 +1,8 @@
 """Where a model draws random numbers in training, such as those of dropout, and what it gives in training without them.
 
 A forward as users run it tells whether there are any. If so, one in which draws are harmless is what the sharded model
-is held to, and one in which all is skipped that chance may skip tells what depends on them. How ranks draw is decided by
-what is drawn:
+is held to, and one in which all is skipped that chance may skip tells what depends on them. How ranks draw is decided
+by what is drawn:
 
 - of tokens, such as dropout: each rank its own, within layers;
 - of no token, such as whether a layer skips itself, or a sample its residual: all ranks the same. A layer that draws
