@@ -108,8 +108,9 @@ def _draws(findings: Findings, harmless: "_Drawing", others: list["_Drawing"]) -
     whole = (alike & of_tokens) | (depends - alike)
     return Draws(
         True,
-        frozenset(skipped.union(harmless.between, *(one.between for one in others))),
-        harmless.drawn_since or any(one.drawn_since for one in others),
+        # In the others layers may be missing, and what is drawn for them may seem to come behind the last.
+        frozenset(skipped | harmless.between),
+        harmless.drawn_since,
         frozenset(alike - whole),
         frozenset(whole),
     )
