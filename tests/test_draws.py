@@ -33,17 +33,19 @@ class Skips(LlamaDecoderLayer):
         if self.replays:
             keeps = self.decisions.pop(0)
         else:
-            keeps = self.drawn(len(hidden_states))
+            keeps = self.drawn(*hidden_states.shape[:2])
             self.decisions.append(keeps)
         if isinstance(keeps, Tensor):
             return hidden_states + keeps * (super().forward(hidden_states, *args, **kwargs) - hidden_states)
         return super().forward(hidden_states, *args, **kwargs) if keeps else hidden_states
 
-    def drawn(self, rows: int) -> Any:
+    def drawn(self, rows: int, length: int) -> Any:
         if self.kind == "torch":
             return torch.rand(()).item() >= CHANCE
         if self.kind == "python":
             return random.random() >= CHANCE
+        if self.kind == "tokens":
+            return torch.rand(rows, length).mean().item() >= CHANCE
         # Stochastic depth: of each sample.
         return torch.rand(rows, 1, 1, dtype=torch.float64).add(1 - CHANCE).floor()
 
@@ -61,6 +63,8 @@ CASES = {
     "torch": ("torch", 0.0),
     "python": ("python", 0.0),
     "rows": ("rows", 0.0),
+    # Of what each rank draws for its own tokens, so there is no saying that all decide alike.
+    "tokens": ("tokens", 0.0),
     # Then they draw for tokens too.
     "torch with dropout": ("torch", 1e-12),
     "python with dropout": ("python", 1e-12),
@@ -103,7 +107,7 @@ def test_a_layer_that_skips_itself_does_so_on_all_ranks(ranks: int) -> None:
         assert all(other[name][1] == decided for other in others), name
         assert len({str(one) for one in decided}) > 1, "all forwards decided alike"
         is_whole = "all of it: gathered" in report
-        assert is_whole == (name == "torch with dropout"), (name, report)
+        assert is_whole == (name in ("tokens", "torch with dropout")), (name, report)
 
 
 LAYERDROP = {"encoder_layerdrop": CHANCE, "decoder_layerdrop": CHANCE, "dropout": 0.0}
@@ -175,3 +179,5 @@ def test_draws_are_harmless_and_told() -> None:
         assert torch.equal(torch.randint(9, (5,)), torch.randint(9, (5,)))
         assert torch.equal(torch.randperm(9), torch.randperm(9))
     assert shapes[0] == (2, 3)
+    with HarmlessDraws(skips=True):
+        assert not any(one.any() for one in (torch.rand(2, 3), torch.bernoulli(ones / 2), torch.empty(3).uniform_()))

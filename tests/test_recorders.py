@@ -43,7 +43,7 @@ def switched_on() -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_the_configuration_switches_on_is_recorded_of_forwards_and_not_of_the_proof(ranks: int) -> None:
     for found in run_ranks(ranks, switched_on):
-        assert found == dict.fromkeys(RECORDED, {})
+        assert found == {name: {} for name in RECORDED}
 
 
 def aligned() -> dict[str, float]:

@@ -22,13 +22,14 @@ _CHANCES = ("dropout_p", "p_dropout", "dropout", "p")
 class HarmlessDraws(TorchDispatchMode):
     """Within it nothing is dropped, noise is its mean, and what is compared with a chance is almost 1.
 
-    That is what layers and paths are skipped by (`torch.rand(()) < chance`, a survival of 1 or 0), so none is. What
-    else is drawn, such as integers, starts from the same seed each time. `note` is told the shape of whatever is drawn.
+    That is what layers and paths are skipped by (`torch.rand(()) < chance`, a survival of 1 or 0), so none is; with
+    `skips` all are, and that alone is of use then. What else is drawn, such as integers, starts from the same seed each
+    time. `note` is told the shape of whatever is drawn.
     """
 
-    def __init__(self, note: Callable[[torch.Size], None] | None = None) -> None:
+    def __init__(self, note: Callable[[torch.Size], None] | None = None, skips: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
-        self._note = note
+        self._note, self._skips = note, skips
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,7 +53,7 @@ class HarmlessDraws(TorchDispatchMode):
             for _, tensor in list(tensors(result))[:1]:
                 self._note(tensor.shape)
         if chance is None and isinstance(result, Tensor):
-            _make_harmless(operation, args, kwargs, result)
+            _make_harmless(operation, args, kwargs, result, self._skips)
         return result
 
 
@@ -75,18 +76,19 @@ def _name(operation: Any) -> str:
     return str(operation.overloadpacket.__name__)
 
 
-def _make_harmless(operation: Any, args: Any, kwargs: Any, drawn: Tensor) -> None:
+def _make_harmless(operation: Any, args: Any, kwargs: Any, drawn: Tensor, skips: bool) -> None:
     """Write into what an operation has drawn what is harmless in its place."""
     names = (argument.name for argument in operation._schema.arguments)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     kind = _name(operation).split("_")[0]  # As of uniform_, rand_like, log_normal.
     if kind == "bernoulli":
         chances = given.get("p", given["self"] if drawn is not given["self"] else 1.0)
-        drawn.copy_(torch.as_tensor(chances, device=drawn.device) > 0)
+        drawn.copy_(torch.as_tensor(chances, device=drawn.device) > (1 if skips else 0))
     elif kind in ("rand", "uniform"):
         low, high = given.get("from", 0.0), given.get("to", 1.0)
         is_compared = (low, high) == (0.0, 1.0) and drawn.is_floating_point()
-        drawn.fill_(1 - torch.finfo(drawn.dtype).eps if is_compared else (low + high) / 2)
+        almost = 0 if skips else 1 - torch.finfo(drawn.dtype).eps
+        drawn.fill_(almost if is_compared else (low + high) / 2)
     elif kind in ("randn", "normal"):
         mean = given.get("mean", 0.0)
         drawn.copy_(torch.as_tensor(mean, device=drawn.device))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.context import Context
-from sp_attention.region.kept import Attributes
+from sp_attention.region.kept import Attributes, as_before
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, named_arguments, tensor_names
 from sp_attention.region.pytree import Path, map_leaves, tensors
 from sp_attention.region.sequence_dims import Dims, Extent, dims
@@ -187,9 +187,10 @@ class _Proof:
             return
         others, index = self.wide.calls[module], self.done[module]
         self.done[module] += 1
-        self.results[module] = index < len(others) and _is_position_wise(
-            module, called, others[index], self.suspects[module], self.before[module]
-        )
+        with as_before(module):
+            self.results[module] = index < len(others) and _is_position_wise(
+                module, called, others[index], self.suspects[module], self.before[module]
+            )
 
 
 def _is_position_wise(

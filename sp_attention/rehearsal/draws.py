@@ -1,13 +1,14 @@
 """Where a model draws random numbers in training, such as those of dropout, and what it gives in training without them.
 
-Two forwards tell: one as users run it, and if that draws anything, one in which draws are harmless. The second is what
-the sharded model is held to. What it cannot show is how ranks draw then, so that is decided by what is drawn:
+A forward as users run it tells whether there are any. If so, one in which draws are harmless is what the sharded model
+is held to, and one in which all is skipped that chance may skip tells what depends on them. How ranks draw is decided
+by what is drawn:
 
 - of tokens, such as dropout: each rank its own, within layers;
 - of no token, such as whether a layer skips itself, or a sample its residual: all ranks the same. A layer that draws
   both kinds is given whole tensors;
 - outside of the layers, and within modules that are given whole tensors: all ranks the same anyway. Where the model
-  draws between its layers, or as few numbers as it has layers, it may skip some: each cuts and gathers on its own.
+  draws between its layers, or skips some by chance, each cuts and gathers on its own.
 
 What kernels of others draw, and no operation of torch, is compared as it comes, from the same seed: what is not the
 same then is gathered, and in the end refused.
@@ -15,7 +16,7 @@ same then is gathered, and in the end refused.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,27 +88,29 @@ def trained(
     harmless = _Drawing(findings, attending, model.device)
     with harmless.watched(model), HarmlessDraws(harmless.note):
         output, gradients = with_gradients(model, inputs)
-    return TrainingRun(inputs, _draws(findings, drawing, harmless), output, gradients)
+    skipping = _Drawing(findings, attending, model.device)
+    others = [drawing]
+    # Such a forward never comes in training, so it need not give anything.
+    with suppress(Exception), skipping.watched(model), HarmlessDraws(skips=True):
+        model(**inputs)
+        others.append(skipping)
+    return TrainingRun(inputs, _draws(findings, harmless, others), output, gradients)
 
 
-def _draws(findings: Findings, drawing: "_Drawing", harmless: "_Drawing") -> Draws:
-    """What a forward as users run it, and one in which draws are harmless, tell together."""
+def _draws(findings: Findings, harmless: "_Drawing", others: list["_Drawing"]) -> Draws:
+    """What a forward in which draws are harmless, and others, tell together."""
     layers = {found.layer.module: name for name, stack in findings.stacks.items() for found in stack}
     # In evaluation all layers were called.
-    skipped = {layers[layer] for layer in layers if not (drawing.calls[layer] and harmless.calls[layer])}
-    depends = {
-        layer
-        for layer in layers
-        if drawing.calls[layer]
-        and any(drawing.calls[one] != harmless.calls[one] for one in layer.modules() if one in drawing.attending)
-    }
+    skipped = {name for layer, name in layers.items() for one in (harmless, *others) if not one.calls[layer]}
+    depends = {layer for layer in layers for one in others if one.calls[layer] and one.attends_unlike(harmless, layer)}
     alike = {layer for layer in layers if harmless.of_none[layer]}
     of_tokens = {layer for layer in layers if harmless.of_tokens[layer]}
     whole = (alike & of_tokens) | (depends - alike)
     return Draws(
         True,
-        frozenset(skipped | drawing.between | harmless.between),
-        drawing.drawn_since or harmless.drawn_since,
+        # In the others layers may be missing, and what is drawn for them may seem to come behind the last.
+        frozenset(skipped | harmless.between),
+        harmless.drawn_since,
         frozenset(alike - whole),
         frozenset(whole),
     )
@@ -118,7 +121,7 @@ class _Drawing:
     """Watches a forward for where it draws.
 
     calls: of layers, and of what attends. of_tokens, of_none: how often each layer drew for tokens, or for none.
-    between: the stacks that the model draws between the layers of, or before, as few numbers as there are layers.
+    between: the stacks that the model draws between the layers of.
     draws_anything: in the whole forward. drawn_since: something was drawn since the last layer.
     """
 
@@ -131,12 +134,15 @@ class _Drawing:
     between: set[str] = field(default_factory=set)
     draws_anything: bool = False
     drawn_since: bool = False
-    _may_skip: bool = False
     _layer: tuple[str, nn.Module] | None = None
     _left: str | None = None
     _states: list[Tensor] = field(default_factory=list)
     _in_gathered: int = 0
     _in_attention: int = 0
+
+    def attends_unlike(self, other: "_Drawing", layer: nn.Module) -> bool:
+        """Whether attention was called another number of times within a layer."""
+        return any(self.calls[one] != other.calls[one] for one in layer.modules() if one in self.attending)
 
     def note(self, shape: torch.Size) -> None:
         """Something of this shape was drawn."""
@@ -144,7 +150,6 @@ class _Drawing:
             return
         if self._layer is None:
             self.drawn_since = True
-            self._may_skip |= shape.numel() <= max(map(len, self.findings.stacks.values()))
             return
         stack, layer = self._layer
         extent = self.findings.extents[stack]
@@ -202,7 +207,7 @@ class _Drawing:
             if not self._states:
                 return
             self.drawn_since |= not rng.are_equal(self._states, rng.states(self.device))
-            if self._may_skip or (self.drawn_since and self._left == stack):
+            if self.drawn_since and self._left == stack:
                 self.between.add(stack)
             self._layer = stack, module
 

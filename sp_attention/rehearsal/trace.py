@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sp_attention.distributed import rng
 from sp_attention.distributed.sharded_params import is_partitioned
 from sp_attention.errors import UnsupportedError
-from sp_attention.region.kept import Attributes, Buffers, as_before
+from sp_attention.region.kept import Attributes, Buffers
 from sp_attention.region.pytree import tensors
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
 
@@ -164,8 +164,7 @@ def record(
             proving = True
             # In a context of its own: transformers' recorders of router logits, hidden states and weights, which the
             # configuration may have switched on, find out by a context variable whether they record.
-            with as_before(module):
-                Context().run(prove, module, called)
+            Context().run(prove, module, called)
             proving = False
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in calls]
