@@ -5,24 +5,21 @@ attends through transformers' attention interface can be head-parallel; a part i
 tokens alone what it gives for them within the sequence; anything else is a mixer, and is given whole tensors.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.context import Context
-from sp_attention.region.kept import Attributes, as_before
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, named_arguments, tensor_names
-from sp_attention.region.pytree import Path, map_leaves, tensors
-from sp_attention.region.sequence_dims import Dims, Extent, dims
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
 from sp_attention.rehearsal.findings import EVERYTHING, MIXERS, POSITION_WISE, Findings, LayerFindings
 from sp_attention.rehearsal.layer_stacks import StackDraft, dims_of, drafts_of, embedding_of
+from sp_attention.rehearsal.position_wise import PositionWiseProof, children_of, fits, keeps_more, parts_of
 from sp_attention.rehearsal.prove_length import LongProof, length_beyond
-from sp_attention.rehearsal.trace import AttentionCall, ModuleCall, Trace, Traces, record, same
+from sp_attention.rehearsal.trace import AttentionCall, Traces, record
 
 
 def explore(
@@ -46,10 +43,10 @@ def explore(
     drafts, left_alone = drafts_of(model, traces)
     position_wise = set(model.modules())
     if proves:
-        position_wise = _proven(model, pairs[0][0], attention_calls, _Proof(drafts, traces[0][1], proof))
+        position_wise = _proven(model, pairs[0][0], attention_calls, PositionWiseProof(drafts, traces[0][1], proof))
     else:
         # Where nothing attends through us, something else mixes tokens: what it is has to be found in any case.
-        suspects = _Proof(_silent(drafts), traces[0][1], {})
+        suspects = PositionWiseProof(_silent(drafts), traces[0][1], {})
         position_wise -= suspects.suspects.keys()
         if model.device.type != "meta":
             position_wise |= _proven(model, pairs[0][0], attention_calls, suspects)
@@ -114,13 +111,13 @@ def _traced(
         if attends and not other.attention_calls:
             raise UnsupportedError(f"{type(model).__name__} does not attend through transformers' attention interface")
         # Proven on the first kind, which has padding, while it is recorded: the other kinds have told the stacks.
-        prove = _Proof(drafts_of(model, traces)[0], other, results) if proves and traces else None
+        prove = PositionWiseProof(drafts_of(model, traces)[0], other, results) if proves and traces else None
         traces.insert(0, (record(model, narrow, attention_calls, prove), other))
     return traces, results
 
 
 def _proven(
-    model: PreTrainedModel, narrow: DummyBatch, attention_calls: list[AttentionCall], proof: "_Proof"
+    model: PreTrainedModel, narrow: DummyBatch, attention_calls: list[AttentionCall], proof: "PositionWiseProof"
 ) -> set[nn.Module]:
     """The parts that are position-wise; what is still to be proven is, in one more forward. All else is not."""
     if not proof.suspects.keys() <= proof.results.keys():
@@ -162,66 +159,6 @@ _MODES = {
 }
 
 
-class _Proof:
-    """Called with every call of a module in a narrow run: proves that the parts of the stacks are position-wise.
-
-    suspects: each part of each layer, and each layer in which nothing attends, with the extents of its stack. results:
-    of those that were called, whether they are.
-    """
-
-    def __init__(self, drafts: list[StackDraft], wide: Trace, results: dict[nn.Module, bool]) -> None:
-        self.suspects: dict[nn.Module, tuple[Extent, Extent]] = {}
-        for draft in drafts:
-            for layer in draft.layers:
-                for part in _parts(layer.module, set(draft.modes)):
-                    self.suspects[part] = draft.extents
-                if not draft.attends:
-                    self.suspects[layer.module] = draft.extents
-        # What a part writes into itself is no reason for which it would not be.
-        self.before = {module: Attributes.of(module) for module in self.suspects}
-        self.wide, self.results = wide, results
-        self.done = dict.fromkeys(self.suspects, 0)
-
-    def __call__(self, module: nn.Module, called: ModuleCall) -> None:
-        if module not in self.suspects or (module in self.results and not self.results[module]):
-            return
-        others, index = self.wide.calls[module], self.done[module]
-        self.done[module] += 1
-        with as_before(module):
-            self.results[module] = index < len(others) and _is_position_wise(
-                module, called, others[index], self.suspects[module], self.before[module]
-            )
-
-
-def _is_position_wise(
-    module: nn.Module, called: ModuleCall, other: ModuleCall, extents: tuple[Extent, Extent], before: Attributes
-) -> bool:
-    """Whether a module, as it was `before`, gives for some tokens alone what it gives for them within the sequence."""
-    into, out = dims(called.inputs, other.inputs, *extents), dims(called.output, other.output, *extents)
-    length = extents[0].length
-    for start, stop in ((length - 1, length), (0, length // 2), (length // 2, length)):
-
-        def alone(tree: Any, along: Dims, start: int = start, stop: int = stop) -> Any:
-            def cut(path: Path, leaf: Any) -> Any:
-                found = along.get(path)
-                if found is not None:
-                    return found.cut(leaf, start, stop, extents[0])
-                # A copy, since a recurrent module may write into a state that it is given.
-                return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-            return map_leaves(cut, tree)
-
-        args, kwargs = alone(called.inputs, into)
-        before.restore()
-        try:
-            result = module(*args, **kwargs)
-        except Exception:  # whatever a strange module raises when it is given fewer tokens
-            return False
-        if not same(result, alone(called.output, out)):
-            return False
-    return True
-
-
 def _found(
     layer: Layer,
     draft: StackDraft,
@@ -241,7 +178,7 @@ def _found(
     tileable: dict[str, nn.Module] = {}
     others = {module for module, mode in draft.modes.items() if mode == "other"}
     everything = layer.module in others
-    for child in _children(layer.module):
+    for child in children_of(layer.module):
         attends = not draft.modes.keys().isdisjoint(child.modules())
         if attends:
             gathered = _gathered(child, names, traces, draft)
@@ -250,7 +187,7 @@ def _found(
                 mixers += [gathered] if gathered is not None else []
                 continue
             attending.append(replace(gathered, attends=True))
-        for module in _parts_of(child, set(draft.modes)):
+        for module in parts_of(child, set(draft.modes)):
             calls = traces[0][0].calls[module]
             if not calls:
                 # If it is called after all, it is refused for what it is given.
@@ -278,47 +215,6 @@ def _gathered(
     arguments = dims_of(module, traces, draft.extents, lambda call: call.inputs)
     results = dims_of(module, traces, draft.extents, lambda call: call.output)
     return None if arguments is None or results is None else GatheredModule(names[module], module, arguments, results)
-
-
-def fits(inputs: Any, output: Any) -> bool:
-    """Whether a module was given a tensor [..., tokens, E] and nothing else, and returned [..., tokens, E']."""
-    given = dict(tensors(inputs))
-    if given.keys() != {(0, 0)} or not isinstance(output, Tensor):
-        return False
-    return given[0, 0].dim() in (2, 3) and output.shape[:-1] == given[0, 0].shape[:-1]
-
-
-def keeps_more(module: nn.Module) -> bool:
-    """Whether a module keeps more for backward than what it is given: a norm, or what has several matrices."""
-    return matrices_in(module) != 1 and any(True for _ in module.parameters())
-
-
-def matrices_in(module: nn.Module) -> int:
-    """How many matrices a module and its parts have."""
-    # ZeRO-3 keeps the shapes of what it has cut up.
-    return sum(len(getattr(one, "ds_shape", one.shape)) > 1 for one in module.parameters())
-
-
-def _children(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of a module, and of its containers, which are never called."""
-    for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _children(child)
-        else:
-            yield child
-
-
-def _parts(module: nn.Module, attending: set[nn.Module]) -> Iterator[nn.Module]:
-    """The largest parts of a module in which nothing attends."""
-    for child in _children(module):
-        yield from _parts_of(child, attending)
-
-
-def _parts_of(child: nn.Module, attending: set[nn.Module]) -> Iterator[nn.Module]:
-    if attending.intersection(child.modules()):
-        yield from _parts(child, attending)
-    else:
-        yield child
 
 
 def _given(model: nn.Module, traces: Traces) -> frozenset[str]:

@@ -17,9 +17,9 @@ from sp_attention.distributed.consistency import attempted
 from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.region.hooks import Hooks
 from sp_attention.region.plan import Layer, RegionPlan, Stack
-from sp_attention.rehearsal.classify import matrices_in
 from sp_attention.rehearsal.draws import Draws, TrainingRun
 from sp_attention.rehearsal.findings import EVERYTHING, Findings, LayerFindings
+from sp_attention.rehearsal.position_wise import matrices_in
 from sp_attention.rehearsal.trace import Trace, require_same, with_gradients
 
 # The layers of a stack.
