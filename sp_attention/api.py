@@ -109,7 +109,8 @@ class Handle:
         lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
-        return "\n".join(lines + described(self.hooks.plan))
+        lines += described(self.hooks.plan)
+        return "\n".join(lines + [f"  of others, given whole tensors: {one}" for one in self.hooks.others_now().told])
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Handle":
         # That of a copied model too: its hooks are the same.

@@ -19,6 +19,7 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.request import Mask
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints, checkpoints_in
 from sp_attention.region.context import Scope, StackPass
+from sp_attention.region.flags import flags_of
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
@@ -27,13 +28,16 @@ from sp_attention.region.sequence_dims import Along, Extent
 from sp_attention.region.state import Around, RegionState
 
 
-def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: Stack, layer: Layer) -> Around:
+def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: Stack, planned: Layer) -> Around:
     """Let a layer work on my span of the sequence."""
-    inside = checkpoints_in(layer.module)
-    is_last = layer is stack.layers[-1]
+    inside = checkpoints_in(planned.module)
+    is_last = planned is stack.layers[-1]
 
     def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
-        stack_pass, scope = _pass_of(state, stack, layer, (args, kwargs))
+        stack_pass, scope = _pass_of(state, stack, planned, (args, kwargs))
+        # With whole tensors it is what it is in one process, whatever it is asked for.
+        is_whole = planned.name in stack_pass.gathered or not flags_of(planned.names, args, kwargs) <= planned.flags
+        layer = replace(planned, gathered=True) if is_whole else planned
 
         def enters(path: Path, leaf: Any) -> Any:
             if isinstance(leaf, Cache):
@@ -46,9 +50,11 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
         on_span = stack_pass.is_shared and not layer.gathered
         # What is not cut has caches alone to look after.
         current = stack_pass if on_span or (stack_pass.fills_cache and not layer.gathered) else None
+        if is_whole and stack_pass.fills_cache:
+            current = replace(stack_pass, is_replicated=True)
         with (
             _drawing(state, stack_pass, layer.name, alone=on_span),
-            state.context.layer(current, stack_pass.mlp_tiles, scope),
+            state.context.layer(current, 1 if is_whole else stack_pass.mlp_tiles, scope),
         ):
             if state.forward is not None and stack_pass.is_shared:
                 state.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], stack_pass)
@@ -112,7 +118,7 @@ def _pass_of(state: RegionState, stack: Stack, layer: Layer, given: Any) -> tupl
     if forward is None:
         return _pass_again(state, layer, stack, mask)
     # Whatever the model does with hidden states that it collects, it does with whole ones.
-    is_separate = stack.separate or not forward.as_rehearsed
+    is_separate = stack.separate or not forward.as_rehearsed or stack.name in forward.others.separate
     if layer is stack.layers[0] or is_separate:
         stack_pass = forward.latest[stack.name] = _new_pass(state, stack, layer, given, is_separate)
         if not is_separate:
@@ -146,6 +152,7 @@ def _new_pass(state: RegionState, stack: Stack, layer: Layer, given: Any, is_sep
         stays_sharded=is_before_loss and not is_separate,
         mlp_tiles=(forward.tile_counts or state.tile_counts(extent.batch, extent.length))[0],
         seed=rng.derived(forward.seed, forward.passes) if forward.seed else None,
+        gathered=forward.others.gathered,
     )
     if stack.embedding is not None and forward.embedded is not None:
         looked_up, forward.embedded = forward.embedded, None
@@ -190,7 +197,8 @@ def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if stack_pass.embedded is not None and stack_pass.embedded.is_whole(leaf):
-        return stack_pass.embedded.span
+        span = stack_pass.embedded.span
+        return stack_pass.whole(span, Along(1)) if layer.gathered else span
     if not stack_pass.is_shared or path[1] in NEVER_CUT or path in layer.masks:
         return leaf
     if path not in layer.arguments:
@@ -217,11 +225,23 @@ def leaving(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass, ends: bo
     """What goes on in place of a layer's result: my span to the next layer, all of it to what is outside."""
     along = layer.results.get(path)
     if along is None or not isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and path not in layer.results and not layer.gathered:
+            _require_whole(path, leaf, layer.name, stack_pass)
         return users_own(leaf)
     stays = path in layer.hands and not ends
     if layer.gathered:
         return stack_pass.cut(leaf, along) if stays and stack_pass.is_whole(leaf, along) else leaf
     return leaf if stays or not stack_pass.is_span(leaf, along) else stack_pass.whole(leaf, along)
+
+
+def _require_whole(path: Path, leaf: Tensor, name: str, stack_pass: StackPass) -> None:
+    """Raise UnsupportedError, on every rank, for a result that the rehearsal did not show; but for weights [.., S, S]."""
+    if list(leaf.shape[-2:]) != [stack_pass.extent.length] * 2:
+        raise UnsupportedError(
+            f"{name}: the result {'.'.join(map(str, path)) or 'of this layer'} {list(leaf.shape)} is of this rank's part "
+            "of the sequence, and enable() did not see it in its rehearsal, so nothing tells how it becomes whole: call "
+            "enable() after whatever lets the layer return it is switched on, or use handle.suspended()"
+        )
 
 
 def users_own(leaf: Any) -> Any:

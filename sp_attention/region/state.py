@@ -35,6 +35,7 @@ class RegionState:
     only_loss: bool = False
     passes: PassesOfMasks = field(default_factory=PassesOfMasks)
     _in_progress: list[tuple[Around, Generator[Any, Any, Any]]] = field(default_factory=list)
+    _entered: nn.Module | None = None
 
     def tile_counts(self, rows: int, length: int) -> tuple[int, int]:
         """How many tiles of this batch modules of layers, and the LM head, are given in training.
@@ -89,6 +90,34 @@ class RegionState:
             # leaves nothing in progress behind.
             module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True),
         ]
+
+    def enter(self, model: nn.Module) -> None:
+        """Note that the hooks of a model have begun a call, which comes to its forward now."""
+        self._entered = model
+
+    def has_entered(self, model: nn.Module) -> bool:
+        """Whether this call of a model's forward was begun by its hooks; then the next one is another call."""
+        entered, self._entered = self._entered is model, None
+        return entered
+
+    def run_around(
+        self, around: Around, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of a module's own forward with `around` around it, as hooks run it around calls of the module."""
+        running = around(module, args, kwargs)
+        given = next(running)
+        self._in_progress.append((around, running))
+        self._entered = None
+        args, kwargs = (args, kwargs) if given is None else given
+        try:
+            output = own(*args, **kwargs)
+        except BaseException:
+            self._close_until(around)
+            self._in_progress.pop()[1].close()
+            raise
+        self._close_until(around)
+        changed = _sent(self._in_progress.pop()[1], output)
+        return output if changed is None else changed
 
     def close_interrupted(self) -> None:
         """End what an interrupt, of which hooks are not told, has left in progress."""
