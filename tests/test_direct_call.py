@@ -1,4 +1,4 @@
-"""`model.forward(...)` called as a method, and forwards that others put in place of a model's, before or after enable()."""
+"""`model.forward(...)` called as a method, and forwards that others put in place of a model's own."""
 
 import copy
 import inspect
@@ -171,7 +171,9 @@ def test_a_forward_that_was_replaced_is_exact() -> None:
 def fused_and_called_past_us() -> str:
     model = LLAMA.build()
     sp_attention.enable(model, backend="sdpa")
-    model.model.forward = MethodType(lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs), model.model)
+    model.model.forward = MethodType(
+        lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs), model.model
+    )
     with pytest.raises(UnsupportedError) as refusal:
         model.model.forward(batch_of("plain", LENGTH)["input_ids"])
     return str(refusal.value)

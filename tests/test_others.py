@@ -1,4 +1,4 @@
-"""What others put into an enabled model: their hooks see and edit whole tensors, their modules get them, or it is refused."""
+"""What others put into an enabled model: their hooks and modules see and edit whole tensors, or it is refused."""
 
 from collections.abc import Callable
 from functools import partial

@@ -62,7 +62,16 @@ class StackPass:
 
     def runs_again_as(self, other: "StackPass") -> bool:
         """Whether a layer that backward runs again does in either the same."""
-        names = ("extent", "fills_cache", "is_separate", "gathered", "is_replicated", "stays_sharded", "mlp_tiles", "seed")
+        names = (
+            "extent",
+            "fills_cache",
+            "is_separate",
+            "gathered",
+            "is_replicated",
+            "stays_sharded",
+            "mlp_tiles",
+            "seed",
+        )
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def is_span(self, tensor: Tensor, along: Along) -> bool:

@@ -1,7 +1,7 @@
 """`model.forward(...)` called as a method, past the hooks of the model, as sentence-transformers and PEFT do.
 
-An enabled model has an attribute `forward` of its own, which runs around such a call what its hooks would have run. In a
-call of the model itself it only passes on.
+An enabled model has an attribute `forward` of its own, which runs around such a call what its hooks would have run. In
+a call of the model itself it only passes on.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Flags: arguments of a layer that are no tensors, and may ask for more, or for something else, than it was proven for."""
+"""Flags: arguments of a layer that are no tensors, and may ask it for more than it was proven for."""
 
 import inspect
 from collections.abc import Iterable
@@ -38,6 +38,13 @@ def flags_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def flags_of_calls(module: nn.Module, calls: Iterable[Any]) -> frozenset[Flag]:
-    """All flags with which a module was called, each time with (args, kwargs)."""
-    names = names_of_arguments(module)
-    return frozenset().union(*(flags_of(names, *inputs) for inputs in calls))
+    """All flags with which a module was called, each time with (args, kwargs), and what it takes where one is absent."""
+    parameters = inspect.signature(module.forward).parameters
+    absent = {name: one.default for name, one in parameters.items() if isinstance(one.default, (bool, str))}
+    return flags_of((), (), absent).union(*(flags_of(tuple(parameters), *inputs) for inputs in calls))
+
+
+def ask_for_more(known: frozenset[Flag], names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether there are flags among the arguments of a module that are not known; one that is off asks for nothing."""
+    new = flags_of(names, args, kwargs) - known
+    return any(value is not False or (name, True) in known for name, value in new)

@@ -57,10 +57,10 @@ class Hooks(RegionState):
         plan, hook = self.plan, self.hook_around
         for model in plan.models:
             # Not looked up by the model when it is called, since that may be a copy of it.
-            around = partial(self._around_model, plan.arguments[model])
-            self.handles += hook(model, around)
+            around_model = partial(self._around_model, plan.arguments[model])
+            self.handles += hook(model, around_model)
             self.others.forwards[model] = direct_call.put_in_place(
-                model, lambda model: not self.handles or self.has_entered(model), partial(self.run_around, around)
+                model, lambda model: not self.handles or self.has_entered(model), partial(self.run_around, around_model)
             )
         for stack in plan.stacks:
             if stack.embedding is not None:

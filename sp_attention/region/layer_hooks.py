@@ -19,7 +19,7 @@ from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.request import Mask
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints, checkpoints_in
 from sp_attention.region.context import Scope, StackPass
-from sp_attention.region.flags import flags_of
+from sp_attention.region.flags import ask_for_more
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
@@ -36,7 +36,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
     def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
         stack_pass, scope = _pass_of(state, stack, planned, (args, kwargs))
         # With whole tensors it is what it is in one process, whatever it is asked for.
-        is_whole = planned.name in stack_pass.gathered or not flags_of(planned.names, args, kwargs) <= planned.flags
+        is_whole = planned.name in stack_pass.gathered or ask_for_more(planned.flags, planned.names, args, kwargs)
         layer = replace(planned, gathered=True) if is_whole else planned
 
         def enters(path: Path, leaf: Any) -> Any:
@@ -47,14 +47,11 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             return entering(path, leaf, layer, stack_pass)
 
         given = map_leaves(enters, (args, kwargs))
-        on_span = stack_pass.is_shared and not layer.gathered
-        # What is not cut has caches alone to look after.
-        current = stack_pass if on_span or (stack_pass.fills_cache and not layer.gathered) else None
-        if is_whole and stack_pass.fills_cache:
-            current = replace(stack_pass, is_replicated=True)
         with (
-            _drawing(state, stack_pass, layer.name, alone=on_span),
-            state.context.layer(current, 1 if is_whole else stack_pass.mlp_tiles, scope),
+            _drawing(state, stack_pass, layer.name, alone=stack_pass.is_shared and not layer.gathered),
+            state.context.layer(
+                _pass_within(stack_pass, planned, is_whole), 1 if is_whole else stack_pass.mlp_tiles, scope
+            ),
         ):
             if state.forward is not None and stack_pass.is_shared:
                 state.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], stack_pass)
@@ -168,6 +165,15 @@ def _new_pass(state: RegionState, stack: Stack, layer: Layer, given: Any, is_sep
     return stack_pass
 
 
+def _pass_within(stack_pass: StackPass, planned: Layer, is_whole: bool) -> StackPass | None:
+    """The pass that what is in a layer belongs to; None where it is on whole tensors."""
+    if is_whole:
+        return replace(stack_pass, is_replicated=True) if stack_pass.fills_cache else None
+    # What is not cut has caches alone to look after.
+    belongs = not planned.gathered and (stack_pass.is_shared or stack_pass.fills_cache)
+    return stack_pass if belongs else None
+
+
 def _pass_again(state: RegionState, layer: Layer, stack: Stack, mask: Mask | None) -> tuple[StackPass, Scope]:
     """The pass of a layer that a checkpoint around its hooks recomputes in backward: found by its mask."""
     noted = [] if mask is None else state.passes.find(mask, stack.name)
@@ -235,12 +241,12 @@ def leaving(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass, ends: bo
 
 
 def _require_whole(path: Path, leaf: Tensor, name: str, stack_pass: StackPass) -> None:
-    """Raise UnsupportedError, on every rank, for a result that the rehearsal did not show; but for weights [.., S, S]."""
+    """Raise UnsupportedError, on every rank, for a result that was not rehearsed, unless it is weights [.., S, S]."""
     if list(leaf.shape[-2:]) != [stack_pass.extent.length] * 2:
         raise UnsupportedError(
-            f"{name}: the result {'.'.join(map(str, path)) or 'of this layer'} {list(leaf.shape)} is of this rank's part "
-            "of the sequence, and enable() did not see it in its rehearsal, so nothing tells how it becomes whole: call "
-            "enable() after whatever lets the layer return it is switched on, or use handle.suspended()"
+            f"{name}: the result {'.'.join(map(str, path)) or 'of this layer'} {list(leaf.shape)} was not there in the "
+            "rehearsal of enable(), and is of a part of the sequence, so nothing tells how it becomes whole: call "
+            "enable() after you switch on whatever lets the layer return it, or do this within handle.suspended()"
         )
 
 

@@ -1,7 +1,8 @@
-"""What others have put into an enabled model, before or after `enable`: hooks, and modules and forwards in place of its own.
+"""What others have put into an enabled model, before or after `enable`: hooks, and modules and forwards of their own.
 
-Hooks see and edit whole tensors, as in one process: around a layer with a hook everything is gathered, a layer with one
-inside runs on whole tensors, as does one that holds what was not there when it was proven. What cannot be so is refused.
+Hooks see and edit whole tensors, as in one process: around a layer with a hook everything is gathered, and a layer with
+one inside runs on whole tensors, as does one that holds what was not there when it was proven. What cannot be so is
+refused.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,14 +148,18 @@ class OthersInModels:
         """Whether a model that we have hooked was given another forward since, which does not lead to ours."""
         if "forward" not in vars(module) or self.ours.isdisjoint(module._forward_pre_hooks):
             return False
-        return isinstance(module, PreTrainedModel) and not any(is_reached(module, one) for one in self.forwards.values())
+        return isinstance(module, PreTrainedModel) and not any(
+            is_reached(module, one) for one in self.forwards.values()
+        )
 
     def _come_closest(self, module: nn.Module) -> None:
         """Let our hooks run right before and right after the module, so that others see what the model would see."""
-        for key in [key for key in module._forward_pre_hooks if key in self.ours]:
-            module._forward_pre_hooks.move_to_end(key)
-        for key in [key for key in reversed(module._forward_hooks) if key in self.ours]:
-            module._forward_hooks.move_to_end(key, last=False)
+        before: Any = module._forward_pre_hooks  # ordered dicts, both, which can move what is in them
+        after: Any = module._forward_hooks
+        for key in [key for key in before if key in self.ours]:
+            before.move_to_end(key)
+        for key in [key for key in reversed(after) if key in self.ours]:
+            after.move_to_end(key, last=False)
 
     def _replaced(self, model: nn.Module, plan: RegionPlan) -> str | None:
         """Why the model cannot run if a layer is not the one that was hooked, or has lost its hooks."""
@@ -183,7 +188,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a layer is made of: the types of its modules by name, and the forwards that stand in place of these types'."""
+    """What a layer is made of: the types of its modules by name, and the forwards in place of those of these types."""
 
     types: Mapping[str, type]
     forwards: Mapping[str, Any]
@@ -203,7 +208,7 @@ class _Parts:
                 found.append(f"{name or 'the layer'} is a {type(module).__name__} now")
             forward = _function(vars(module).get("forward"))
             is_as_before = forward is None or forward is self.forwards.get(_plain(name))
-            known = is_as_before or _is_from(forward, _HARMLESS + ("peft.",))
+            known = is_as_before or _is_from(forward, (*_HARMLESS, "peft."))
             if not known or _is_from(forward, _MIXING_ADAPTERS):
                 found.append(f"{name or 'the layer'} has a forward of {_text(forward)} now")
         return found
