@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.distributed.consistency import require_same_options, share_problem
+from sp_attention.distributed.other_meshes import met_by_other_parallelism
 from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.process_groups import Group, place, resolve
 from sp_attention.errors import BackendError, Refused, UnsupportedError
@@ -169,7 +170,7 @@ def enable(
         raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
     peers = resolve(group, sp_size, inner.device)
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload)
-    choice = _agreed(lambda: _candidates(inner, backend, options), peers)
+    choice = _agreed(lambda: _candidates(inner, backend, options, peers), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
@@ -210,7 +211,7 @@ def _name_of(names: Mapping[nn.Module, str], module: nn.Module | None) -> str:
     return type(module).__name__ if module is None else names.get(module, type(module).__name__)
 
 
-def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple[Backend, ...]:
+def _candidates(model: PreTrainedModel, backend: str, options: Options, peers: Peers | None) -> tuple[Backend, ...]:
     """The backends to try. Raises BackendError, UnsupportedError or ValueError for what is refused on this rank."""
     problem = options.problem(model.device)
     if problem is not None:
@@ -227,6 +228,9 @@ def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple
             "the model's weights are not materialised (meta device), so nothing can be proven: load them before "
             "enable(), or pass rehearse=False"
         )
+    met = None if peers is None else met_by_other_parallelism(model, peers)
+    if met is not None:
+        raise UnsupportedError(met)
     return candidates(model.device.type, backend)
 
 

@@ -29,7 +29,6 @@ class Telling(LlamaDecoderLayer):
         return (hidden_states, *more)
 
 
-
 def telling(asked: bool = False) -> PreTrainedModel:
     model = LLAMA.build()
     for layer in model.model.layers:

@@ -21,11 +21,12 @@ Direct = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any
 def put_in_place(model: nn.Module, begun: Callable[[nn.Module], bool], direct: Direct) -> Any:
     """Give a model a forward that lets `direct` run the calls that are not `begun`, as its hooks tell; returns it."""
     before = vars(model).get("forward")
-    begun = torch.compiler.disable(begun)
+    # A compiled model runs these as they are.
+    begun, direct = torch.compiler.disable(begun), torch.compiler.disable(direct)
 
     @wraps(type(model).forward if before is None else before)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = self.__dict__.get(_BEFORE) or MethodType(type(self).forward, self)
+        own = partial(type(self).forward, self) if before is None else self.__dict__[_BEFORE]
         return own(*args, **kwargs) if begun(self) else direct(self, own, args, kwargs)
 
     if before is not None:

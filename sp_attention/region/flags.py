@@ -38,7 +38,7 @@ def flags_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def flags_of_calls(module: nn.Module, calls: Iterable[Any]) -> frozenset[Flag]:
-    """All flags with which a module was called, each time with (args, kwargs), and what it takes where one is absent."""
+    """All flags with which a module was called, by (args, kwargs), and those that it takes where none is given."""
     parameters = inspect.signature(module.forward).parameters
     absent = {name: one.default for name, one in parameters.items() if isinstance(one.default, (bool, str))}
     return flags_of((), (), absent).union(*(flags_of(tuple(parameters), *inputs) for inputs in calls))

@@ -20,14 +20,16 @@ from sp_attention.region.plan import RegionPlan
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in (*_HOOKS, *_BACKWARD_HOOKS))
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
 # Whose hooks and forwards in place of a module's own do no more with a span than with the whole: they load, gather or
 # convert weights, or record what we gather afterwards.
 _HARMLESS = ("torch.", "accelerate.", "deepspeed.", "transformers.", "sp_attention.", "liger_kernel.")
 # Those among them that do: they collect statistics of tokens.
 _HARMFUL = ("torch.ao.",)
-# Of PEFT's hooks, one that tells rows apart, and tokens not.
-_OF_ROWS = "_adapter_names_pre_forward_hook"
+# What those of PEFT's hooks are given that tell rows apart, and tokens not.
+_OF_ROWS = {"adapter_names"}
 # Whose modules in the place of others treat each token alone; but for these, which attend, or hold numbers of tokens.
 _ADAPTERS = ("peft.", "torchao.", "bitsandbytes.", "liger_kernel.", "deepspeed.", "accelerate.")
 _MIXING_ADAPTERS = ("peft.tuners.xlora.", "peft.tuners.adaption_prompt.")
@@ -36,8 +38,6 @@ _TOKEN_WISE = (
     nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid,
     nn.Embedding, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
 )  # fmt: skip
-# What torch's wrappers of modules put into names.
-_WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module", "base_layer"}
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _backward(name: str, hook: Callable[..., Any]) -> str:
 
 def _is_harmless(hook: Any) -> bool:
     function = _function(hook)
-    if getattr(function, "__name__", None) == _OF_ROWS:
+    if isinstance(hook, partial) and hook.keywords.keys() == _OF_ROWS and _is_from(function, ("peft.",)):
         return True
     return _is_from(function, _HARMLESS) and not _is_from(function, _HARMFUL)
 
@@ -278,8 +278,8 @@ def _text(hook: Any) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name as it is without wrappers."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    """A name as it is without wrappers: torch's have names with an underscore for what they wrap, PEFT's this one."""
+    return ".".join(part for part in name.split(".") if not part.startswith("_") and part != "base_layer")
 
 
 def _is_still(module: nn.Module, own: type) -> bool:
