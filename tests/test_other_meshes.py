@@ -33,7 +33,7 @@ def errors(kind: str) -> dict[str, float]:
     if kind == "FSDP2":
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh["sp"])
-    options = {"loss_tile": 4, "mlp_tile": 5} if kind == "tiles" else {}
+    options = {"loss_tile": 4} if kind == "tiles" else {}
     sp_attention.enable(model, backend="sdpa", group=mesh["sp"], **options)
     if kind == "checkpoints":
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -26,8 +26,8 @@ def average_gradients(model: nn.Module, group: dist.ProcessGroup | None = None) 
         return
     if any(_is_cut_up(parameter, group) for parameter in parameters):
         raise ValueError(
-            "the parameters are sharded over these ranks: by an engine, which averages gradients itself, or by tensor "
-            'parallelism: then pass the group of the ranks that have the same parts, as group=mesh["sp"].get_group()'
+            "the parameters are sharded by an engine that averages gradients itself, or by tensor parallelism: then "
+            'pass the group of the ranks that have the same parts, as group=mesh["sp"].get_group()'
         )
     device = parameters[0].device
     present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8, device=device)

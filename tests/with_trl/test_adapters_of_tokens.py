@@ -35,11 +35,19 @@ def mixed(folder: str) -> nn.Module:
     """X-LoRA over two adapters, which it scales by what a first pass of the model gives for each token."""
     torch.manual_seed(0)
     names = {number: str(Path(folder) / number) for number in ("0", "1")}
-    for name in names.values():
-        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4, init_lora_weights=False)
-        peft.get_peft_model(LLAMA.build(), config).save_pretrained(name)
+    for number, name in names.items():
+        config, base = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4), LLAMA.build()
+        adapted = peft.get_peft_model(base, config)
+        torch.manual_seed(int(number))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.3)
+        adapted.save_pretrained(name)
     size = LLAMA.build().config.hidden_size
-    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=size, xlora_depth=2, xlora_size=8, adapters=names)
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=size, xlora_depth=2, xlora_size=8, xlora_dropout_p=0.0, adapters=names
+    )
     return peft.get_peft_model(LLAMA.build(), config).double().train()
 
 
