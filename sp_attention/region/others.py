@@ -28,6 +28,8 @@ _GLOBAL_HOOKS = (
 _HARMLESS = ("torch.", "accelerate.", "deepspeed.", "transformers.", "sp_attention.", "liger_kernel.")
 # Those among them that do: they collect statistics of tokens.
 _HARMFUL = ("torch.ao.",)
+# The attribute of a hook that says so of itself, as a clock may, or who counts tokens of ranks.
+SEES_SPANS = "sees_spans"
 # What those of PEFT's hooks are given that tell rows apart, and tokens not.
 _OF_ROWS = {"adapter_names"}
 # Whose modules in the place of others treat each token alone; but for these, which attend, or hold numbers of tokens.
@@ -242,7 +244,7 @@ def _of_all_modules() -> str | None:
                 return (
                     f"{_text(hook)} is a hook of all modules (torch.nn.modules.module.register_module_…_hook), and "
                     "would see the part of a sequence that this rank has: register it with the modules that it is "
-                    "for, or remove it"
+                    "for, or give it an attribute sees_spans = True if that is right"
                 )
     return None
 
@@ -256,6 +258,8 @@ def _backward(name: str, hook: Callable[..., Any]) -> str:
 
 def _is_harmless(hook: Any) -> bool:
     function = _function(hook)
+    if getattr(function, SEES_SPANS, False):
+        return True
     if isinstance(hook, partial) and hook.keywords.keys() == _OF_ROWS and _is_from(function, ("peft.",)):
         return True
     return _is_from(function, _HARMLESS) and not _is_from(function, _HARMFUL)
