@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.distributed.consistency import require_same_options, share_problem
+from sp_attention.distributed.other_meshes import met_by_other_parallelism
 from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.process_groups import Group, place, resolve
 from sp_attention.errors import BackendError, Refused, UnsupportedError
@@ -131,6 +132,7 @@ class Handle(Unpicklable):
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
         lines += described(self.hooks.plan)
+        lines += [f"  of others, given whole tensors: {one}" for one in self.hooks.others_now().told]
         lines += [f"{name}, beside it: {other.report()}" for name, other in self.others.items()]
         lines += [
             f"{name}, beside it: left alone, each rank does all of it: {why}" for name, why in self.left_alone.items()
@@ -254,7 +256,7 @@ def _all_enabled(
 
 def _enabled(outer: nn.Module, inner: PreTrainedModel, backend: str, peers: Peers | None, options: Options) -> Handle:
     """One model, enabled, with the best kernel that does all that it asks."""
-    choice = _agreed(lambda: _candidates(inner, backend, options), peers)
+    choice = _agreed(lambda: _candidates(inner, backend, options, peers), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
@@ -298,7 +300,7 @@ def _name_of(names: Mapping[nn.Module, str], module: nn.Module | None) -> str:
     return type(module).__name__ if module is None else names.get(module, type(module).__name__)
 
 
-def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple[Backend, ...]:
+def _candidates(model: PreTrainedModel, backend: str, options: Options, peers: Peers | None) -> tuple[Backend, ...]:
     """The backends to try. Raises BackendError, UnsupportedError or ValueError for what is refused on this rank."""
     problem = options.problem(model.device)
     if problem is not None:
@@ -318,6 +320,9 @@ def _candidates(model: PreTrainedModel, backend: str, options: Options) -> tuple
             "device, where accelerate's cpu_offload and device_map do not keep them, before enable(), or pass "
             "rehearse=False"
         )
+    met = None if peers is None else met_by_other_parallelism(model, peers)
+    if met is not None:
+        raise UnsupportedError(met)
     return candidates(model.device.type, backend)
 
 

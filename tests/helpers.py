@@ -83,6 +83,12 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def spy(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that wants to see what a rank has of a sequence."""
+    hook.sees_spans = True
+    return hook
+
+
 def averages_itself(model: nn.Module) -> bool:
     """Whether an engine averages gradients over ranks."""
     return isinstance(model, DistributedDataParallel) or isinstance(next(model.parameters()), DTensor)

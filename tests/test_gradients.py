@@ -49,4 +49,6 @@ def sharded() -> str:
 
 
 def test_sharded_parameters_are_refused() -> None:
-    assert set(run_ranks(2, sharded)) == {"the parameters are sharded by an engine that averages gradients itself"}
+    first, second = run_ranks(2, sharded)
+    assert first == second
+    assert first.startswith("the parameters are sharded by an engine that averages gradients itself, or by tensor")

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import spy
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import MistralConfig, MistralModel, PreTrainedModel
@@ -26,7 +27,7 @@ def enabled(ranks: int, **sizes: int) -> PreTrainedModel:
     model.embed_tokens = nn.Embedding(32, 48)
     model.rotary_emb = type(model.rotary_emb)(config)
     for layer in model.layers:
-        layer.register_forward_pre_hook(to_meta, prepend=True, with_kwargs=True)
+        layer.register_forward_pre_hook(spy(to_meta), prepend=True, with_kwargs=True)
     return model
 
 
@@ -43,7 +44,9 @@ def step(ranks: int, sizes: dict[str, Any], reads: str | None = None) -> str | N
     """Forward and backward; what a layer raises, which reads a value if it is told how."""
     model = enabled(ranks, **sizes)
     if reads is not None:
-        model.layers[1].mlp.register_forward_pre_hook(lambda module, args: getattr(args[0].sum(), reads)() and None)
+        model.layers[1].mlp.register_forward_pre_hook(
+            spy(lambda module, args: getattr(args[0].sum(), reads)() and None)
+        )
     try:
         out = model(input_ids=torch.arange(LENGTH)[None] % 32, use_cache=False).last_hidden_state
         out.sum().backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from helpers import relative_error
+from helpers import relative_error, spy
 from models import LLAMA, Tiny, batch_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -94,8 +94,8 @@ class Passed(torch.autograd.Function):
 
 def pass_through_an_engine(model: PreTrainedModel) -> None:
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda module, args: (Passed.apply(args[0]), *args[1:]))
-        layer.register_forward_hook(lambda module, args, output: Passed.apply(output))
+        layer.register_forward_pre_hook(spy(lambda module, args: (Passed.apply(args[0]), *args[1:])))
+        layer.register_forward_hook(spy(lambda module, args, output: Passed.apply(output)))
 
 
 def fail_on_a_part_on_one_rank(model: PreTrainedModel) -> None:
@@ -103,7 +103,7 @@ def fail_on_a_part_on_one_rank(model: PreTrainedModel) -> None:
         if dist.get_rank() == 1 and args[0].shape[1] < 7:
             raise ValueError("too few tokens for rank 1")
 
-    model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    model.model.layers[1].mlp.register_forward_pre_hook(spy(fail))
 
 
 SABOTAGES: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
@@ -184,7 +184,7 @@ def fail_always() -> str:
         if dist.get_rank() == 1:
             raise ValueError("rank 1 is ill")
 
-    model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    model.model.layers[1].mlp.register_forward_pre_hook(spy(fail))
     with pytest.raises(UnsupportedError) as refusal:
         sp_attention.enable(model, backend="sdpa")
     return str(refusal.value)
@@ -208,7 +208,7 @@ def cost() -> tuple[float, float, int]:
     size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     assert 80e6 < size / 4 < 120e6
     forwards = []
-    model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    model.model.register_forward_pre_hook(spy(lambda *_: forwards.append(1)))
     peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, monotonic()
     sp_attention.enable(model, backend="sdpa")
     seconds = monotonic() - start

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from helpers import Selected, gradients_of, relative_error, run_once, too_large
+from helpers import Selected, gradients_of, relative_error, run_once, spy, too_large
 from models import Tiny, batch_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def dropped_by_part() -> dict[str, Any]:
     }
     found: dict[str, Any] = {name: [] for name in modules}
     for name, module in modules.items():
-        module.register_forward_hook(lambda module, args, output, name=name: found[name].append(output == 0))
+        module.register_forward_hook(spy(lambda module, args, output, name=name: found[name].append(output == 0)))
     # Generators that differ between ranks.
     torch.manual_seed(dist.get_rank())
     found["losses"] = [step(model)[0].item() for _ in range(2)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Selected, fsdp, run_once
+from helpers import Selected, fsdp, run_once, spy
 from models import LLAMA, MODELS, Tiny, batch_of
 from tiled import CASES, Case, error_of, ids_of
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def dtypes_of_tiles() -> set[torch.dtype]:
     model, dtypes = LLAMA.build(torch.float32), set[torch.dtype]()
     sp_attention.enable(model, backend="sdpa", mlp_tile=4)
     act_fn = model.model.layers[0].mlp.act_fn
-    act_fn.register_forward_pre_hook(lambda module, args: dtypes.add(args[0].dtype))
+    act_fn.register_forward_pre_hook(spy(lambda module, args: dtypes.add(args[0].dtype)))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch_of("plain", 33)).loss
     before = len(dtypes)

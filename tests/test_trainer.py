@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate.parallelism_config import ParallelismConfig
-from helpers import Selected, as_launched, run_once
+from helpers import Selected, as_launched, run_once, spy
 from models import LLAMA
 from torch import Tensor
 from trainers import SPEED, Collator, Stop, Stream, Texts, logged, trainer, weights
@@ -65,7 +65,7 @@ def run_way(folder: Path, way: dict[str, Any], sp_size: int) -> Run:
     assert each.is_fsdp_enabled == (sp_size > 1 and "fsdp" in way)
     each.train()
     lengths: set[int] = set()
-    each.model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: lengths.add(output.shape[1]))
+    each.model.model.layers[0].mlp.register_forward_hook(spy(lambda module, args, output: lengths.add(output.shape[1])))
     predicted = each.predict(Texts())
     history = [*logged(each), {k: v for k, v in predicted.metrics.items() if not k.endswith(SPEED)}]
     history.append({"rows in a step": each.get_total_train_batch_size(each.args)})
@@ -78,7 +78,7 @@ def run_only_loss(folder: Path, sp_size: int) -> Run:
     each = trainer(folder, {}, sp_size)
     each.compute_metrics = None
     lengths: set[int] = set()
-    each.model.lm_head.register_forward_hook(lambda module, args, output: lengths.add(output.shape[1]))
+    each.model.lm_head.register_forward_hook(spy(lambda module, args, output: lengths.add(output.shape[1])))
     loss = each.evaluate(Texts())["eval_loss"]
     return [{"loss": loss}], weights(each), [], max(lengths)
 

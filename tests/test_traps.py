@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import Selected, be_quiet, pair, relative_error, run_once, too_large, world
 from models import LLAMA, Tiny, batch_of
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import sp_attention
@@ -218,10 +218,24 @@ def recurrences(name: str) -> float:
     return max(relative_error(*changes), relative_error(*gradients))
 
 
+class Seen(nn.SiLU):
+    """An activation that notes how many tokens it is given; a hook would be given all of them."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.seen.append(hidden.shape[1])
+        return super().forward(hidden)
+
+
 def lengths_in_layers() -> list[int]:
-    model, seen = enabled(LLAMA.build()), []
+    model, seen = LLAMA.build(), list[int]()
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+        layer.mlp.act_fn = Seen(seen)
+    enabled(model)
+    seen.clear()
     model(**batch_of("plain", LENGTH)).loss.backward()
     return seen
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers import ddp, fsdp, largest_error
+from helpers import ddp, fsdp, largest_error, spy
 from models import LLAMA, MODELS, Tiny, batch_of
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ Batch = Mapping[str, Any]
 def sizes_given(module: nn.Module) -> set[int]:
     """The numbers of tokens that a module is given, filled in as it is called."""
     found: set[int] = set()
-    module.register_forward_pre_hook(lambda module, args: found.add(args[0].shape[:-1].numel()))
+    module.register_forward_pre_hook(spy(lambda module, args: found.add(args[0].shape[:-1].numel())))
     return found
 
 

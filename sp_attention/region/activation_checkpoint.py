@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.context import Context, Scope
+from sp_attention.region.hook import is_hooked
 
 # Where transformers' layers and torch's wrapper keep the function that checkpoints.
 _FUNCTIONS = {GradientCheckpointingLayer: "_gradient_checkpointing_func", CheckpointWrapper: "checkpoint_fn"}
@@ -27,17 +28,13 @@ def checkpoints_in(layer: nn.Module) -> list[Checkpoint]:
 
 @dataclass(eq=False)
 class ActivationCheckpoints:
-    """The checkpoints of the layer in progress, whose functions are bound to its scope meanwhile.
-
-    installed: the hooks are in place without which no layer runs again as it ran.
-    """
+    """The checkpoints of the layer in progress, whose functions are bound to its scope meanwhile."""
 
     context: Context
-    installed: bool = False
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
-    def bind(self, checkpoints: list[Checkpoint], offloads_from: str | None) -> bool:
-        """Tie the scope of now to what runs again in backward, when it is no longer the scope of now.
+    def bind(self, layer: nn.Module, checkpoints: list[Checkpoint], offloads_from: str | None) -> bool:
+        """Tie the scope of now to what of a layer runs again in backward, when it is no longer the scope of now.
 
         offloads_from: the type of the device whose tensors are kept in CPU memory meanwhile, None for no such. Returns
         whether anything runs again.
@@ -47,7 +44,7 @@ class ActivationCheckpoints:
             if of_transformers and not (module.gradient_checkpointing and module.training):
                 continue
             checkpoint = getattr(module, name)
-            setattr(module, name, partial(self._bound_to, self.context.scope, checkpoint, offloads_from))
+            setattr(module, name, partial(self._bound_to, layer, self.context.scope, checkpoint, offloads_from))
             self._bound.append((module, name, checkpoint))
         return bool(self._bound)
 
@@ -58,10 +55,17 @@ class ActivationCheckpoints:
         self._bound.clear()
 
     def _bound_to(
-        self, scope: Scope, checkpoint: Any, offloads_from: str | None, function: Any, *args: Any, **options: Any
+        self,
+        layer: nn.Module,
+        scope: Scope,
+        checkpoint: Any,
+        offloads_from: str | None,
+        function: Any,
+        *args: Any,
+        **options: Any,
     ) -> Any:
         def within(*args: Any, **kwargs: Any) -> Any:
-            if not self.installed:
+            if not is_hooked(layer):
                 raise UnsupportedError(
                     "a checkpointed layer runs again in backward as it ran in an enabled model, which it is no longer: "
                     "call backward() before handle.disable(), and not within handle.suspended()"

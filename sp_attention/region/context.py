@@ -23,7 +23,8 @@ class StackPass:
     """A batch on its way through a stack of layers: its length, my span, and what was cut out of what.
 
     extent: B and S of the whole batch, of its new tokens where a cache holds others. fills_cache: its layers fill one.
-    is_separate: each layer cuts its arguments and gathers its results. is_replicated: every rank does all of it, but
+    is_separate: each layer cuts its arguments and gathers its results. gathered: these layers run on whole tensors
+    although they need not, for what others have put into them. is_replicated: every rank does all of it, but
     for heads that it keeps. stays_sharded: nothing is gathered after the last layer.
     mlp_tiles: how many tiles of tokens MLPs and norms of its layers are given.
     seed: of the random numbers that are drawn in it. states: those of the generators at its beginning, where numbers
@@ -41,6 +42,7 @@ class StackPass:
     seed: int | None = None
     states: list[Tensor] | None = None
     embedded: LookedUp | None = None
+    gathered: frozenset[str] = frozenset()
     pending: set[str] = field(default_factory=set)
     # A tensor that is a key is alive, so that none other is taken for it.
     _spans: dict[Tensor, dict[Along, Tensor]] = field(default_factory=dict)
@@ -62,7 +64,16 @@ class StackPass:
 
     def runs_again_as(self, other: "StackPass") -> bool:
         """Whether a layer that backward runs again does in either the same."""
-        names = ("extent", "fills_cache", "is_separate", "is_replicated", "stays_sharded", "mlp_tiles", "seed")
+        names = (
+            "extent",
+            "fills_cache",
+            "is_separate",
+            "gathered",
+            "is_replicated",
+            "stays_sharded",
+            "mlp_tiles",
+            "seed",
+        )
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def is_span(self, tensor: Tensor, along: Along) -> bool:

@@ -1,18 +1,20 @@
 """The hooks in a copy of an enabled model: copied with it, they share the region of the one that they were made for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sp_attention.region import direct_call
 from sp_attention.region.context import Context
+from sp_attention.region.hook import Hook
 from sp_attention.region.hooks import Hooks
+from sp_attention.region.others import Others
 from sp_attention.region.plan import RegionPlan
-from sp_attention.region.state import Hook
 
 # Where modules keep hooks, and which of them are given keyword arguments, and called after errors too.
 _PLACES = {
@@ -28,6 +30,7 @@ class CopiedHooks:
     original: Hooks
     model: PreTrainedModel
     _taken: tuple[tuple[nn.Module, str, Any], ...] = ()
+    _forwards: Mapping[nn.Module, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def plan(self) -> RegionPlan:
@@ -45,6 +48,7 @@ class CopiedHooks:
         """Take them all away."""
         found = [*_ours_in(self.model)]
         self._taken = tuple((module, place, getattr(module, place)[number]) for module, place, number in found)
+        self._forwards = {module: kept for module in self.model.modules() if (kept := direct_call.take_away(module))}
         for module, place, number in found:
             handle = RemovableHandle(
                 getattr(module, place), extra_dict=[getattr(module, name) for name in _PLACES[place]]
@@ -59,7 +63,13 @@ class CopiedHooks:
                 module.register_forward_pre_hook(hook, with_kwargs=True)
             else:
                 module.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=True)
-        self._taken = ()
+        for module, kept in self._forwards.items():
+            vars(module).update(kept)
+        self._taken, self._forwards = (), {}
+
+    def others_now(self) -> Others:
+        """What others have put into the copy."""
+        return self.original.others.in_model(self.model, self.plan)
 
     def for_the_loss(self) -> AbstractContextManager[None]:
         """As of the original."""

@@ -42,6 +42,8 @@ def _looks_up_its_own(state: RegionState, module: nn.Embedding, name: str, first
     forward = state.forward
     if forward is None or not forward.as_rehearsed or ids not in state.context.scope.given:
         return False
+    if forward.others.told:  # They may see what is given to the first layer.
+        return False
     if ids.shape[-1] < state.peers.size or not forward.has_in_place(module, name):
         return False
     if torch.is_grad_enabled():

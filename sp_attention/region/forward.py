@@ -17,6 +17,7 @@ from sp_attention.loss.logits_later import logits_later
 from sp_attention.loss.sharded_logits import ShardedLogits
 from sp_attention.loss.tiled_loss import LMHeadInput
 from sp_attention.region.context import StackPass
+from sp_attention.region.others import NOBODY, Others
 from sp_attention.region.plan import FOR_THE_LOSS, RegionPlan, names_of_class
 from sp_attention.region.sequence_dims import Along
 from sp_attention.region.sharded_embedding import LookedUp
@@ -39,6 +40,7 @@ class Forward:
     tile_counts: how many tiles modules of layers, and the LM head, are given by all ranks of an engine; None where
         there is none, and each group of ranks counts its own.
     lm_head_input: what the LM head was given, where the loss makes logits in tiles.
+    others: what others have put into the model.
     records: the user wants hidden states. recordable: then, what layers get and give, and where the sequence is in it.
     passes: how many there were through stacks. latest: the latest by the stack's name. inside: those that have not left
         their last layer.
@@ -62,6 +64,7 @@ class Forward:
     cut: int | None = None
     lm_head_input: LMHeadInput | None = None
     records: bool = False
+    others: Others = NOBODY
     # A tensor that is a key is alive, so that none other is taken for it.
     recordable: dict[Tensor, tuple[Along, StackPass]] = field(default_factory=dict)
 

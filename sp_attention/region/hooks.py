@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from sp_attention.distributed import rng
 from sp_attention.distributed.consistency import require_same_batch
 from sp_attention.errors import Refused, UnsupportedError
-from sp_attention.loss.tiled_loss import LMHead
+from sp_attention.region import direct_call
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints
 from sp_attention.region.cache_history import note_filling
 from sp_attention.region.compared import compared
@@ -34,11 +34,13 @@ from sp_attention.region.forward import (
     with_sharded_logits,
     without_cache,
 )
+from sp_attention.region.hook import Hook, is_hooked
 from sp_attention.region.layer_hooks import around_gathered, around_layer, require_undrawn
-from sp_attention.region.other_hooks import hooks_of_others, watched_by_others
+from sp_attention.region.other_hooks import hooks_of_others
+from sp_attention.region.others import NOBODY, Others, OthersInModels
 from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
 from sp_attention.region.pytree import map_leaves, tensors
-from sp_attention.region.state import Hook, RegionState
+from sp_attention.region.state import RegionState
 from sp_attention.region.tiled_mlp import around_tiled
 
 
@@ -54,6 +56,7 @@ class Hooks(RegionState):
     inside: set[nn.Module] = field(default_factory=set)
     embeddings: list[nn.Embedding] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
+    others: OthersInModels = field(default_factory=OthersInModels)
     checkpoints: ActivationCheckpoints = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,20 +73,25 @@ class Hooks(RegionState):
 
     def install(self) -> None:
         """Hook what is planned."""
-        self.checkpoints.installed = True
         plan, hook = self.plan, self.hook_around
         self.inside = {one for stack in plan.stacks for layer in stack.layers for one in layer.module.modules()}
         outside = (one for one in plan.models[0].modules() if one not in self.inside)
         self.embeddings = [one for one in outside if isinstance(one, nn.Embedding)]
         for model in plan.models:
             # Not looked up by the model when it is called, since that may be a copy of it.
-            self.handles += hook(model, partial(self._around_model, plan.arguments[model]))
+            around_model = partial(self._around_model, plan.arguments[model])
+            self.handles += hook(model, around_model)
+            direct_call.put_in_place(
+                model,
+                lambda model: not (self.handles or is_hooked(model)) or self.has_entered(model),
+                partial(self.run_around, around_model),
+            )
         for stack in plan.stacks:
             if stack.embedding is not None:
                 around = around_embedding(self, stack.embedding, stack.layers[0].module)
                 self.handles += hook(stack.embedding.module, around)
             for layer in stack.layers:
-                self.handles += hook(layer.module, around_layer(self, self.checkpoints, stack, layer))
+                self.handles += hook(layer.module, around_layer(self, self.checkpoints, stack, layer), layer.name)
                 for gathered in layer.gathered_modules:
                     self.handles += hook(gathered.module, around_gathered(self, gathered))
         lm_head = plan.lm_head if plan.cut_before is None else plan.cut_before
@@ -92,13 +100,19 @@ class Hooks(RegionState):
             self.handles.append(lm_head.module.register_forward_pre_hook(before, with_kwargs=True))
         for module in plan.tiled_modules:
             self.handles += hook(module, around_tiled(self.mlp_tiles_of, plan.random))
+        self.others.know(plan)
 
     def remove(self) -> None:
         """Take all hooks away."""
-        self.checkpoints.installed = False
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        for model in self.plan.models:
+            direct_call.take_away(model)
+
+    def others_now(self) -> Others:
+        """What others have put into the model."""
+        return self.others.in_model(self.plan.models[0], self.plan) if self.handles else NOBODY
 
     @contextmanager
     def trying(self, plan: RegionPlan) -> Iterator[None]:
@@ -127,7 +141,8 @@ class Hooks(RegionState):
     @contextmanager
     def as_in_a_forward(self) -> Iterator[None]:
         """Within it layers may be called one by one, as if the outermost model had been called."""
-        self.forward = Forward(self.plan.models[0], None, unseen=True)
+        others = self.others.in_model(self.plan.models[0], self.plan)
+        self.forward = Forward(self.plan.models[0], None, unseen=True, others=others)
         try:
             with self.context.model((), weights=False):
                 yield
@@ -140,55 +155,51 @@ class Hooks(RegionState):
         given = named_arguments(model, args, kwargs)
         tensors_given = [tensor for _, tensor in tensors(given)]
         forward = self.forward if self.forward is not None and self.forward.model is not model else None
-        others = given.keys() - own_arguments(model)
-        ignored = unread(others, model.modules()) if forward is None else forward.ignored
+        extra = given.keys() - own_arguments(model)
+        ignored = unread(extra, model.modules()) if forward is None else forward.ignored
         unseen = tensor_names(given) - seen - ignored - set(TOKENS)  # Tokens and their embeddings are alike.
         if forward is not None:
             # A model inside the one that was called.
             forward.unseen |= bool(unseen)
             forward.records |= is_on("output_hidden_states", model, given)
             with self.context.inner_model(tensors_given):
+                self.enter(model)
                 output = yield None
             return None if output is None else _with_whole_records(output, forward)
         reason = out_of_place(model, tensors_given)
         if reason is not None:
             raise UnsupportedError(reason)
-        number = self._require_alike(model, given)
-        reason = refusal(self.plan, model, given)
+        others = self.others.in_model(model, self.plan)
+        number = self._require_alike(model, given, others)
+        reason = others.refused or refusal(self.plan, model, given)
         if reason is not None:
             raise UnsupportedError(reason)
         self.checkpoints.unbind()
-        self._tell(unseen | (others - ignored), model)
-        forward = self.forward = self._begun(model, given, bool(unseen), ignored)
+        self._tell(unseen | (extra - ignored), model)
+        forward = self.forward = self._begun(model, given, bool(unseen), ignored, others)
         try:
             weights = is_on("output_attentions", model, given)
-            with self.context.model(tensors_given, weights, unread(others, self.inside)):
+            with self.context.model(tensors_given, weights, unread(extra, self.inside)):
+                self.enter(model)
                 output = yield None
         finally:
+            self._entered = None
             self.forward = None
         return None if output is None else self._for_the_user(forward, output, number)
 
-    def _require_alike(self, model: PreTrainedModel, given: dict[str, Any]) -> int:
+    def _require_alike(self, model: PreTrainedModel, given: dict[str, Any], others: Others) -> int:
         """A number for this forward. Raises BatchError, on every rank, unless all were given the same, in one mode."""
-        others = {
-            "(hooks of others on embeddings)": any(map(hooks_of_others, self.embeddings)),
-            "(hooks of others on the LM head)": self._others_see_logits(),
-        }
+        told = compared(model, given, self.only_loss)
+        if others is not NOBODY:
+            told["(hooks and modules of others)"] = "; ".join([*others.told, others.refused or ""])
+        told["(hooks of others on embeddings)"] = any(map(hooks_of_others, self.embeddings))
         # What every step of a generation is given anew, such as what an encoder returned, is looked at once.
         known = None if torch.is_grad_enabled() else self.known
-        told = compared(model, given, self.only_loss) | others
         number = require_same_batch(told, self.peers, model.device, known)
         for value in given.values():
             if isinstance(value, Cache):
                 note_filling(value, number)
         return number
-
-    def _others_see_logits(self) -> bool:
-        """Whether somebody looks at what goes into the LM head, or comes out, and so has to see all of it."""
-        lm_head, cut_before = self.plan.lm_head, self.plan.cut_before
-        known = lm_head.module if isinstance(lm_head, LMHead) else None if cut_before is None else cut_before.module
-        head = known or self.plan.models[0].get_output_embeddings()
-        return head is not None and watched_by_others(head)
 
     def _tell(self, names: Set[str], model: PreTrainedModel) -> None:
         """Say once what a batch has that makes training exact and slower."""
@@ -201,16 +212,19 @@ class Hooks(RegionState):
                 stacklevel=2,
             )
 
-    def _begun(self, model: PreTrainedModel, given: dict[str, Any], unseen: bool, ignored: frozenset[str]) -> Forward:
+    def _begun(
+        self, model: PreTrainedModel, given: dict[str, Any], unseen: bool, ignored: frozenset[str], others: Others
+    ) -> Forward:
         """A forward that begins. Ranks agree on tiles, and on a seed where random numbers are drawn."""
         has_cache = any(isinstance(value, Cache) for value in given.values())
         if self.length_check is not None:
             self.length_check.begin(max((given[name].shape[1] for name in TOKENS if name in given), default=0))
         forward = Forward(
             model,
-            None if self._others_see_logits() else stays_sharded(self.plan, model, given, ignored, self.only_loss),
+            None if others.whole_after else stays_sharded(self.plan, model, given, ignored, self.only_loss),
             unseen,
             ignored,
+            others=others,
             fills_caches=fills_caches(self.plan, model, given, has_cache, self.only_loss),
             has_gradients=torch.is_grad_enabled(),
             records=is_on("output_hidden_states", model, given),

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sp_attention.region import direct_call
 from sp_attention.region.attn_implementation import configs
 
-# What `enable` itself sets while it rehearses: modes, the loss function, and how a model attends.
-_OURS = {"training", "_loss_function", "_attn_implementation_internal"}
+# What `enable` itself sets while it rehearses: modes, the loss function, how a model attends, and forwards of models.
+_OURS = {"training", "_loss_function", "_attn_implementation_internal", "forward", direct_call.BEFORE}
 
 
 @dataclass(frozen=True)

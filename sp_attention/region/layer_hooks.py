@@ -21,6 +21,7 @@ from sp_attention.kernels.request import Mask
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints, checkpoints_in
 from sp_attention.region.context import Scope, StackPass
 from sp_attention.region.extra_arguments import without_unread
+from sp_attention.region.flags import ask_for_more
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
@@ -29,27 +30,29 @@ from sp_attention.region.sequence_dims import Along, Extent
 from sp_attention.region.state import Around, RegionState
 
 
-def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: Stack, layer: Layer) -> Around:
+def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: Stack, planned: Layer) -> Around:
     """Let a layer work on my span of the sequence."""
-    inside = checkpoints_in(layer.module)
-    is_last = layer is stack.layers[-1]
+    inside = checkpoints_in(planned.module)
+    is_last = planned is stack.layers[-1]
 
     def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
-        stack_pass, scope = _pass_of(state, stack, layer, (args, kwargs))
+        stack_pass, scope = _pass_of(state, stack, planned, (args, kwargs))
+        # With whole tensors it is what it is in one process, whatever it is asked for.
+        is_whole = planned.name in stack_pass.gathered or ask_for_more(planned.flags, planned.names, args, kwargs)
+        layer = replace(planned, gathered=True) if is_whole else planned
 
         given = map_leaves(partial(_given_to, state, layer, stack_pass, scope), (args, kwargs))
-        on_span = stack_pass.is_shared and not layer.gathered
-        alone = on_span and not layer.draws_alike
-        # What is not cut has caches alone to look after.
-        current = stack_pass if on_span or (stack_pass.fills_cache and not layer.gathered) else None
+        alone = stack_pass.is_shared and not layer.gathered and not layer.draws_alike
+        mlp_tiles = 1 if is_whole else stack_pass.mlp_tiles
         with (
             _drawing(state, stack_pass, layer.name, alone),
-            state.context.layer(current, stack_pass.mlp_tiles, scope),
+            state.context.layer(_pass_within(stack_pass, planned, is_whole), mlp_tiles, scope),
         ):
             if state.forward is not None and stack_pass.is_shared:
                 state.forward.note(leaf_at(given, layer.hidden), layer.arguments[layer.hidden], stack_pass)
             offloads_from = state.plan.models[0].device.type if state.plan.offloads else None
-            runs_again = checkpoints.bind(inside if module is layer.module else checkpoints_in(module), offloads_from)
+            again = inside if module is layer.module else checkpoints_in(module)
+            runs_again = checkpoints.bind(module, again, offloads_from)
             if offloads_from is not None and not runs_again and module.training and torch.is_grad_enabled():
                 raise UnsupportedError(
                     f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
@@ -105,7 +108,7 @@ def _look_at(state: RegionState, layer: Layer, stack_pass: StackPass, given: Any
     """What a forward wants of what a layer was given and returned: records, and whether its length changes anything."""
     if state.forward is None:
         return
-    if state.length_check is not None:
+    if state.length_check is not None and not layer.gathered:
         state.length_check.passed(layer, leaf_at(given, layer.hidden), stack_pass, state.context)
     for path, tensor in tensors(output):
         state.forward.note(tensor, layer.results.get(path), stack_pass)
@@ -118,7 +121,7 @@ def _pass_of(state: RegionState, stack: Stack, layer: Layer, given: Any) -> tupl
     if forward is None:
         return _pass_again(state, layer, stack, mask)
     # Whatever the model does with hidden states that it collects, it does with whole ones.
-    is_separate = stack.separate or not forward.as_rehearsed
+    is_separate = stack.separate or not forward.as_rehearsed or stack.name in forward.others.separate
     if layer is stack.layers[0] or is_separate:
         stack_pass = forward.latest[stack.name] = _new_pass(state, stack, layer, given, is_separate)
         if not is_separate:
@@ -153,6 +156,7 @@ def _new_pass(state: RegionState, stack: Stack, layer: Layer, given: Any, is_sep
         mlp_tiles=(forward.tile_counts or state.tile_counts(extent.batch, extent.length))[0],
         seed=rng.derived(forward.seed, forward.passes) if forward.seed else None,
         states=rng.states(forward.model.device) if forward.may_draw_outside else None,
+        gathered=forward.others.gathered,
     )
     if stack.embedding is not None and forward.embedded is not None:
         looked_up, forward.embedded = forward.embedded, None
@@ -166,6 +170,15 @@ def _new_pass(state: RegionState, stack: Stack, layer: Layer, given: Any, is_sep
             )
         stack_pass.embedded = looked_up
     return stack_pass
+
+
+def _pass_within(stack_pass: StackPass, planned: Layer, is_whole: bool) -> StackPass | None:
+    """The pass that what is in a layer belongs to; None where it is on whole tensors."""
+    if is_whole:
+        return replace(stack_pass, is_replicated=True) if stack_pass.fills_cache else None
+    # What is not cut has caches alone to look after.
+    belongs = not planned.gathered and (stack_pass.is_shared or stack_pass.fills_cache)
+    return stack_pass if belongs else None
 
 
 def _pass_again(state: RegionState, layer: Layer, stack: Stack, mask: Mask | None) -> tuple[StackPass, Scope]:
@@ -216,7 +229,8 @@ def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if stack_pass.embedded is not None and stack_pass.embedded.is_whole(leaf):
-        return stack_pass.embedded.span
+        span = stack_pass.embedded.span
+        return stack_pass.whole(span, Along(1)) if layer.gathered else span
     if not stack_pass.is_shared or path[1] in NEVER_CUT or path in layer.masks:
         return leaf
     if path not in layer.arguments:
@@ -243,11 +257,23 @@ def leaving(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass, ends: bo
     """What goes on in place of a layer's result: my span to the next layer, all of it to what is outside."""
     along = layer.results.get(path)
     if along is None or not isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and path not in layer.results and not layer.gathered:
+            _require_whole(path, leaf, layer.name, stack_pass)
         return users_own(leaf)
     stays = path in layer.hands and not ends
     if layer.gathered:
         return stack_pass.cut(leaf, along) if stays and stack_pass.is_whole(leaf, along) else leaf
     return leaf if stays or not stack_pass.is_span(leaf, along) else stack_pass.whole(leaf, along)
+
+
+def _require_whole(path: Path, leaf: Tensor, name: str, stack_pass: StackPass) -> None:
+    """Raise UnsupportedError, on every rank, for a result that was not rehearsed, unless it is weights [.., S, S]."""
+    if list(leaf.shape[-2:]) != [stack_pass.extent.length] * 2:
+        raise UnsupportedError(
+            f"{name}: the result {'.'.join(map(str, path)) or 'of this layer'} {list(leaf.shape)} was not there in the "
+            "rehearsal of enable(), and is of a part of the sequence, so nothing tells how it becomes whole: call "
+            "enable() after you switch on whatever lets the layer return it, or do this within handle.suspended()"
+        )
 
 
 def users_own(leaf: Any) -> Any:

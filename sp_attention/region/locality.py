@@ -97,13 +97,14 @@ def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dt
 
     def run(given: Any, results: Mapping[nn.Module, list[Any]], length: int) -> _Run:
         for module, its in results.items():
-            module.forward = partial(_next, iter(its))  # Until `as_before` takes it back.
+            module.forward = partial(_next, iter(its))
         return _run(sample, given, Extent(batch, length), context)
 
-    module = sample.layer.module
-    modes, buffers = {one: one.training for one in module.modules()}, Buffers.of(module)
-    with torch.no_grad(), rng.Forked(0, leaf_at(given, sample.layer.hidden).device), HarmlessDraws(), as_before(module):
-        module.train(trains)
+    layer = sample.layer.module
+    modes = {one: (one.training, vars(one).get("forward")) for one in layer.modules()}
+    buffers, device = Buffers.of(layer), leaf_at(given, sample.layer.hidden).device
+    with torch.no_grad(), rng.Forked(0, device), HarmlessDraws(), as_before(layer):
+        layer.train(trains)
         try:
             whole = run(given, outputs, length)
             later = run(sample.inputs.later(given, length, start), later_outputs, length - start)
@@ -111,8 +112,11 @@ def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dt
             return NotLocal(error=f"{type(error).__name__}: {error}")
         finally:
             buffers.restore()
-            for one, mode in modes.items():
+            for one, (mode, forward) in modes.items():
                 one.training = mode
+                vars(one).pop("forward", None)
+                if forward is not None:
+                    one.forward = forward
     if [module for module, _, _ in whole.parts] != [module for module, _, _ in later.parts]:
         return NotLocal(results=True)
     parts = frozenset(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sp_attention.errors import Refused
 from sp_attention.loss.tiled_loss import LMHead
+from sp_attention.region.flags import Flag
 from sp_attention.region.kv_cache import HeadCounts
 from sp_attention.region.masks import DOCUMENTS
 from sp_attention.region.pytree import Path, tensors
@@ -47,6 +48,7 @@ class Layer:
     masks: where a description of the mask is given, or in its place a mask tensor of the user's own.
     heads: how many heads attend in it, by whether to another sequence, and the number of key heads.
     gathered: the whole layer is a mixer: it runs on whole tensors, and only what is between the layers is cut.
+    flags: those with which it was called in the rehearsal. names: those of its arguments, in their order.
     takes_last: of what is about the tokens in a cache too, such as rotary tables, it takes the end for its own tokens.
     draws_alike: the random numbers that it draws in training are of no token, such as whether it skips itself, so all
     ranks draw the same.
@@ -65,6 +67,8 @@ class Layer:
     gathered: bool = False
     takes_last: bool = False
     draws_alike: bool = False
+    flags: frozenset[Flag] = frozenset()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

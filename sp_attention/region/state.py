@@ -1,10 +1,10 @@
 """The sequence-parallel region of an enabled model at work: what hooks of all its modules share."""
 
+import inspect
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -15,6 +15,7 @@ from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.calls import Call
 from sp_attention.region.context import Context, PassesOfMasks
 from sp_attention.region.forward import TOKENS, Forward
+from sp_attention.region.hook import Hook
 from sp_attention.region.length_check import LengthCheck
 from sp_attention.region.plan import RegionPlan
 from sp_attention.region.unpicklable import Unpicklable
@@ -22,16 +23,6 @@ from sp_attention.region.unpicklable import Unpicklable
 # Around a call of a module: given it and its arguments, yields those that it is called with instead, or None; is sent
 # what the module returned, None after an error; and returns what is returned instead, or None.
 Around = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Generator[Any, Any, Any]]
-
-
-class Hook(Unpicklable):
-    """A function that a module calls. A compiled model runs it as it is, and compiles what is between its hooks."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = torch.compiler.disable(function)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
 
 
 @dataclass
@@ -54,6 +45,7 @@ class RegionState(Unpicklable):
     passes: PassesOfMasks = field(default_factory=PassesOfMasks)
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _in_progress: list[Call] = field(default_factory=list)
+    _entered: nn.Module | None = None
 
     def tile_counts(self, rows: int, length: int) -> tuple[int, int]:
         """How many tiles of this batch modules of layers, and the LM head, are given in training.
@@ -85,8 +77,11 @@ class RegionState(Unpicklable):
         """In how many tiles a module of a layer in this mode is given its tokens now."""
         return self.context.scope.mlp_tiles if module.training or self.only_loss else 1
 
-    def hook_around(self, module: nn.Module, around: Around) -> list[RemovableHandle]:
-        """Run `around` around every call of a module: what is before its `yield` before it, and the rest after it."""
+    def hook_around(self, module: nn.Module, around: Around, layer: str = "") -> list[RemovableHandle]:
+        """Run `around` around every call of a module: what is before its `yield` before it, and the rest after it.
+
+        layer: the name of the layer that the module is, if it is one.
+        """
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.context.scope.attend is not None:
@@ -100,16 +95,47 @@ class RegionState(Unpicklable):
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.context.scope.attend is not None or all(call.around is not around for call in self._in_progress):
                 return None  # An error before this call began.
-            while self._in_progress[-1].around is not around:
-                self._in_progress.pop().running.close()
-            return _sent(self._in_progress.pop().running, output)
+            return _sent(self._end(around), output)
 
         return [
-            module.register_forward_pre_hook(Hook(before), with_kwargs=True),
+            module.register_forward_pre_hook(Hook(before, layer), with_kwargs=True),
             # First, so that the hooks of others see what the rest of the model sees; always, so that an error within
             # leaves nothing in progress behind.
-            module.register_forward_hook(Hook(after), prepend=True, with_kwargs=True, always_call=True),
+            module.register_forward_hook(Hook(after, layer), prepend=True, with_kwargs=True, always_call=True),
         ]
+
+    def enter(self, model: nn.Module) -> None:
+        """Note that the hooks of a model have begun a call, which comes to its forward now."""
+        self._entered = model
+
+    def has_entered(self, model: nn.Module) -> bool:
+        """Whether this call of a model's forward was begun by its hooks; then the next one is another call."""
+        entered, self._entered = self._entered is model, None
+        return entered
+
+    def run_around(
+        self, around: Around, module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of a module's own forward with `around` around it, as hooks run it around calls of the module."""
+        self.close_interrupted()
+        running = around(module, args, kwargs)
+        given = next(running)
+        self._in_progress.append(Call(around, running, inspect.currentframe()))
+        self._entered = None
+        args, kwargs = (args, kwargs) if given is None else given
+        try:
+            output = own(*args, **kwargs)
+        except BaseException:
+            self._end(around).close()
+            raise
+        changed = _sent(self._end(around), output)
+        return output if changed is None else changed
+
+    def _end(self, around: Around) -> Generator[Any, Any, Any]:
+        """What runs around a call that has come to its end; what began since is over."""
+        while self._in_progress[-1].around is not around:
+            self._in_progress.pop().running.close()
+        return self._in_progress.pop().running
 
     def close_interrupted(self) -> None:
         """End what an interrupt, of which hooks are not told, has left in progress."""

@@ -78,7 +78,7 @@ def install(
                 findings, plan = tile_mlps(model, hooks, plan, findings, pairs[0][0], options.mlp_tile)
         hooks.plan, hooks.rehearses = replace(plan, offloads=options.offload, chunk=chunk), False
         hooks.length_check = LengthCheck.of(findings.samples, hooks.plan, findings.proven_length)
-        hooks.install()
+    hooks.install()
     return findings, hooks
 
 

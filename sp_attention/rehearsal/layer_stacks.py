@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sp_attention.errors import Refused
+from sp_attention.region.flags import flags_of_calls, names_of_arguments
 from sp_attention.region.kv_cache import HeadCounts
 from sp_attention.region.masks import Described
 from sp_attention.region.plan import Embedding, Layer
@@ -88,7 +89,22 @@ def _draft(name: str, modules: nn.ModuleList, names: Mapping[nn.Module, str], tr
             for path, leaf in leaves(call.inputs)
             if isinstance(leaf, Described)
         )
-        layers.append(Layer(names[module], module, begin[0], frozenset(), arguments, frozenset(), results, (), masks))
+        calls = [call.inputs for pair in traces for trace in pair for call in trace.calls[module]]
+        layers.append(
+            Layer(
+                names[module],
+                module,
+                begin[0],
+                frozenset(),
+                arguments,
+                frozenset(),
+                results,
+                (),
+                masks,
+                flags=flags_of_calls(module, calls),
+                names=names_of_arguments(module),
+            )
+        )
     modes = _modes(layers, narrow, wide, extents)
     heads = {one.module: one.heads for one in narrow.attention_calls if one.module in modes}
     return _handing_over(StackDraft(name, tuple(layers), extents, modes, heads, False), traces)

@@ -1,6 +1,7 @@
 """Tiny forwards that are recorded: the calls of every module in them. A model is left as it was."""
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import Context
@@ -148,7 +149,8 @@ def record(
 
     `prove` is told of each call right after it, while an engine that shards parameters still has them gathered.
     """
-    calls: dict[nn.Module, list[ModuleCall]] = {module: [] for module in model.modules()}
+    # Modules that a forward puts in the place of others were not called.
+    calls: dict[nn.Module, list[ModuleCall]] = defaultdict(list, {module: [] for module in model.modules()})
     attention_calls.clear()
     count = 0
     proving = False
@@ -167,7 +169,7 @@ def record(
             Context().run(prove, module, called)
             proving = False
 
-    handles = [module.register_forward_hook(after, with_kwargs=True) for module in calls]
+    handles = [module.register_forward_hook(after, with_kwargs=True) for module in [*calls]]
     try:
         output = model(**dummy.inputs)
     finally:
