@@ -58,7 +58,7 @@ def sweep(
         if problem and unfinished:
             finished.append(unfinished[0])
             record = {"type": unfinished[0], "mapping": mapping, "ranks": ranks, "crashed": problem[-3000:]}
-            _append(results, record)
+            append(results, record)
         types = [kind for kind in types if kind not in finished]
         click.echo(f"{mapping}, {ranks} ranks: {len(types)} left, {monotonic() - began:.0f} s", err=True)
 
@@ -72,7 +72,8 @@ def read(results: Path, start: int = 0) -> list[Record]:
         return [json.loads(line) for line in file]
 
 
-def _append(results: Path, record: Record) -> None:
+def append(results: Path, record: Record) -> None:
+    """Write a record behind the others of a file of results."""
     with results.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -95,7 +96,7 @@ def _run_chunk(mapping: str, types: list[str], length: int, results: Path, compa
         record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()}
         record |= _run(mapping, kind, length, compared)
         if dist.get_rank() == 0:
-            _append(results, record | {"seconds": round(monotonic() - began, 1)})
+            append(results, record | {"seconds": round(monotonic() - began, 1)})
         dist.barrier()
 
 
