@@ -94,7 +94,7 @@ def _labels(case: Case, batch: Batch, generator: torch.Generator) -> Batch:
 
 
 def _seq2seq(case: Case, length: int, die: random.Random, generator: torch.Generator) -> Batch:
-    """An encoder's tokens or sounds, and labels for a decoder; its tokens themselves where there are to be no labels."""
+    """An encoder's tokens or sounds, and labels for a decoder, or its tokens where there are to be no labels."""
     if case.kind.family == "speech":
         batch: Batch = {"input_features": torch.randn(case.rows, SOUND_BINS, 2 * SOUNDS, generator=generator)}
         batch["input_features"] = batch["input_features"].to(getattr(torch, case.dtype))

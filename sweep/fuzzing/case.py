@@ -105,7 +105,9 @@ def drawn(seed: int, number: int) -> Case:
         mask=die.choice(kind.masks),
         labels=die.choice(kind.labels),
         backend=die.choice(kind.backends),
-        loss_tile=die.choice(["auto", None] if whole_logits else ["auto", None, 5 if length < 60 else 37]),
+        loss_tile=die.choice(
+            ["auto", None] if whole_logits or kind.family != "causal" else ["auto", None, 5 if length < 60 else 37]
+        ),
         mlp_tile=die.choice([None, None, 3, 16]) if length < 60 else die.choice([None, None, 29]),
         whole_logits=whole_logits,
         longest=die.choice([None, None, length]),

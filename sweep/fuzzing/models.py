@@ -153,7 +153,7 @@ KINDS = {
             **_EXPERTS,
         ),
         masks=_PADDED,
-    ),  # fmt: skip
+    ),
     "mamba2": Kind(
         "Mamba2ForCausalLM",
         _mamba2,

@@ -18,10 +18,11 @@ HEAD = """# Random cases
 
 Written by `python -m sweep.fuzz` (`tox -e fuzz`): random models, masks, lengths, labels, heads, ranks, groups, dtypes,
 options of `enable`, adapters and orders of calls, on several CPU processes and in one. Exact means that loss, whole
-logits, hidden states, tokens, scores and **every** parameter's gradient of every call are those of one process, within a
-relative difference of 1e-5 (1e-3 in float32), or the model's own rounding where it computes in lower precision. Of
+logits, hidden states, tokens, scores and **every** parameter's gradient of every call are those of one process, within
+a relative difference of 1e-5 (1e-3 in float32), or the model's own rounding where it computes in lower precision. Of
 training that draws random numbers only that all ranks have the same is asked: "ranks alike". Refused is the same error
-of the library on every rank; "not comparable": one process cannot do it either."""
+of the library on every rank; "not comparable": one process cannot do it either. A case is the worst of its calls; after
+options that are refused it goes on without options."""
 
 
 def latest(results: Path, cases: Iterable[Case]) -> list[Record]:
