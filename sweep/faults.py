@@ -9,10 +9,8 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 from pathlib import Path
 from unittest.mock import patch
-from uuid import uuid4
 
 import click
 
@@ -21,33 +19,27 @@ from sp_attention.launch import RanksError, run_ranks
 from sweep.faulting.fault import Fault, drawn, fault_of
 from sweep.faulting.page import BAD, counts, page, told
 from sweep.faulting.ranks import FIRED, SECONDS, work
-from sweep.running import Record, append, read
+from sweep.running import Record, append, read, start_quickly
 
 # How much later than the group's timeout an error may come, on a busy machine; how long a run may take in all.
 LATER, SECONDS_IN_ALL = 6, 150
-MARK = "SP_ATTENTION_FAULT"
 
 
 def run(fault: Fault) -> Record:
     """The record of a fault on ranks, and with folders, of its own."""
-    # It lives on, and must not have the mark of this run.
-    resource_tracker.ensure_running()
     shared = _shared_memory()
-    mark = uuid4().hex
     with tempfile.TemporaryDirectory(prefix="sp_attention_faults_") as name:
         folder, temporary = Path(name), Path(name, "temporary")
         temporary.mkdir()
-        environment = {MARK: mark, "TMPDIR": str(temporary)}
         with (
-            patch.dict(os.environ, environment),
             patch.object(tempfile, "tempdir", str(temporary)),
             # Ranks that wait are to be ended by their group's timeout, and not before by the launch.
             patch.object(launch, "GRACE", SECONDS + LATER + 1),
             _stopped_rank_ends(fault, folder),
             suppress(RanksError),
         ):
-            run_ranks(fault.ranks, work, fault, folder, timeout=SECONDS_IN_ALL)
-        left = [f"process {one}" for one in _processes(mark)]
+            run_ranks(fault.ranks, work, fault, folder, temporary, timeout=SECONDS_IN_ALL)
+        left = [f"process {one}" for one in _processes({int(file.read_text()) for file in folder.glob("*.pid")})]
         left += [f"file {one.relative_to(temporary)}" for one in temporary.rglob("*")]
         left += [f"shared memory {one}" for one in _shared_memory() - shared]
         return record_of(fault, _read(folder / FIRED), _endings(fault, folder), left)
@@ -109,14 +101,15 @@ def _read(file: Path) -> Record | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _processes(mark: str) -> list[int]:
-    """Those that run with the mark of a run, which is in the environment of all that it started; not this one."""
+def _processes(sessions: set[int]) -> list[str]:
+    """Those of sessions, of which every rank begins one for itself and all that it starts."""
     found = []
-    for file in Path("/proc").glob("[0-9]*/environ"):
+    for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            if f"{MARK}={mark}".encode() in file.read_bytes():
-                found.append(int(file.parent.name))
-    return [one for one in found if one != os.getpid()]
+            # Behind the name, which may hold anything: state, parent, group, session.
+            if int(file.read_text().rpartition(")")[2].split()[3]) in sessions:
+                found.append(file.parent.name)
+    return found
 
 
 def _shared_memory() -> set[str]:
@@ -136,6 +129,7 @@ def _shared_memory() -> set[str]:
 @click.option("--table", type=click.Path(path_type=Path), help="Write the page here: docs/faults.md.")
 def main(runs: int, seed: int, text: str | None, results: Path, table: Path | None) -> None:
     """Let one rank raise, die, stop or differ, and see how the others end. Faults that have a result are not run."""
+    start_quickly("sweep.faulting.ranks")
     if text is not None:
         record = run(fault_of(text))
         click.echo(f"{told(record)}\n    after {record['seconds']} s, {'' if record['named'] else 'not '}named")

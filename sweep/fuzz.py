@@ -17,7 +17,7 @@ import click
 from sp_attention.launch import RanksError, run_ranks
 from sweep.fuzzing.case import Case, case_in, case_of, drawn, shrunk
 from sweep.fuzzing.page import counts, faults, latest, page, told
-from sweep.running import Record, append, read
+from sweep.running import Record, append, read, start_quickly
 
 # A rank that hangs costs a chunk's time; then the chunk's cases are run one at a time.
 CHUNK, SECONDS_TO_START = 10, 30
@@ -115,6 +115,7 @@ def main(
     count: int, first: int, seed: int, text: str | None, seconds: float, tries: int, results: Path, table: Path | None
 ) -> None:
     """Compare random cases on several ranks with one process. Cases that the results have already are not run."""
+    start_quickly("sweep.fuzzing.running")
     if text is not None:
         record = ran(case_of(text), 4 * seconds)
         click.echo(told(record))

@@ -21,7 +21,7 @@ LAYERS, STEPS = 2, 2
 class Fault:
     """kind: of `KINDS`; what: of `DIFFERENCES`, or how it dies. step, layer, occasion: when, as far as a point has it.
 
-    occasion: counts calls of what the point is in, from 0.
+    occasion: the number of the call of what the point is in; of agreements 0 is that of a forward, others of `enable`.
     """
 
     kind: str
@@ -35,8 +35,12 @@ class Fault:
 
     @property
     def is_told(self) -> bool:
-        """Whether other ranks can know which one it is: it tells them what it has, or that its rehearsal failed."""
-        return self.kind == "differ" or (self.kind == "raise" and self.point == "rehearsal")
+        """Whether other ranks can know which one it is: it tells them what it has, or that its rehearsal failed.
+
+        Of weights only what is computed from them is told, and that by all.
+        """
+        differs = self.kind == "differ" and self.what != "weights"
+        return differs or (self.kind == "raise" and self.point == "rehearsal")
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))
@@ -60,8 +64,8 @@ def drawn(seed: int, number: int) -> Fault:
     point = die.choice([*DIFFERENCES] if kind == "differ" else POINTS)
     ranks = die.choice([2, 3])
     what = {"differ": DIFFERENCES.get(point, ("",)), "die": ("exit", "SIGKILL")}.get(kind, ("",))
-    # As many as there are at least.
-    occasions = {"exchange": 2 * LAYERS, "rehearsal": 4, "agreement": 3, "generate": 3}.get(point, 1)
+    # As many as there are at least; the agreement of a forward is as likely as all others.
+    occasions = {"exchange": 4 * LAYERS, "rehearsal": 20, "agreement": 5, "generate": 5}.get(point, 0)
     return Fault(
         kind,
         point,
@@ -70,5 +74,5 @@ def drawn(seed: int, number: int) -> Fault:
         die.choice(what),
         die.randrange(STEPS),
         die.randrange(LAYERS),
-        die.randrange(occasions),
+        0 if point == "agreement" and die.random() < 0.5 else die.randint(min(1, occasions), occasions),
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,7 +57,7 @@ class Injector:
         fault = self.fault
         stages = {
             "rehearsal": ("enable",),
-            "agreement": ("enable", "forward"),
+            "agreement": ("enable",) if fault.occasion else ("forward",),
             "exchange": ("forward", "backward"),
             "recomputation": ("backward",),
         }.get(fault.point, (fault.point,))
@@ -90,7 +91,7 @@ class Injector:
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
             # Whoever raises goes on raising: a rehearsal tries again.
-            if self.calls > self.fault.occasion:
+            if self.calls >= self.fault.occasion:
                 self.fire()
             return function(*args, **kwargs)
 
@@ -122,9 +123,15 @@ class Injector:
         return fault.what
 
 
-def work(fault: Fault, folder: Path) -> None:
-    """On every rank: all of it, and a record of how it ended; the faulty one stays alive where it can."""
+def work(fault: Fault, folder: Path, temporary: Path) -> None:
+    """On every rank: all of it, and a record of how it ended; the faulty one stays alive where it can.
+
+    temporary: the folder for temporary files.
+    """
     warnings.simplefilter("ignore")
+    os.setsid()
+    (folder / f"rank{dist.get_rank()}.pid").write_text(str(os.getpid()))
+    tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)
     group = dist.new_group(timeout=timedelta(seconds=SECONDS))
     # So that connections are there before anything happens.
     dist.all_reduce(torch.zeros(1), group=group)

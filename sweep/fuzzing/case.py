@@ -108,7 +108,7 @@ def drawn(seed: int, number: int) -> Case:
         loss_tile=die.choice(
             ["auto", None] if whole_logits or kind.family != "causal" else ["auto", None, 5 if length < 60 else 37]
         ),
-        mlp_tile=die.choice([None, None, 3, 16]) if length < 60 else die.choice([None, None, 29]),
+        mlp_tile=die.choice([None, None, 3 if length < 60 else 29]) if kind.tiles_mlp or die.random() < 0.1 else None,
         whole_logits=whole_logits,
         longest=die.choice([None, None, length]),
         checkpointing=die.choice(CHECKPOINTING),

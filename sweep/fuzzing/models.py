@@ -38,8 +38,9 @@ _BACKENDS = ("auto", "auto", "sdpa", "transformers:eager", "transformers:sdpa")
 class Kind:
     """A model class of transformers, and what it can be given.
 
-    settings: of its configuration, by heads, KV heads and layers. groups_heads: KV heads may be fewer. dropout: the
-    settings that switch dropout on. given: further arguments of every forward. family: whose batches it takes.
+    settings: of its configuration, by heads, KV heads and layers. family: whose batches it takes. dropout: the settings
+    that switch dropout on. groups_heads: KV heads may be fewer. tiles_mlp: `mlp_tile` is not refused. given: further
+    arguments of every forward.
     """
 
     cls: str
@@ -51,6 +52,7 @@ class Kind:
     backends: tuple[str, ...] = _BACKENDS
     dropout: tuple[str, ...] = ("attention_dropout",)
     groups_heads: bool = True
+    tiles_mlp: bool = False
     given: tuple[tuple[str, Any], ...] = ()
 
 
@@ -114,16 +116,21 @@ def _mamba2(heads: int, kv_heads: int, layers: int) -> dict[str, Any]:
 _EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SEQ2SEQ = (*_TRAINING, "generate")
 KINDS = {
-    "llama": Kind("LlamaForCausalLM", _decoder()),
-    "llama, tied": Kind("LlamaForCausalLM", _decoder(tie_word_embeddings=True, attention_bias=True)),
-    "qwen2": Kind("Qwen2ForCausalLM", _kinds_of_layers("full_attention", "sliding_attention", sliding_window=5)),
-    "mistral": Kind("MistralForCausalLM", _decoder(sliding_window=6)),
+    "llama": Kind("LlamaForCausalLM", _decoder(), tiles_mlp=True),
+    "llama, tied": Kind("LlamaForCausalLM", _decoder(tie_word_embeddings=True, attention_bias=True), tiles_mlp=True),
+    "qwen2": Kind(
+        "Qwen2ForCausalLM",
+        _kinds_of_layers("full_attention", "sliding_attention", use_sliding_window=True, sliding_window=5),
+        tiles_mlp=True,
+    ),
+    "mistral": Kind("MistralForCausalLM", _decoder(sliding_window=6), tiles_mlp=True),
     # Softcap: `sdpa` refuses it.
     "gemma2": Kind(
         "Gemma2ForCausalLM",
         _kinds_of_layers("sliding_attention", "full_attention", sliding_window=5, query_pre_attn_scalar=HEAD),
         masks=_TEXT_MASKS,
         backends=("auto", "auto", "transformers:eager", "sdpa"),
+        tiles_mlp=True,
     ),
     "gpt_oss": Kind(
         "GptOssForCausalLM",
