@@ -140,13 +140,14 @@ def simpler(case: Case) -> list[Case]:
         if one.name not in ("calls", "heads", "kv_heads", "length", "model") and value != one.default:
             found.append(replace(case, **{one.name: one.default}))
     for heads, kv_heads in ((2, 2), (2, 1), (3, 3), (case.heads, case.heads)):
-        if (heads, kv_heads) < (case.heads, case.kv_heads) and (case.kind.groups_heads or heads == kv_heads):
+        if (heads, kv_heads) == (case.heads, case.kv_heads):
+            break
+        if case.kind.groups_heads or heads == kv_heads:
             found.append(replace(case, heads=heads, kv_heads=kv_heads))
-    lengths = {Case.length, 2, case.length // 2, case.length - 1}
+    found.append(replace(case, model=Case.model))
+    lengths = {2, Case.length, case.length // 2, 3 * case.length // 4, case.length - 1}
     found += [replace(case, length=length) for length in sorted(lengths) if 0 < length < case.length]
-    if case.model != Case.model and fits(other := replace(case, model=Case.model)):
-        found.append(other)
-    return [other for other in found if fits(other)]
+    return [other for other in found if other != case and fits(other)]
 
 
 def fits(case: Case) -> bool:
@@ -166,14 +167,22 @@ def fits(case: Case) -> bool:
 
 def shrunk(case: Case, is_faulty: Callable[[Case], bool], tries: int) -> Case:
     """The simplest case found, in so many tries, that `is_faulty` too; the case itself where nothing simpler is."""
+    # What was in vain is tried again only when nothing else is left, and something has changed since.
+    in_vain: set[frozenset[tuple[str, Any]]] = set()
     goes_on = True
     while goes_on:
         goes_on = False
-        for other in simpler(case):
+        in_vain.clear()
+        while some := [other for other in simpler(case) if _changes(case, other) not in in_vain]:
             if tries <= 0:
                 return case
             tries -= 1
-            if is_faulty(other):
-                case, goes_on = other, True
-                break
+            if is_faulty(some[0]):
+                case, goes_on = some[0], True
+            else:
+                in_vain.add(_changes(case, some[0]))
     return case
+
+
+def _changes(case: Case, other: Case) -> frozenset[tuple[str, Any]]:
+    return frozenset(asdict(other).items() - asdict(case).items())
