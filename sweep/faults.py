@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +42,7 @@ def run(fault: Fault) -> Record:
             run_ranks(fault.ranks, work, fault, folder, temporary, timeout=SECONDS_IN_ALL)
         left = [f"process {one}" for one in _processes({int(file.read_text()) for file in folder.glob("*.pid")})]
         left += [f"file {one.relative_to(temporary)}" for one in temporary.rglob("*")]
-        left += [f"shared memory {one}" for one in _shared_memory() - shared]
+        left += [f"shared memory {one}" for one in _left_in_memory(shared)]
         return record_of(fault, _read(folder / FIRED), _endings(fault, folder), left)
 
 
@@ -113,12 +114,20 @@ def _processes(sessions: set[int]) -> list[str]:
 
 
 def _shared_memory() -> set[str]:
-    """What is there and no living process has: what others use meanwhile is theirs."""
-    folder, used = Path("/dev/shm"), ""
+    folder = Path("/dev/shm")
+    return {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _left_in_memory(before: set[str]) -> set[str]:
+    """What has come and no living process uses: what others on this machine use meanwhile is theirs."""
+    if not (new := _shared_memory() - before):
+        return set()
+    time.sleep(0.5)
+    used = ""
     for file in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):
             used += file.read_text(errors="replace")
-    return {file.name for file in folder.iterdir() if file.name not in used} if folder.is_dir() else set()
+    return {name for name in new & _shared_memory() if name not in used}
 
 
 @click.command()

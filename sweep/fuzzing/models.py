@@ -76,7 +76,8 @@ def _decoder(**more: Any) -> Callable[[int, int, int], dict[str, Any]]:
 
 def _kinds_of_layers(first: str, second: str, **more: Any) -> Callable[[int, int, int], dict[str, Any]]:
     def settings(heads: int, kv_heads: int, layers: int) -> dict[str, Any]:
-        kinds = [(first, second)[layer % 2] for layer in range(layers)]
+        # A model of nothing but linear attention does not make its own cache.
+        kinds = [(first, second)[layer % 2] for layer in range(layers)] if layers > 1 else [second]
         return _decoder(**more)(heads, kv_heads, layers) | {"layer_types": kinds}
 
     return settings
