@@ -25,7 +25,7 @@ _SEED = (
 )
 
 Result = TypeVar("Result")
-Told = TypeVar("Told")
+Mine = TypeVar("Mine")
 
 
 def share_problem(problem: Exception | None, peers: Peers | None) -> None:
@@ -47,7 +47,7 @@ def first_reason(reason: str | None, peers: Peers) -> str | None:
     return next((found for found in _of_all(reason, peers) if found is not None), None)
 
 
-def _of_all(mine: Told, peers: Peers) -> list[Told]:
+def _of_all(mine: Mine, peers: Peers) -> list[Mine]:
     everyone = [mine] * peers.size
     peers.meet(8)
     dist.all_gather_object(everyone, mine, group=peers.group)
@@ -75,8 +75,8 @@ def attempted(step: Callable[[], Result], peers: Peers, device: torch.device | N
     if len(failed) == peers.size:
         return Refused(everyone[0][0] or "")
     # Where no rank failed by itself, they only part.
-    told = next(iter(failed), None) or next((found for _, found in everyone if found is not None), None)
-    return result if told is None else Refused(told)
+    why = next(iter(failed), None) or next((found for _, found in everyone if found is not None), None)
+    return result if why is None else Refused(why)
 
 
 def require_same_options(options: Mapping[str, Any], peers: Peers) -> None:

@@ -72,11 +72,15 @@ class Session:
             result = step()
         except Exception as error:
             mine = (isinstance(error, UnsupportedError), " ".join(f"{type(error).__name__}: {error}".split()))
-        everyone: list[tuple[bool, str] | None] = [None] * self.case.ranks
-        dist.all_gather_object(everyone, mine, group=self.apart)
-        if any(everyone):
+        if any(everyone := self._told(mine)):
             raise EndedError(everyone)
         return result
+
+    def _told(self, mine: Any) -> list[Any]:
+        """What every rank has to tell."""
+        everyone = [mine] * self.case.ranks
+        dist.all_gather_object(everyone, mine, group=self.apart)
+        return everyone
 
     def called(self, call: str, index: int) -> Called:
         """Do a call, of this place in the order, on both sides; the same verdict on every rank."""
@@ -122,12 +126,12 @@ class Session:
         do = calls.too_long if call == "too-long" else calls.interrupted
         for model in (self.alone, self.model):
             model.train(self.case.training)
+        raises = False
         try:
             do(self.alone, batch_of(self.case, self.group, 2 * index))
         except Exception:
             raises = True
-        else:
-            raises = False
+        raises = all(self._told(raises))
         try:
             self.together(lambda: do(self.model, batch_of(self.case, self.group, 2 * index)))
         except EndedError as ended:
@@ -139,13 +143,15 @@ class Session:
         )
 
     def _compared(self, call: str, index: int) -> Called:
-        expected = None
-        draws = self.case.draws and call in calls.TRAINING
-        if not draws:
+        expected, problem = None, ""
+        if not (self.case.draws and call in calls.TRAINING):
             try:
                 expected = self._values_alone(self.alone, call, index)
             except Exception as error:
-                return Called(call, "not comparable", reason=f"in one process: {type(error).__name__}: {error}"[:300])
+                problem = f"in one process: {type(error).__name__}: {error}"[:300]
+        # A batch may be too much for one group only.
+        if problem := next(filter(None, self._told(problem)), ""):
+            return Called(call, "not comparable", reason=problem)
         ours = self._values_of_ranks(call, index)
         if apart := self._apart(ours):
             return Called(call, "ranks disagree", reason=apart)
@@ -241,18 +247,14 @@ class Session:
         """What is not alike on the ranks of a group, nothing if all is; gradients are those of all ranks."""
         mine = {name: float(value.nan_to_num().double().sum()) for name, value in values.items()}
         scales = {name: float(value.nan_to_num().double().abs().sum()) for name, value in values.items()}
-        everyone: list[Any] = [None] * self.case.ranks
-        dist.all_gather_object(everyone, (self.group, mine), group=self.apart)
         told = []
-        for rank, (group, theirs) in enumerate(everyone):
+        for rank, (group, theirs) in enumerate(self._told((self.group, mine))):
             for name, number in theirs.items():
                 if group == self.group or name.startswith("gradient of "):
                     here, scale = mine.get(name, float("nan")), scales.get(name, 0.0)
                     if not abs(number - here) <= ALIKE[self.case.dtype] * (scale or 1.0):
                         told.append(f"{name} on rank {rank}: {number!r}, and {here!r} on rank {dist.get_rank()}")
-        all_told: list[list[str]] = [[]] * self.case.ranks
-        dist.all_gather_object(all_told, told, group=self.apart)
-        return next((some[0] for some in all_told if some), "")
+        return next((some[0] for some in self._told(told) if some), "")
 
     def _copy_weights(self, source: nn.Module, target: nn.Module) -> None:
         with torch.no_grad():
