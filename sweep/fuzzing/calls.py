@@ -88,7 +88,7 @@ def decode(model: nn.Module, case: Case, batch: Batch) -> Values:
     output = forward(model, prompt, use_cache=True)
     values = {"logits of the prompt": _of_real_tokens(output["logits"], prompt)}
     for count in (1, 3):
-        prompt["input_ids"] = (prompt["input_ids"][:, :1] + torch.arange(count)) % case_vocabulary(model)
+        prompt["input_ids"] = (prompt["input_ids"][:, :1] + torch.arange(count)) % vocabulary_of(model)
         if "attention_mask" in prompt:
             longer = prompt["attention_mask"].new_ones(case.rows, count)
             prompt["attention_mask"] = torch.cat([prompt["attention_mask"], longer], 1)
@@ -97,7 +97,7 @@ def decode(model: nn.Module, case: Case, batch: Batch) -> Values:
     return values
 
 
-def case_vocabulary(model: nn.Module) -> int:
+def vocabulary_of(model: nn.Module) -> int:
     """How many tokens a model knows."""
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     return int(inner.config.get_text_config().vocab_size)
