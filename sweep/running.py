@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import get_context
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sp_attention.cli.comparison import Batch, compare
 from sp_attention.cli.reduced import NotBuildableError, prepare, types_of
+from sp_attention.distributed import launch
 from sp_attention.launch import RanksError, run_ranks
 
 # A rank that hangs costs most of a chunk's time: small chunks, though every one starts its ranks anew.
@@ -58,9 +61,18 @@ def sweep(
         if problem and unfinished:
             finished.append(unfinished[0])
             record = {"type": unfinished[0], "mapping": mapping, "ranks": ranks, "crashed": problem[-3000:]}
-            _append(results, record)
+            append(results, record)
         types = [kind for kind in types if kind not in finished]
         click.echo(f"{mapping}, {ranks} ranks: {len(types)} left, {monotonic() - began:.0f} s", err=True)
+
+
+def start_quickly(*modules: str) -> None:
+    """Let ranks start as forks of a process that has imported these, and done nothing else."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # As `run_ranks` has it, when torch is imported.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["sp_attention.api", "transformers.models.llama.modeling_llama", *modules])
+    launch.CONTEXT = context
+    ensure_running()
 
 
 def read(results: Path, start: int = 0) -> list[Record]:
@@ -72,7 +84,8 @@ def read(results: Path, start: int = 0) -> list[Record]:
         return [json.loads(line) for line in file]
 
 
-def _append(results: Path, record: Record) -> None:
+def append(results: Path, record: Record) -> None:
+    """Write a record behind the others of a file of results."""
     with results.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -95,7 +108,7 @@ def _run_chunk(mapping: str, types: list[str], length: int, results: Path, compa
         record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()}
         record |= _run(mapping, kind, length, compared)
         if dist.get_rank() == 0:
-            _append(results, record | {"seconds": round(monotonic() - began, 1)})
+            append(results, record | {"seconds": round(monotonic() - began, 1)})
         dist.barrier()
 
 

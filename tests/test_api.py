@@ -187,6 +187,7 @@ def test_the_report_says_what_each_part_does() -> None:
         "    self_attn.o_proj: position-wise",
         "    self_attn.q_proj: position-wise",
         "    self_attn.v_proj: position-wise",
+        "  layers do the same in sequences of up to 514 tokens; longer ones are tried",
         "  logits stay sharded in training with labels, else whole",
         f"  the loss makes those of {2**24 // 97} tokens at a time",
         "  key/value caches hold this rank's heads; ranks hold some key heads alike: 4 for 3",

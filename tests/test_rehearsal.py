@@ -182,7 +182,7 @@ def fail_always() -> str:
 
     def fail(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if dist.get_rank() == 1:
-            raise ValueError("rank 1 is ill")
+            raise ValueError("it is ill")
 
     model.model.layers[1].mlp.register_forward_pre_hook(spy(fail))
     with pytest.raises(UnsupportedError) as refusal:
@@ -191,7 +191,7 @@ def fail_always() -> str:
 
 
 def test_a_model_that_fails_on_one_rank_is_refused_on_every_rank() -> None:
-    text = "enable() found no small batch that LlamaForCausalLM takes: ValueError: rank 1 is ill"
+    text = "rank 1: enable() found no small batch that LlamaForCausalLM takes: ValueError: it is ill"
     assert run_ranks(2, fail_always, timeout=30) == [text] * 2
 
 

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sp_attention.distributed.digest import described, digest
 from sp_attention.distributed.fingerprint import fingerprint
-from sp_attention.distributed.peers import Peers
+from sp_attention.distributed.peers import PartedError, Peers
 from sp_attention.errors import BackendError, BatchError, Refused, UnsupportedError, told
 
 # The name under which the state of the generator is compared that tokens are sampled with.
@@ -36,12 +36,14 @@ _SAME_MODE = (
 )
 
 Result = TypeVar("Result")
+Mine = TypeVar("Mine")
 
 
 def share_problem(problem: Exception | None, peers: Peers | None) -> None:
     """Raise the first problem any rank has, with its class and text, on every rank; return when none has one."""
     problems: list[Exception | None] = [problem]
     if peers is not None:
+        peers.meet(7)
         problems = [None] * peers.size
         dist.all_gather_object(problems, problem, group=peers.group)
     first = next((found for found in problems if found is not None), None)
@@ -53,9 +55,14 @@ def share_problem(problem: Exception | None, peers: Peers | None) -> None:
 
 def first_reason(reason: str | None, peers: Peers) -> str | None:
     """The first reason that any rank has, on every rank; None when none has one."""
-    reasons: list[str | None] = [None] * peers.size
-    dist.all_gather_object(reasons, reason, group=peers.group)
-    return next((found for found in reasons if found is not None), None)
+    return next((found for found in _of_all(reason, peers) if found is not None), None)
+
+
+def _of_all(mine: Mine, peers: Peers) -> list[Mine]:
+    everyone = [mine] * peers.size
+    peers.meet(8)
+    dist.all_gather_object(everyone, mine, group=peers.group)
+    return everyone
 
 
 def attempted(step: Callable[[], Result], peers: Peers, device: torch.device | None = None) -> Result | Refused:
@@ -64,16 +71,23 @@ def attempted(step: Callable[[], Result], peers: Peers, device: torch.device | N
     Whatever the model raises is a reason; what a kernel refuses is raised, since another one can do it. `device` is
     the model's in a step with collectives.
     """
-    reason, refusal = None, None
+    reason, refusal, parted = None, None, None
     try:
         result = step() if device is None else peers.watched(step, device)
     except BackendError as error:
         refusal = error
+    except PartedError as error:
+        parted = str(error)
     except Exception as error:
         reason = str(error) if isinstance(error, UnsupportedError) else told(error)
     share_problem(refusal, peers)
-    reason = first_reason(reason, peers)
-    return result if reason is None else Refused(reason)
+    everyone = _of_all((reason, parted), peers)
+    failed = [f"rank {rank}: {found}" for rank, (found, _) in enumerate(everyone) if found is not None]
+    if len(failed) == peers.size:
+        return Refused(everyone[0][0] or "")
+    # Where no rank failed by itself, they only part.
+    why = next(iter(failed), None) or next((found for _, found in everyone if found is not None), None)
+    return result if why is None else Refused(why)
 
 
 def require_same_options(options: Mapping[str, Any], peers: Peers) -> None:

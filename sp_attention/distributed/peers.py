@@ -18,9 +18,15 @@ class Watch:
     """In a rehearsal, where a step may fail on one rank alone and leave the others waiting for it in a collective.
 
     While a step is watched, on `device`, the ranks tell each other before every collective that they come to it.
+    depth: of the steps within each other that are watched.
     """
 
     device: torch.device | None = None
+    depth: int = 0
+
+
+class PartedError(RuntimeError):
+    """The ranks do not do the same in a watched step, which this rank can only end: it has nothing to say itself."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +45,32 @@ class Peers:
     def meet(self, *what: int) -> None:
         """Called before a collective, with numbers that tell it from others: its kind, and what all ranks know alike.
 
-        Raises RuntimeError in a watched step that another rank has ended, or in which it comes to another collective.
+        Raises PartedError in a watched step that another rank has ended, or in which it comes to another collective.
         """
-        if self.watch.device is not None and len(set(self._announced(hash(what) | 1))) > 1:
-            raise RuntimeError("the ranks part here: another one ended this step, or went on otherwise")
+        if self.watch.device is not None and len(set(numbers := self._announced(hash(what) | 1))) > 1:
+            raise _parted(numbers)
 
     def watched(self, step: Callable[[], Result], device: torch.device) -> Result:
-        """The result of a step that may raise on some ranks only; all ranks return or raise together."""
-        self.watch.device = device
+        """The result of a step that may raise on some ranks only; all ranks return or raise together.
+
+        In a step that is within another one, PartedError means that a rank has ended that one too.
+        """
+        watch, outer = self.watch, self.watch.device
+        watch.device, watch.depth = device, watch.depth + 1
+        end = 2 * watch.depth
         try:
             return step()
         finally:
-            # Whoever still comes to a collective is told, and ends up here too.
-            while any(self._announced(0)):
-                pass
-            self.watch.device = None
+            try:
+                # Whoever still comes to a collective is told, and ends up here too.
+                while len(set(numbers := self._announced(end))) > 1:
+                    if any(_is_end(number) and number < end for number in numbers):
+                        raise _parted(numbers)
+            finally:
+                watch.device, watch.depth = outer, watch.depth - 1
 
     def _announced(self, number: int) -> list[int]:
-        """What each rank announces: 0 for the end of a step."""
+        """What each rank announces: an odd number for a collective, for the end of a step twice its depth."""
         numbers = torch.empty(self.size, dtype=torch.int64, device=self.watch.device)
         mine = torch.tensor([number], device=self.watch.device)
         dist.all_gather(list(numbers.split(1)), mine, group=self.group)
@@ -65,3 +79,13 @@ class Peers:
     def span(self, length: int) -> range:
         """My span of a sequence of `length` tokens."""
         return span_of(self.rank, length, self.size)
+
+
+def _is_end(number: int) -> bool:
+    return number % 2 == 0
+
+
+def _parted(numbers: list[int]) -> PartedError:
+    ended = [f"rank {rank}" for rank, number in enumerate(numbers) if _is_end(number)]
+    told = f"{', '.join(ended)} ended this step" if ended else "they come to different collectives"
+    return PartedError(f"the ranks part here: {told}")

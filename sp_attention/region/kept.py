@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sp_attention.distributed.sharded_params import belongs_to_engine
 from sp_attention.region import direct_call
 from sp_attention.region.attn_implementation import configs
 
 # What `enable` itself sets while it rehearses: modes, the loss function, how a model attends, and forwards of models.
 _OURS = {"training", "_loss_function", "_attn_implementation_internal", "forward", direct_call.BEFORE}
+
+# What DeepSpeed counts in modules while it gathers their weights.
+_OF_ENGINES = ("ds_", "_ds_", "applied_pre_backward")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Attributes:
     """The plain attributes of modules and of their configurations, and what stands in their lists, dicts and sets.
 
     So modules, parameters and buffers too, which torch keeps in dicts. By identity: their numbers are not looked at.
+    Not what an engine keeps in the modules whose weights it gathers: those, and notes of its own.
     """
 
     _attributes: list[tuple[dict[str, Any], dict[str, Any]]]
@@ -35,21 +40,26 @@ class Attributes:
         owners: list[Any] = [*module.modules()]
         owners += configs(module) if isinstance(module, PreTrainedModel) else []
         attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
-        held = {id(value): value for _, kept in attributes for value in kept.values()}
+        gathered = {id(one._parameters) for one in module.modules() if any(map(belongs_to_engine, one.parameters()))}
+        held = {id(value): value for _, kept in attributes for value in kept.values() if id(value) not in gathered}
         containers = [(value, value.copy()) for value in held.values() if type(value) in (dict, list, set)]
         return cls(attributes, containers)
 
     def restore(self) -> None:
         for now, kept in self._attributes:
-            for name in [name for name in now if name not in kept and name not in _OURS]:
+            for name in [name for name in now if name not in kept and not _is_others(name)]:
                 del now[name]
             for name, value in kept.items():
-                if name not in _OURS and now.get(name, now) is not value:
+                if not _is_others(name) and now.get(name, now) is not value:
                     now[name] = value
         for container, kept in self._containers:
             if not _RESTORED[type(container)](container, kept):
                 container.clear()
                 (container.extend if type(container) is list else container.update)(kept)
+
+
+def _is_others(name: str) -> bool:
+    return name in _OURS or name.startswith(_OF_ENGINES)
 
 
 def _is_list(now: list[Any], kept: list[Any]) -> bool:
