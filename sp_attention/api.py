@@ -1,13 +1,13 @@
 """`enable`: one line that makes a model sequence-parallel, and the handle that undoes it."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from sp_attention.distributed.consistency import require_same_options, share_problem
+from sp_attention.distributed.consistency import agreed, in_common, require_same_options
 from sp_attention.distributed.other_meshes import met_by_other_parallelism
 from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.process_groups import Group, place, resolve
@@ -27,6 +27,7 @@ from sp_attention.region.attn_implementation import Own, attend_as, configs, kee
 from sp_attention.region.context import Context
 from sp_attention.region.copies import CopiedHooks
 from sp_attention.region.hooks import Hooks
+from sp_attention.region.plan import outermost_models
 from sp_attention.region.unpicklable import Unpicklable
 from sp_attention.rehearsal.findings import Findings, described, report
 from sp_attention.rehearsal.install import install
@@ -214,21 +215,8 @@ def enable(
     """
     peers = resolve(group, sp_size, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload, longest)
-    towers = _agreed(lambda: _models_in(model), peers)
+    towers = agreed(lambda: outermost_models(model), peers)
     return _all_enabled(model, towers, backend, peers, options)
-
-
-def _models_in(model: nn.Module) -> dict[str, PreTrainedModel]:
-    """The outermost models of transformers in a module, by their names in it. Raises ValueError if there are none."""
-    found: dict[str, PreTrainedModel] = {}
-    within: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and module not in within:
-            found[name] = module
-            within.update(module.modules())
-    if not found:
-        raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
-    return found
 
 
 def _all_enabled(
@@ -256,7 +244,7 @@ def _all_enabled(
 
 def _enabled(outer: nn.Module, inner: PreTrainedModel, backend: str, peers: Peers | None, options: Options) -> Handle:
     """One model, enabled, with the best kernel that does all that it asks."""
-    choice = _agreed(lambda: _candidates(inner, backend, options, peers), peers)
+    choice = agreed(lambda: _candidates(inner, backend, options, peers), peers)
     if peers is None:
         alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
         return alone
@@ -265,7 +253,7 @@ def _enabled(outer: nn.Module, inner: PreTrainedModel, backend: str, peers: Peer
     names = WeakKeyDictionary({module: name for name, module in inner.named_modules()})
     passed_over: dict[str, str] = {}
     own = own_attention(inner)
-    for chosen in _of_every_rank(choice, peers):
+    for chosen in _in_common(choice, peers):
         undo, key = ExitStack(), next(_KEYS)
         attention = AttentionFunction(chosen, peers, Context(), partial(_name_of, names))
         try:
@@ -326,27 +314,7 @@ def _candidates(model: PreTrainedModel, backend: str, options: Options, peers: P
     return candidates(model.device.type, backend)
 
 
-def _of_every_rank(choice: tuple[Backend, ...], peers: Peers) -> list[Backend]:
-    """Those that every rank of the group has, in the order of its first rank. ValueError if there are none."""
+def _in_common(choice: tuple[Backend, ...], peers: Peers) -> list[Backend]:
+    """Those that every rank of the group has, in the order of its first rank. Raises ValueError if there are none."""
     kernels = [backend.kernel for backend in choice]
-    everywhere: list[list[str]] = [[]] * peers.size
-    dist.all_gather_object(everywhere, kernels, group=peers.group)
-    common = [kernel for kernel in everywhere[0] if all(kernel in here for here in everywhere)]
-    if not common:
-        asked = "; ".join(f"rank {rank}: {', '.join(here)}" for rank, here in enumerate(everywhere))
-        raise ValueError(f"the ranks of this group are to use different kernels: {asked}")
-    return [choice[kernels.index(kernel)] for kernel in common]
-
-
-Result = TypeVar("Result")
-
-
-def _agreed(step: Callable[[], Result], peers: Peers | None) -> Result:
-    """The result of a step; when it refuses on any rank, the same error on every rank."""
-    problem: Exception | None = None
-    try:
-        result = step()
-    except (UnsupportedError, ValueError) as error:
-        problem = error
-    share_problem(problem, peers)
-    return result
+    return [choice[kernels.index(kernel)] for kernel in in_common(kernels, "kernels", peers)]

@@ -53,6 +53,31 @@ def share_problem(problem: Exception | None, peers: Peers | None) -> None:
         raise first
 
 
+def agreed(step: Callable[[], Result], peers: Peers | None) -> Result:
+    """The result of a step; when it refuses on any rank, the same error on every rank."""
+    problem: Exception | None = None
+    try:
+        result = step()
+    except (UnsupportedError, ValueError) as error:
+        problem = error
+    share_problem(problem, peers)
+    return result
+
+
+def in_common(names: list[str], what: str, peers: Peers) -> list[str]:
+    """The names that every rank of the group has, in the order of its first rank. Raises ValueError if there are none.
+
+    what: these are names of, as text for people.
+    """
+    everywhere: list[list[str]] = [[]] * peers.size
+    dist.all_gather_object(everywhere, names, group=peers.group)
+    common = [name for name in everywhere[0] if all(name in here for here in everywhere)]
+    if not common:
+        asked = "; ".join(f"rank {rank}: {', '.join(here)}" for rank, here in enumerate(everywhere))
+        raise ValueError(f"the ranks of this group are to use different {what}: {asked}")
+    return common
+
+
 def first_reason(reason: str | None, peers: Peers) -> str | None:
     """The first reason that any rank has, on every rank; None when none has one."""
     return next((found for found in _of_all(reason, peers) if found is not None), None)

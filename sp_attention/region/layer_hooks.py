@@ -25,7 +25,7 @@ from sp_attention.region.flags import ask_for_more
 from sp_attention.region.kv_cache import LayersCache
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
-from sp_attention.region.pytree import Path, leaf_at, leaves, map_leaves, tensors
+from sp_attention.region.pytree import Path, leaf_at, leaves, map_leaves, tensors, text_of
 from sp_attention.region.sequence_dims import Along, Extent
 from sp_attention.region.state import Around, RegionState
 
@@ -293,19 +293,15 @@ def _whole(path: Path, leaf: Any, gathered: GatheredModule, stack_pass: StackPas
         return leaf if along is None or not stack_pass.is_span(leaf, along) else stack_pass.whole(leaf, along)
     if not {stack_pass.mine.length, stack_pass.extent.length}.isdisjoint(leaf.shape):
         raise UnsupportedError(
-            f"{gathered.name}: the argument {_text_of(path)} {list(leaf.shape)} is not what enable() saw in its "
+            f"{gathered.name}: the argument {text_of(path[1:])} {list(leaf.shape)} is not what enable() saw in its "
             "rehearsal"
         )
     return leaf
 
 
-def _text_of(path: Path) -> str:
-    return ".".join(map(str, path[1:]))
-
-
 def _unlike_rehearsed(path: Path, leaf: Tensor, name: str, stack_pass: StackPass) -> str:
     return (
-        f"{name}: the argument {_text_of(path)} {list(leaf.shape)} is not what enable() saw in its rehearsal; it is "
+        f"{name}: the argument {text_of(path[1:])} {list(leaf.shape)} is not what enable() saw in its rehearsal; it is "
         f"not of {stack_pass.extent.length} tokens and cannot be cut"
     )
 

@@ -168,3 +168,16 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def tensor_names(named: Mapping[str, Any]) -> frozenset[str]:
     """The names of the arguments that are or hold tensors, but for those that are never cut."""
     return frozenset(name for name, value in named.items() if any(tensors(value))) - NEVER_CUT
+
+
+def outermost_models(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost models of transformers in a module, by their names in it. Raises ValueError if there are none."""
+    found: dict[str, PreTrainedModel] = {}
+    within: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module not in within:
+            found[name] = module
+            within.update(module.modules())
+    if not found:
+        raise ValueError(f"{type(model).__name__} is not a transformers model, nor does it contain one")
+    return found

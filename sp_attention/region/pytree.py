@@ -45,3 +45,8 @@ def leaf_at(tree: Any, path: Path) -> Any:
             return None
         tree = tree[key]
     return tree
+
+
+def text_of(path: Path) -> str:
+    """A path as text for people."""
+    return ".".join(map(str, path))
