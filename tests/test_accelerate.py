@@ -19,6 +19,8 @@ import sp_attention
 from sp_attention.integrations.accelerate import GroupAccelerator, data_loader, gather, gather_for_metrics
 from sp_attention.launch import run_ranks
 
+pytestmark = pytest.mark.slow
+
 ACCUMULATION, EPOCHS = 3, 2
 
 # What each way gives to the loader, and how the model is sharded.

@@ -10,6 +10,8 @@ from helpers import run_command
 from sp_attention.cli.benchmarks import exchange, memory, training
 from sp_attention.cli.benchmarks.record import markdown
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", [training.OURS, training.OURS_LONG])
 def test_a_training_step_of_ours_is_that_of_one_process(name: str) -> None:

@@ -15,6 +15,8 @@ from sp_attention.launch import run_ranks
 from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
 from sp_attention.ulysses.head_plan import head_plan
 
+pytestmark = pytest.mark.slow
+
 LENGTH, HEADS, KV_HEADS = 7, 5, 1
 
 

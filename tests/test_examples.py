@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from helpers import EXAMPLES, require_example_learns
 
+pytestmark = pytest.mark.slow
+
 # Those whose packages are in environments of their own, and whose tests are too.
 ELSEWHERE = {"sft.py", "deepspeed_loop.py"}
 NAMES = {file.name for file in EXAMPLES.glob("*.py")} - {"data.py"} - ELSEWHERE

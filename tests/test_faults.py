@@ -22,6 +22,8 @@ import sp_attention
 from sp_attention.errors import CheckpointError
 from sp_attention.launch import RanksError, run_ranks
 
+pytestmark = pytest.mark.slow
+
 # A checkpoint after every second of eight steps.
 OFTEN = {"save_strategy": "steps", "save_steps": 2}
 SECONDS_OF_THE_GROUP = 10

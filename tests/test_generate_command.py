@@ -18,6 +18,8 @@ from sp_attention.cli import cli
 from sp_attention.cli.generate import Clock, Request, _generate
 from sp_attention.launch import run_ranks
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "It was a dark and stormy night, and the class statement"
 NEW = 20
 

@@ -17,7 +17,7 @@ from sp_attention.cli.reduced import prepare
 from sp_attention.errors import BatchError, UnsupportedError
 from sp_attention.launch import RanksError, run_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def encoder_by_itself() -> str:

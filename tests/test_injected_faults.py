@@ -10,6 +10,8 @@ from sweep.faulting.fault import DIFFERENCES, KINDS, POINTS, Fault, drawn, fault
 from sweep.faulting.page import page
 from sweep.faults import _processes, record_of, run
 
+pytestmark = pytest.mark.slow
+
 ENDED = {"error": "RuntimeError", "text": "rank 1 is ill", "at": 12.0}
 FIRED = {"at": 10.0, "pid": 1}
 
