@@ -67,10 +67,11 @@ def with_extras() -> dict[str, Any]:
     """By extra argument, the errors of a step, and how many tokens a layer was given; warnings; a refusal."""
     found: dict[str, Any] = {}
     reference, model = LLAMA.build(), LLAMA.build()
-    sp_attention.enable(model, backend="sdpa")
     lengths: list[int] = []
     kinds: list[str] = []
     model.model.layers[1].mlp.act_fn = Recording(lengths)
+    sp_attention.enable(model, backend="sdpa")
+    lengths.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, value in EXTRAS.items():

@@ -102,8 +102,8 @@ def kept() -> dict[str, list[bool]]:
         before = held(model)
         handle = sp_attention.enable(model, backend="sdpa")
         now = {key: value for key, value in held(model).items() if "_handle" not in key}
-        # Ours: the attention that the configuration names, and the loss function.
-        ours = {key for key in now if key.endswith(("_attn_implementation_internal", "_loss_function"))}
+        # Ours: the attention that the configuration names, the loss function, and forwards of models.
+        ours = {key for key in now if key.endswith(("_attn_implementation_internal", "_loss_function", ".forward"))}
         found[name] = [is_same({key: now[key] for key in now if key not in ours},
                                {key: before[key] for key in before if key not in ours})]  # fmt: skip
         handle.disable()

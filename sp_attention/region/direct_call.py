@@ -63,6 +63,12 @@ def is_reached(model: nn.Module) -> bool:
     return forward is not None
 
 
+def is_of_its_class(model: nn.Module) -> bool:
+    """Whether a module has the forward of its class, ours around it or not."""
+    held = model.__dict__
+    return "forward" not in held or (BEFORE not in held and _is_ours(getattr(held["forward"], "__func__", None)))
+
+
 def _is_ours(forward: Any) -> bool:
     # What wraps it may have its attributes too, and is told by what it wraps: what is ours is no wrapper of ours.
     return _OURS in getattr(forward, "__dict__", {}) and not _is_ours(getattr(forward, "__wrapped__", None))

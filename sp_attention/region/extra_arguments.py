@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sp_attention.errors import UnsupportedError
 from sp_attention.loss.no_tensor import NoTensor
+from sp_attention.region.direct_call import is_of_its_class
 
 
 class ReadError(UnsupportedError, AttributeError):
@@ -47,7 +48,7 @@ def unread(names: Iterable[str], modules: Iterable[nn.Module]) -> frozenset[str]
     if not asked:
         return frozenset()
     modules = list(modules)
-    if any("forward" in vars(module) for module in modules):
+    if not all(map(is_of_its_class, modules)):
         return frozenset()  # Somebody else's, which may read anything.
     kinds: set[Any] = {type(module) for module in modules}
     return frozenset(name for name in asked if not any(name in _mentioned(kind) for kind in kinds))

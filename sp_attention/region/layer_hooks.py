@@ -38,7 +38,8 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
     def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
         stack_pass, scope = _pass_of(state, stack, planned, (args, kwargs))
         # With whole tensors it is what it is in one process, whatever it is asked for.
-        is_whole = planned.name in stack_pass.gathered or ask_for_more(planned.flags, planned.names, args, kwargs)
+        flags = {name: value for name, value in kwargs.items() if name not in scope.ignored}
+        is_whole = planned.name in stack_pass.gathered or ask_for_more(planned.flags, planned.names, args, flags)
         layer = replace(planned, gathered=True) if is_whole else planned
 
         given = map_leaves(partial(_given_to, state, layer, stack_pass, scope), (args, kwargs))

@@ -18,7 +18,7 @@ from sp_attention.distributed import rng
 from sp_attention.region.context import Context
 from sp_attention.region.few_tokens import FewTokens
 from sp_attention.region.harmless_draws import HarmlessDraws
-from sp_attention.region.kept import Buffers, as_before
+from sp_attention.region.kept import Attributes, Buffers
 from sp_attention.region.plan import Layer
 from sp_attention.region.pytree import Path, leaf_at, tensors
 from sp_attention.region.sequence_dims import Extent
@@ -95,15 +95,20 @@ def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dt
         for module, results in outputs.items()
     }
 
+    layer = sample.layer.module
+    attributes = Attributes.of(layer)
+
     def run(given: Any, results: Mapping[nn.Module, list[Any]], length: int) -> _Run:
         for module, its in results.items():
             module.forward = partial(_next, iter(its))
-        return _run(sample, given, Extent(batch, length), context)
+        try:
+            return _run(sample, given, Extent(batch, length), context)
+        finally:
+            attributes.restore()
 
-    layer = sample.layer.module
     modes = {one: (one.training, vars(one).get("forward")) for one in layer.modules()}
     buffers, device = Buffers.of(layer), leaf_at(given, sample.layer.hidden).device
-    with torch.no_grad(), rng.Forked(0, device), HarmlessDraws(), as_before(layer):
+    with torch.no_grad(), rng.Forked(0, device), HarmlessDraws():
         layer.train(trains)
         try:
             whole = run(given, outputs, length)

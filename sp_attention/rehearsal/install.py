@@ -118,7 +118,7 @@ def _placed(
     for masks in (describe_for_layers, own, None):
         with ExitStack() as attempt:
             step = partial(_place, model, attention, key, masks, pairs, attempt, options)
-            placed = attempted(step, attention.peers, model.device)
+            placed = attempted(step, attention.peers, None if model.device.type == "meta" else model.device)
             if not isinstance(placed, Refused):
                 undo.push(attempt.pop_all())
                 return placed
