@@ -53,4 +53,4 @@ def test_hooks_on_the_head_see_and_edit_all_logits() -> None:
     for errors, shapes, text in run_ranks(2, seen_by_hooks):
         assert errors == [{}, {}]
         assert shapes == {(2, 33, 97)}
-        assert "(hooks of others on the LM head) differs on rank 1" in text
+        assert "(hooks and modules of others) differs on rank 1" in text

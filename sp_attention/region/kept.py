@@ -20,8 +20,8 @@ from sp_attention.region.attn_implementation import configs
 # What `enable` itself sets while it rehearses: modes, the loss function, how a model attends, and forwards of models.
 _OURS = {"training", "_loss_function", "_attn_implementation_internal", "forward", direct_call.BEFORE}
 
-# What DeepSpeed counts in modules while it gathers their weights.
-_OF_ENGINES = ("ds_", "_ds_", "applied_pre_backward")
+# What DeepSpeed counts in modules while it gathers their weights, and transformers' note that its recorders are there.
+_OF_OTHERS = ("ds_", "_ds_", "applied_pre_backward", "_output_capturing_hooks_installed")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Attributes:
 
 
 def _is_others(name: str) -> bool:
-    return name in _OURS or name.startswith(_OF_ENGINES)
+    return name in _OURS or name.startswith(_OF_OTHERS)
 
 
 def _is_list(now: list[Any], kept: list[Any]) -> bool:

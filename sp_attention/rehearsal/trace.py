@@ -222,7 +222,7 @@ def with_gradients(model: PreTrainedModel, inputs: Mapping[str, Any], of: str | 
         output = model(**inputs)
         number = torch.zeros((), dtype=torch.float64, device=model.device)
         for path, tensor in tensors(output):
-            if tensor.requires_grad and of in (None, path[0]):
+            if tensor.requires_grad and (of is None or path[:1] == (of,)):
                 weights = torch.arange(tensor.numel(), device=tensor.device).cos().view(tensor.shape)
                 number = number + torch.where(tensor.isfinite(), tensor, 0).mul(weights).double().sum()
         gradients = torch.autograd.grad(number, small, allow_unused=True)
