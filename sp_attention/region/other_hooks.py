@@ -8,8 +8,8 @@ from torch import nn
 
 from sp_attention.distributed.sharded_params import belongs_to_engine
 
-# Ours, and transformers' own on embeddings, which only lets them require gradients, when a model is checkpointed.
-_HARMLESS = (__name__.partition(".")[0] + ".", transformers.modeling_utils.__name__)
+# The region's, and transformers' own on embeddings, which only lets them require gradients, in checkpointed models.
+_HARMLESS = (__name__.rpartition(".")[0] + ".", transformers.modeling_utils.__name__)
 
 
 def hooks_of_others(module: nn.Module) -> list[Callable[..., Any]]:
