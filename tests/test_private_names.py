@@ -54,6 +54,12 @@ def with_a_loss() -> Any:
     return model
 
 
+def recorded() -> Any:
+    model = llama().model
+    model(IDS, output_hidden_states=True)
+    return model
+
+
 def checkpointed() -> Any:
     model = llama()
     model.activation_checkpointing_enable()
@@ -331,6 +337,7 @@ MADE: dict[str, Callable[[], Any]] = {
     ),
     "torch._ops.OpOverload": lambda: torch.ops.aten.bernoulli_.float,
     "torch.nn.Module": nn.Module,
+    "transformers.LlamaModel": recorded,
     "transformers.PreTrainedModel": with_a_loss,
     "transformers.cache_utils.CacheLayerMixin": lambda: filled(DynamicLayer()),
     "transformers.cache_utils.EncoderDecoderCache": lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()),
@@ -406,6 +413,7 @@ CHECKS: dict[str, Check] = {
     "torch.testing._internal.distributed.fake_pg.FakeStore": is_a(type),
     "torch.utils._python_dispatch.TorchDispatchMode": is_a(type),
     "torch.utils.weak.WeakTensorKeyDictionary": is_by_identity,
+    "transformers.LlamaModel._output_capturing_hooks_installed": is_a(bool),
     "transformers.PreTrainedModel._loss_function": is_the_loss_until_it_is_deleted,
     "transformers.PreTrainedModel.can_record_outputs": names_what_is_recorded,
     "transformers.PreTrainedModel.enable_input_require_grads": hooks_embeddings_by_name,

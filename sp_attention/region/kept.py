@@ -21,7 +21,7 @@ from sp_attention.region.attn_implementation import configs
 _OURS = {"training", "_loss_function", "_attn_implementation_internal", "forward", direct_call.BEFORE}
 
 # What DeepSpeed counts in modules while it gathers their weights, and transformers' note that its recorders are there.
-_OF_OTHERS = ("ds_", "_ds_", "applied_pre_backward", "_output_capturing_hooks_installed")
+_OF_OTHERS = ("ds_", "applied_pre_backward", "_output_capturing_hooks_installed")
 
 
 @dataclass(frozen=True)
