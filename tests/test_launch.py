@@ -127,7 +127,7 @@ def addresses() -> list[str]:
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc, which only Linux has")
 def test_ranks_listen_on_this_machine_only() -> None:
     for found in run_ranks(2, addresses):
         assert found
@@ -162,7 +162,7 @@ def is_alive(process: int) -> bool:
     return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc, which only Linux has")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
 def test_ranks_and_their_folder_end_with_their_parent(name: str, tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()

@@ -106,6 +106,12 @@ class Forward:
         return value
 
 
+def shapes_of_tokens(given: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """B and S of each argument that is the tokens of a stack."""
+    found = [given[name] for name in TOKENS if isinstance(given.get(name), Tensor)]
+    return [(tensor.shape[0], tensor.shape[1]) for tensor in found if tensor.dim() > 1]
+
+
 def out_of_place(model: PreTrainedModel, given: list[Tensor]) -> str | None:
     """Why a forward cannot be where it is, before anything is sent; None when it can."""
     if torch._C._are_functorch_transforms_active():

@@ -30,6 +30,7 @@ from sp_attention.region.forward import (
     out_of_place,
     own_arguments,
     refusal,
+    shapes_of_tokens,
     stays_sharded,
     with_sharded_logits,
     without_cache,
@@ -218,7 +219,7 @@ class Hooks(RegionState):
         """A forward that begins. Ranks agree on tiles, and on a seed where random numbers are drawn."""
         has_cache = any(isinstance(value, Cache) for value in given.values())
         if self.length_check is not None:
-            self.length_check.begin(max((given[name].shape[1] for name in TOKENS if name in given), default=0))
+            self.length_check.begin(max((length for _, length in shapes_of_tokens(given)), default=0))
         forward = Forward(
             model,
             None if others.whole_after else stays_sharded(self.plan, model, given, ignored, self.only_loss),

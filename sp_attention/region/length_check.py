@@ -1,7 +1,7 @@
 """Layers are tried again at the first forward with longer sequences than what is known of them was proven with."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -34,11 +34,8 @@ class LengthCheck:
         layers = {layer.module: layer for stack in plan.stacks for layer in stack.layers}
         for sample in samples:
             layer = layers.get(sample.layer.module)
-            if layer is None or layer.gathered:
-                continue
-            inside = {part for whole in layer.gathered_modules for part in whole.module.modules()}
-            parts = tuple(part for part in sample.parts if part not in inside)
-            found[layer.module] = replace(sample, layer=layer, parts=parts)
+            if layer is not None and not layer.gathered:
+                found[layer.module] = sample.planned(layer)
         return LengthCheck(found, proven)
 
     def begin(self, length: int) -> None:

@@ -7,7 +7,7 @@ parts return and what it returns itself must be the same tokens in both.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,11 @@ class Sample:
         """That of the hidden states."""
         found: Tensor = leaf_at(self.inputs.tree, self.layer.hidden)
         return found.dtype
+
+    def planned(self, layer: Layer) -> "Sample":
+        """The same of the layer as it is planned now: without the parts of what is given whole tensors."""
+        inside = {part for whole in layer.gathered_modules for part in whole.module.modules()}
+        return replace(self, layer=layer, parts=tuple(part for part in self.parts if part not in inside))
 
 
 @dataclass(frozen=True)

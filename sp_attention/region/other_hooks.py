@@ -7,15 +7,16 @@ import transformers
 from torch import nn
 
 from sp_attention.distributed.sharded_params import belongs_to_engine
+from sp_attention.region.hook import Hook
 
-# The region's, and transformers' own on embeddings, which only lets them require gradients, in checkpointed models.
-_HARMLESS = (__name__.rpartition(".")[0] + ".", transformers.modeling_utils.__name__)
+# Whose hook on embeddings only lets them require gradients, in checkpointed models.
+_HARMLESS = transformers.modeling_utils.__name__
 
 
 def hooks_of_others(module: nn.Module) -> list[Callable[..., Any]]:
     """The forward hooks and pre-hooks of a module that are of others, such as NEFTune's, which adds noise."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS)]
+    return [hook for hook in hooks if not (isinstance(hook, Hook) or getattr(hook, "__module__", None) == _HARMLESS)]
 
 
 def watched_by_others(module: nn.Module) -> bool:

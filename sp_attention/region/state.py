@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -14,7 +14,7 @@ from sp_attention.distributed.sharded_params import most_of_engine
 from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.calls import Call
 from sp_attention.region.context import Context, PassesOfMasks
-from sp_attention.region.forward import TOKENS, Forward
+from sp_attention.region.forward import Forward, shapes_of_tokens
 from sp_attention.region.hook import Hook
 from sp_attention.region.length_check import LengthCheck
 from sp_attention.region.plan import RegionPlan
@@ -64,8 +64,7 @@ class RegionState(Unpicklable):
         """
         if not self.plan.tiled_modules and not isinstance(self.plan.lm_head, LMHead):
             return None
-        shapes = [given[name].shape[:2] for name in TOKENS if isinstance(given.get(name), Tensor)]
-        counts = [(1, 1), *(self.tile_counts(*shape) for shape in shapes if len(shape) == 2)]
+        counts = [(1, 1), *(self.tile_counts(*shape) for shape in shapes_of_tokens(given))]
         of_mlp, of_head = zip(*counts, strict=True)
         is_sharded = (forward.stays_sharded or 0) >= self.peers.size and forward.as_rehearsed
         most = most_of_engine(

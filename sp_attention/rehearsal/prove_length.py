@@ -99,11 +99,10 @@ class LongProof:
 
     def _sample(self, found: LayerFindings, extents: tuple[Extent, Extent]) -> Sample:
         layer = found.planned()
-        inside = {part for whole in layer.gathered_modules for part in whole.module.modules()}
         parts = tuple(
             module
             for name, module in layer.module.named_modules()
-            if found.kinds.get(f"{layer.name}.{name}") == POSITION_WISE and module not in inside
+            if found.kinds.get(f"{layer.name}.{name}") == POSITION_WISE
         )
         call, other = (trace.calls[layer.module][0] for trace in (self.narrow, self.wide))
         few = FewTokens.of(call.inputs, other.inputs, *extents)
@@ -115,7 +114,7 @@ class LongProof:
             ]
             for module in (*parts, *(one.module for one in (*found.mixers, *found.attending)))
         }
-        return Sample(layer, parts, replace(few, lengths=cut), outputs)
+        return Sample(layer, parts, replace(few, lengths=cut), outputs).planned(layer)
 
 
 def _kind_of(layer: nn.Module, settings: Mapping[str, Any], found: LayerFindings) -> str:
