@@ -26,7 +26,8 @@ what each query may see. A query sees a key when **every** condition that the ma
 | `function` | a function of transformers' signature, `(batch, head, query, key)`, says so: prefix-LM, images, yours |
 | `explicit` | a tensor `[1\\|B, 1\\|H, 1\\|Sq, Sk]` says so |
 
-Positions count in the sequence of the keys; the first query stands at `offset`. A query that sees nothing yields zeros.
+Positions count in the sequence of the keys; the first query stands at `offset`. A query that sees nothing yields zeros,
+and with `transformers:eager` in float32 and bfloat16 the mean of all values, as in transformers' own eager attention.
 All of it has a bool form: `mask.dense()`, or `mask.dense(range(0, 256))` for some of the queries. What is cheaper than
 that, for masks without `function` and `explicit`, is in `sp_attention.kernels`: the runs of queries that see intervals
 of real keys (`intervals`), and calls for kernels that take sequences of various lengths, `cu_seqlens` (`varlen`).

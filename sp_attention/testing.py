@@ -159,8 +159,8 @@ def check(
 
     Right is: the output, and the gradients of queries, keys, values, bias and sinks, are those of `attend` in float64,
     each to a relative error of `tolerance` (of the largest number), and so are the weights of `attend_with_weights`;
-    queries that see nothing yield zeros; nothing of the request is changed. Dropout is right if the mean and variance
-    of many draws are, and backward has the draws of forward. AssertionError says what is wrong.
+    queries that see nothing yield zeros, but for `own_where_blind`; nothing of the request is changed. Dropout is right
+    if the mean and variance of many draws are, and backward has the draws of forward. AssertionError says what is not.
 
     module: the request's, for kernels that need one. dtype: what queries, keys, values, bias and sinks are given in.
     tolerance: by default 1e-9; in a lower precision than float64 twice the largest error of `attend` in that one, and
@@ -182,15 +182,16 @@ def check(
             LEAST.get(dtype, 0.0), 2 * max(relative_error(own[name], result) for name, result in expected.items())
         )
     before = _copies(asked)
-    results = _results(backend.attend, asked)
+    blind = ~asked.mask.dense().any(-1, keepdim=True)
+    hidden = blind & backend.own_where_blind
+    results = _results(lambda request: backend.attend(request).masked_fill(hidden.transpose(1, 2), 0.0), asked)
     for name, result in results.items():
         _require_close(backend, feature, name, result, expected[name], tolerance)
-    blind = ~asked.mask.dense().any(-1)
-    nothing = results["output"].transpose(1, 2).masked_select(blind[..., None])
-    if bool(nothing.any()):
+    if bool(results["output"].transpose(1, 2).masked_select(blind).any()):
         raise AssertionError(f"{backend.kernel}, {feature}: queries that see no key yield something else than zeros")
     if backend.attend_with_weights is not None:
         out, given = backend.attend_with_weights(asked)
+        out, given = out.masked_fill(hidden.transpose(1, 2), 0.0), given.masked_fill(hidden, 0.0)
         _require_close(backend, feature, "output beside weights", out, expected["output"], tolerance)
         _require_close(backend, feature, "weights", given, attend_with_weights(exact)[1], tolerance)
     for name, copy in _copies(asked).items():

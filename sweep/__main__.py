@@ -1,23 +1,33 @@
 """`python -m sweep --mapping causal-lm --types llama,bart --ranks 2`."""
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import click
 
 from sp_attention.cli.outcomes import VARIANTS
 from sp_attention.cli.reduced import TASKS
+from sp_attention.cli.reduced.sizes import BEYOND
 from sweep.running import sweep, trained
 from sweep.table import summary, write
 
-SECONDS_EACH = 6
+SECONDS_EACH = 20
 
 
 @click.command()
 @click.option("--mapping", "mappings", multiple=True, type=click.Choice([*TASKS]), help="All by default; repeatable.")
 @click.option("--types", default="", help="Types of models, with commas between them; all by default.")
 @click.option("--ranks", type=click.IntRange(2), multiple=True, default=(2,), show_default=True, help="Repeatable.")
-@click.option("--length", type=click.IntRange(16), default=33, show_default=True, help="Tokens in a sequence.")
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(16),
+    multiple=True,
+    default=(33, BEYOND),
+    show_default=True,
+    help=f"Tokens in a sequence; from {BEYOND} on, thresholds of configurations are below it. Repeatable.",
+)
 @click.option("--with", "variants", default="", help=f"Also so, with commas: {', '.join(VARIANTS)}.")
 @click.option("--again", is_flag=True, help="Run the types that the results have already.")
 @click.option("--results", type=click.Path(path_type=Path), default=Path("sweep-results.jsonl"), show_default=True)
@@ -26,7 +36,7 @@ def main(
     mappings: tuple[str, ...],
     types: str,
     ranks: tuple[int, ...],
-    length: int,
+    lengths: tuple[int, ...],
     variants: str,
     again: bool,
     results: Path,
@@ -36,9 +46,8 @@ def main(
     only = set(types.split(",")) - {""}
     also = tuple(filter(None, variants.split(",")))
     compared, seconds = partial(trained, variants=also), SECONDS_EACH * (1 + len(also))
-    for mapping in mappings or TASKS:
-        for size in ranks:
-            sweep(mapping, only, size, length, results, compared, seconds, again)
+    for mapping, size, length in product(mappings or TASKS, ranks, lengths):
+        sweep(mapping, only, size, length, results, compared, seconds, again)
     click.echo(summary(results))
     if table is not None:
         write(results, table)

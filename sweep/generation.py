@@ -48,9 +48,11 @@ def main(
             run(mapping, set(), ranks[0], OF_EVERY_TYPE)
     click.echo(summary(results))
     records = latest(results)
-    large = [kind for kind, record in records.items() if is_too_large(record)]
-    for mapping, kind, size in large:
-        click.echo(f"  cache too large: {mapping} {kind} on {size}: {remarks_of(records[mapping, kind, size])[-1]}")
+    large = [of for of, record in records.items() if is_too_large(record)]
+    for mapping, kind, size, length in large:
+        click.echo(
+            f"  cache too large: {mapping} {kind} on {size}: {remarks_of(records[mapping, kind, size, length])[-1]}"
+        )
     if table is not None:
         table.write_text(page(results))
     sys.exit(bool(large) or any(outcome(record) in ("silently wrong", "other errors") for record in records.values()))

@@ -29,7 +29,7 @@ def page(results: Path) -> str:
         # Of the types that were compared in more ways only those that all were compared in.
         found = {
             kind: record | {"verdicts": [one for one in record.get("verdicts", []) if one["kind"] in OF_EVERY_TYPE]}
-            for (of, kind, ranks), record in sorted(records.items())
+            for (of, kind, ranks, _), record in sorted(records.items())
             if of == mapping and ranks == 2
         }
         if found:
@@ -37,7 +37,7 @@ def page(results: Path) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def _modes(records: dict[tuple[str, str, int], Record]) -> Iterator[str]:
+def _modes(records: dict[tuple[str, str, int, int], Record]) -> Iterator[str]:
     """The table of the named models, and why cells have no number."""
     yield (
         "The largest relative difference of a score; tokens are equal wherever there is one. A dash: the model does "
@@ -46,7 +46,7 @@ def _modes(records: dict[tuple[str, str, int], Record]) -> Iterator[str]:
     rows = []
     remarks: dict[str, list[str]] = defaultdict(list)
     for mapping, kinds in NAMED.items():
-        for (of, kind, ranks), record in sorted(records.items(), key=lambda item: item[0][2]):
+        for (of, kind, ranks, _), record in sorted(records.items(), key=lambda item: item[0][2]):
             if of != mapping or kind not in kinds:
                 continue
             verdicts = {verdict["kind"]: verdict for verdict in record.get("verdicts", [])}

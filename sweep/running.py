@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from sp_attention.cli.comparison import Batch, compare
 from sp_attention.cli.reduced import NotBuildableError, prepare, types_of
+from sp_attention.cli.reduced.configuration import configurations
+from sp_attention.cli.reduced.sizes import BEYOND, THRESHOLDS
 from sp_attention.distributed import launch
 from sp_attention.launch import RanksError, run_ranks
 
@@ -44,8 +46,8 @@ def sweep(
     """
     types = [kind for kind in types_of(mapping) if not only or kind in only]
     if not again:
-        done = {(record["type"], record["mapping"], record["ranks"]) for record in read(results)}
-        types = [kind for kind in types if (kind, mapping, ranks) not in done]
+        done = {key(record) for record in read(results)}
+        types = [kind for kind in types if (mapping, kind, ranks, length) not in done]
     began = monotonic()
     while types:
         chunk = types[:CHUNK]
@@ -60,10 +62,12 @@ def sweep(
         unfinished = [kind for kind in chunk if kind not in finished]
         if problem and unfinished:
             finished.append(unfinished[0])
-            record = {"type": unfinished[0], "mapping": mapping, "ranks": ranks, "crashed": problem[-3000:]}
-            append(results, record)
+            record = {"type": unfinished[0], "mapping": mapping, "ranks": ranks, "length": length}
+            append(results, record | {"crashed": problem[-3000:]})
         types = [kind for kind in types if kind not in finished]
-        click.echo(f"{mapping}, {ranks} ranks: {len(types)} left, {monotonic() - began:.0f} s", err=True)
+        click.echo(
+            f"{mapping}, {ranks} ranks, {length} tokens: {len(types)} left, {monotonic() - began:.0f} s", err=True
+        )
 
 
 def start_quickly(*modules: str) -> None:
@@ -73,6 +77,11 @@ def start_quickly(*modules: str) -> None:
     context.set_forkserver_preload(["sp_attention.api", "transformers.models.llama.modeling_llama", *modules])
     launch.CONTEXT = context
     ensure_running()
+
+
+def key(record: Record) -> tuple[str, str, int, int]:
+    """The mapping, type, number of ranks and of tokens of a record."""
+    return record["mapping"], record["type"], record["ranks"], record["length"]
 
 
 def read(results: Path, start: int = 0) -> list[Record]:
@@ -105,7 +114,7 @@ def _run_chunk(mapping: str, types: list[str], length: int, results: Path, compa
     transformers.logging.set_verbosity_error()
     for kind in types:
         began = monotonic()
-        record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size()}
+        record = {"type": kind, "mapping": mapping, "ranks": dist.get_world_size(), "length": length}
         record |= _run(mapping, kind, length, compared)
         if dist.get_rank() == 0:
             append(results, record | {"seconds": round(monotonic() - began, 1)})
@@ -113,9 +122,10 @@ def _run_chunk(mapping: str, types: list[str], length: int, results: Path, compa
 
 
 def _run(mapping: str, kind: str, length: int, compared: Compared) -> Record:
+    thresholds = THRESHOLDS if length >= BEYOND else {}
     try:
         with _no_longer_than(SECONDS_TO_BUILD):
-            model, batches = prepare(kind, mapping, length)
+            model, batches = prepare(kind, mapping, length, thresholds)
     except (NotBuildableError, TimeoutError) as error:
         return {"not_buildable": str(error)}
     try:
@@ -123,7 +133,8 @@ def _run(mapping: str, kind: str, length: int, compared: Compared) -> Record:
     except Exception as error:  # of `enable`, which should have refused
         return {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
     of_model = {"parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
-    return of_model | found
+    known = {name for config in configurations(model.config) for name in vars(config)}
+    return of_model | {"thresholds": sorted(known & thresholds.keys())} | found
 
 
 @contextmanager

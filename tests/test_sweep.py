@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import sp_attention
 from sp_attention.cli.reduced import prepare
+from sp_attention.cli.reduced.sizes import BEYOND
 from sp_attention.launch import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -52,17 +53,20 @@ def test_results_are_kept_and_tabled(tmp_path: Path) -> None:
             command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300, env=environment
         )
 
-    first, second = run("llama,layoutlmv2").stdout.splitlines()
-    assert first.startswith("question-answering on 2 ranks: 2 types, 1 built: 1 exact, 0 partly refused, 0 refused")
-    assert second == "with no-grad on 2 ranks, batches: 3 exact"
+    *lines, varied = run("llama,layoutlmv2").stdout.splitlines()
+    counts = "2 types, 1 built: 1 exact, 0 partly refused, 0 refused"
+    for length, line in zip((33, BEYOND), lines, strict=True):
+        assert line.startswith(f"question-answering on 2 ranks, {length} tokens: {counts}")
+    assert varied == "with no-grad on 2 ranks, batches: 6 exact"
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [record["type"] for record in records] == ["layoutlmv2", "llama"]
+    assert [record["type"] for record in records] == 2 * ["layoutlmv2", "llama"]
+    assert [record["length"] for record in records] == [33, 33, BEYOND, BEYOND]
     assert "detectron2" in records[0]["not_buildable"]
     kinds = ["plain", "left-padded", "right-padded"]
     assert [verdict["kind"] for verdict in records[1]["verdicts"]] == [*kinds, *(f"{kind}, no-grad" for kind in kinds)]
-    assert "| llama | exact, head-parallel | sdpa | " in (tmp_path / "models.md").read_text()
+    assert f"| llama | exact, head-parallel | sdpa | 33, {BEYOND} | " in (tmp_path / "models.md").read_text()
     run("llama")  # has a result
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
 
 
 def generation() -> list[dict[str, Any]]:

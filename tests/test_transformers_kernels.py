@@ -209,6 +209,20 @@ def test_queries_that_see_nothing_yield_zeros_and_gradients_where_the_mask_overf
     assert gradient.isfinite().all()
 
 
+def test_in_float32_queries_that_see_nothing_yield_what_they_do_in_transformers() -> None:
+    mask = Mask(
+        2, LENGTH, LENGTH, torch.device("cpu"), window=3, padding=torch.arange(LENGTH) < torch.tensor([[9], [4]])
+    )
+    module = Gemma2Attention(Gemma2Config(**SIZES, query_pre_attn_scalar=8), layer_idx=0)
+    request = testing.request(mask, TWO)
+    query, key, value = (tensor.float() for tensor in (request.query, request.key, request.value))
+    out = kernels.eager(replace(request, query=query, key=key, value=value, module=module, softcap=30.0))
+    blind = ~mask.dense().any(-1)[:, 0]
+    assert bool(blind.any())
+    mean = value.mean(1, keepdim=True).repeat_interleave(2, 2).expand_as(out)
+    torch.testing.assert_close(out[blind], mean[blind])
+
+
 def test_masks_are_made_tensors_once() -> None:
     module = LlamaAttention(LlamaConfig(**SIZES), layer_idx=0)
     request = replace(testing.request(replace(MASK, window=3), SIX), module=module)

@@ -172,13 +172,14 @@ class Backend:
     device: a torch device type ("cpu", "cuda", "npu", …), or "any".
     kernel: the name that `enable(model, backend=...)` knows it by.
     attend: the kernel: a request → [B, Sq, h, Dv]. It must not keep or change what it gets. A query that may see no
-        key yields zeros.
+        key yields zeros, or see `own_where_blind`.
     attend_with_weights: as `attend`, and the attention weights [B, h, Sq, Sk] beside its output; None for a kernel that
         never holds them.
     priority: `backend="auto"` takes the highest among the available kernels of a device.
     unavailable: None, or the reason why this kernel cannot be used here, with the cure.
     refuses: None for a request that `attend` does exactly, or the reason why it will not. Called in every layer
         before anything is sent, on every rank with the shapes of all ranks: tensor values must not be read.
+    own_where_blind: queries that may see no key yield what they do in the library whose function this is.
     """
 
     device: str
@@ -188,6 +189,7 @@ class Backend:
     unavailable: str | None = None
     refuses: Callable[[Request], str | None] = _refuses_nothing
     attend_with_weights: Callable[[Request], tuple[Tensor, Tensor]] | None = None
+    own_where_blind: bool = False
 
 
 def reason_against(backend: Backend, request: Request) -> str | None:

@@ -22,6 +22,8 @@ from sp_attention.kernels.request import Backend, Mask, Request
 TENSOR_MASKS = ("eager", "sdpa")
 # The names under which eager functions of models take attention sinks, or read them from the module.
 SINKS = ("s_aux", "sinks")
+# Dtypes in which the softmax over the lowest number everywhere is a number.
+_WITH_A_MEAN = (torch.float32, torch.bfloat16)
 
 
 @hookimpl
@@ -34,7 +36,14 @@ def sp_attention_backends() -> list[Backend]:
 def _backend(key: str) -> Backend:
     kernel = f"transformers:{key}"
     if key == "eager":
-        return Backend("any", kernel, eager, refuses=refuses_eager, attend_with_weights=eager_with_weights)
+        return Backend(
+            "any",
+            kernel,
+            eager,
+            refuses=refuses_eager,
+            attend_with_weights=eager_with_weights,
+            own_where_blind=True,
+        )
     if key == "sdpa":
         return Backend("any", kernel, sdpa, refuses=refuses_sdpa)
     reason = "its mask does not travel as a tensor: use sdpa, transformers:eager, or flash of sp-attention-flash"
@@ -143,16 +152,20 @@ def eager_with_weights(request: Request) -> tuple[Tensor, Tensor]:
 def _added_to_scores(request: Request) -> tuple[Tensor | None, Tensor | None]:
     """Mask and bias [1|B, 1|h, Sq, Sk], and [1|B, 1|h, Sq, 1] which queries see nothing; None for what changes nothing.
 
-    What is hidden has the lowest finite number, as in transformers. Queries that see nothing get all keys, for a
-    softmax over nothing is no number, and it is for the caller to put zeros there.
+    What is hidden has the lowest finite number, as in transformers, so that queries that see nothing get the mean of
+    all values; text is generated from such queries where a prompt is padded on its right. In float64 that number is
+    infinite in the softmax of most models, which is in float32, and in float16 as soon as a score is added: there these
+    queries get all keys, and it is for the caller to put zeros in place of what they yield.
     """
     mask, bias, dtype = request.mask, request.bias, request.query.dtype
 
     def derive() -> tuple[Tensor | None, Tensor | None]:
+        if dtype in _WITH_A_MEAN:
+            return None if bool((allowed := mask.dense()).all()) else allowed, None
         visible, blind = _visible(mask)
         return None if bool(visible.all()) else visible, blind if bool(blind.any()) else None
 
-    visible, blind = mask.once("transformers:eager visible", derive)
+    visible, blind = mask.once(("transformers:eager visible", dtype in _WITH_A_MEAN), derive)
     if visible is None:
         return None if bias is None else bias.to(dtype), blind
     if bias is not None:

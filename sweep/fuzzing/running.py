@@ -149,6 +149,9 @@ class Session:
                 expected = self._values_alone(self.alone, call, index)
             except Exception as error:
                 problem = f"in one process: {type(error).__name__}: {error}"[:300]
+            # Whatever it generated follows from no numbers.
+            if call == "generate" and expected is not None and any(score.isnan().any() for score in expected.values()):
+                problem = "in one process: scores are no numbers"
         # A batch may be too much for one group only.
         if problem := next(filter(None, self._told(problem)), ""):
             return Called(call, "not comparable", reason=problem)

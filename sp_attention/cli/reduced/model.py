@@ -1,6 +1,7 @@
 """A reduced model: which class a type has for a task, and weights large enough that a wrong mask shows."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,10 +38,15 @@ def tasks_of(model_type: str) -> list[str]:
     return [task for task in TASKS if model_type in types_of(task)]
 
 
-def build(model_type: str, task: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """The same small model every time, in training mode; raises NotBuildableError with the reason if there is none."""
+def build(
+    model_type: str, task: str, dtype: torch.dtype = torch.float64, thresholds: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The same small model every time, in training mode; raises NotBuildableError with the reason if there is none.
+
+    thresholds: fields of its configurations to set, where there are any of these names.
+    """
     try:
-        return _build(model_type, task, dtype)
+        return _build(model_type, task, dtype, dict(thresholds or {}))
     except NotBuildableError:
         raise
     except Exception as error:  # of any kind: the code of some model, given numbers that it does not expect
@@ -48,9 +54,10 @@ def build(model_type: str, task: str, dtype: torch.dtype = torch.float64) -> Pre
         raise NotBuildableError(reason[:300]) from error
 
 
-def _build(model_type: str, task: str, dtype: torch.dtype) -> PreTrainedModel:
+def _build(model_type: str, task: str, dtype: torch.dtype, settings: dict[str, Any]) -> PreTrainedModel:
     model_class = getattr(transformers, types_of(task)[model_type])
-    settings: dict[str, Any] = {"is_decoder": True} if task == "causal-lm" else {}
+    if task == "causal-lm":
+        settings |= {"is_decoder": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if task == "image-classification":

@@ -1,6 +1,8 @@
 """A reduced model together with batches that it takes, as found by trying them."""
 
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,16 +12,19 @@ from sp_attention.cli.reduced.configuration import NotBuildableError
 from sp_attention.cli.reduced.model import build
 
 
-def prepare(model_type: str, task: str, length: int) -> tuple[PreTrainedModel, dict[str, Batch]]:
+def prepare(
+    model_type: str, task: str, length: int, thresholds: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, dict[str, Batch]]:
     """A small model and batches by kind, the same every time; in float64, or float32 where its code needs that.
 
     Some code masks with the lowest float64, which a softmax in float32 takes for minus infinity: no number comes of
-    padding then. Raises NotBuildableError with the reason when there is no such model or it takes no batch.
+    padding then. `thresholds` as for `build`. Raises NotBuildableError with the reason when there is no such model or
+    it takes no batch.
     """
     found: list[tuple[PreTrainedModel, dict[str, Batch]]] = []
     reasons: list[str] = []
     for dtype in (torch.float64, torch.float32):
-        model = build(model_type, task, dtype)
+        model = build(model_type, task, dtype, thresholds)
         try:
             found.append((model, batches_for(model, task, length)))
         except NotBuildableError as error:

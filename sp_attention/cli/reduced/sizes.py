@@ -66,6 +66,29 @@ _NAMES: dict[int, str] = {
 }
 SIZES: dict[str, Any] = {name: value for value, names in _NAMES.items() for name in names.split()}
 
+# Numbers of tokens up to which a type does one thing and beyond which another: capacities of experts, sparse blocks,
+# distances, memories, positional scales. Set so that a sequence of BEYOND tokens is beyond all of them.
+BEYOND = 101
+THRESHOLDS: dict[str, Any] = {
+    "attention_window": 16,
+    "bias_max_distance": 16,
+    "block_size": 8,
+    "expert_capacity": 8,
+    "floor_scale": 16,
+    "index_block_size": 16,
+    "keep_window_size": 16,
+    "local_attention_window_len": 16,
+    "local_radius": 7,
+    "local_transformer_stride": 16,
+    "log_scaling_n_floor": 16,
+    "mamba_chunk_size": 16,
+    "original_max_position_embeddings": 64,
+    "position_bias_max_distance": 16,
+    "relative_max_distance": 16,
+    "sliding_window": 5,
+    "speech_encoder_chunk_size": 16,
+}
+
 # Of a list, such as one number per stage, every element.
 STAGES: dict[str, int] = {
     "depths": 1,
