@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -29,6 +30,15 @@ from sp_attention.launch import run_ranks
 
 # One start of ranks for all cases of a test: what the same function gave for the same arguments.
 run_once = cache(run_ranks)
+
+# Numbers of ranks of a test whose cases take long: all in the environment `slow`.
+TWO_AND_THREE = [2, pytest.param(3, marks=pytest.mark.slow)]
+
+
+def slow_but(names: Iterable[str], *quick: str) -> list[Any]:
+    """Cases of a test: all in the environment `slow`, and these few every time."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
 
 TESTS = Path(__file__).parent
 THIRD_PARTY = TESTS / "third_party"

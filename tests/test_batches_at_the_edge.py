@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import averages_itself, fsdp, gradients_of, relative_error
+from helpers import TWO_AND_THREE, averages_itself, fsdp, gradients_of, relative_error
 from models import LLAMA, MODELS, Tiny, batch_of
 from tiled import as_it_is, counted, frozen_head, loss_of, only_head, shifted
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def apart_without_targets(part: slice) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 @pytest.mark.parametrize("part", [slice(None), slice(0, 15)], ids=["no targets", "a rank without targets"])
 def test_gradients_without_targets_are_those_of_one_process(part: slice, ranks: int) -> None:
     for found in run_ranks(ranks, apart_without_targets, part, timeout=200):
@@ -126,7 +126,7 @@ def other_lengths() -> dict[str, tuple[str, str]]:
     return {name: (outcome(model, batch), outcome(reference, batch)) for name, batch in batches.items()}
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 def test_labels_of_another_shape_are_what_they_are_to_one_process(ranks: int) -> None:
     for found in run_ranks(ranks, other_lengths, timeout=120):
         assert {name: ours for name, (ours, _) in found.items()} == {name: one for name, (_, one) in found.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import relative_error
+from helpers import TWO_AND_THREE, relative_error
 from models import LLAMA, Tiny, batch_of
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -107,7 +107,7 @@ def containers() -> dict[str, str]:
     return texts_of(attempts)
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 def test_what_is_in_containers_is_compared(ranks: int) -> None:
     first, *others = run_ranks(ranks, containers, timeout=120)
     assert others == [first] * (ranks - 1)
@@ -222,7 +222,7 @@ def modes() -> dict[str, str]:
     return texts
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 def test_a_mode_of_one_rank_alone_is_an_error_on_all(ranks: int) -> None:
     first, *others = run_ranks(ranks, modes, timeout=120)
     assert others == [first] * (ranks - 1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
-from helpers import as_launched, largest_error, loss_step, run_once
+from helpers import TWO_AND_THREE, as_launched, largest_error, loss_step, run_once
 from models import LLAMA, MODELS, batch_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -81,7 +81,7 @@ def errors() -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 def test_a_forward_called_as_a_method_is_that_of_one_process(ranks: int) -> None:
     for found in run_ranks(ranks, errors, timeout=120):
         assert max(found.values()) < 1e-5, found

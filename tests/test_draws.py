@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import be_quiet, errors_of, too_large
+from helpers import TWO_AND_THREE, be_quiet, errors_of, too_large
 from models import LLAMA, Tiny, batch_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -99,7 +99,7 @@ def skipped_in(kind: str, drops: float) -> Found:
     return errors, [torch.as_tensor(one).tolist() for one in decided[0] + decided[1]], handle.report()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", TWO_AND_THREE)
 def test_a_layer_that_skips_itself_does_so_on_all_ranks(ranks: int) -> None:
     first, *others = run_ranks(ranks, skipped, timeout=250)
     for name, (errors, decided, report) in first.items():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ddp, fsdp, gradients_of, largest_error, too_large
+from helpers import TWO_AND_THREE, ddp, fsdp, gradients_of, largest_error, too_large
 from models import LLAMA, MODELS, batch_of
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -87,7 +87,7 @@ def low_precision() -> dict[str, tuple[float, float, float]]:
     return losses
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 def test_low_precision_is_as_close_as_one_process_is(ranks: int) -> None:
     for losses in run_ranks(ranks, low_precision):
         for alone, sharded, exact in losses.values():

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import errors_of, run_once
+from helpers import TWO_AND_THREE, errors_of, run_once
 from models import LLAMA, batch_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ def asked(name: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ["a flag", "a word", "a number"])
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 def test_what_a_flag_asks_for_is_whole(ranks: int, name: str) -> None:
     for errors in run_once(ranks, asked, name):
         assert max(errors.values()) < 1e-5, errors

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from generating import GREEDY, MODELS, MODES, NEW, PROMPT, distance, generated, pair, prompt
-from helpers import Selected, run_once, too_large
+from helpers import Selected, run_once, slow_but, too_large
 from models import Tiny
 from torch import Tensor
 from transformers import (
@@ -51,7 +51,7 @@ def compare_all(names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     return {name: compare(name) for name in names}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(MODELS, "llama-5q1kv", "gemma3-window5", "lfm2", "t5"))
 def test_tokens_and_scores_are_those_of_one_process(name: str, selected: Selected) -> None:
     # On two ranks, and for every type of transformers, it is a sweep: sweep/generation.py.
     for found in run_once(3, compare_all, selected("name"), timeout=300):
@@ -89,6 +89,7 @@ def of_a_kind_of_its_own(name: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_A_KIND)
 def test_models_that_go_on_in_ways_of_their_own(name: str) -> None:
     for found in run_ranks(2, of_a_kind_of_its_own, name, timeout=120):

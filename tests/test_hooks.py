@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    TWO_AND_THREE,
     Selected,
     Step,
     hidden_states_step,
@@ -122,7 +123,7 @@ def run_steps(names: tuple[str, ...]) -> dict[str, float]:
     return {name: largest_error(*pair(LLAMA), STEPS[name]) for name in names}
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 @pytest.mark.parametrize("name", STEPS, ids="llama-{}".format)
 def test_outputs_and_gradients_are_those_of_one_process(name: str, ranks: int, selected: Selected) -> None:
     for errors in run_once(ranks, run_steps, selected("name", ranks=ranks), timeout=120):
@@ -186,7 +187,7 @@ def run_heads(names: tuple[str, ...]) -> dict[str, float]:
     return {name: largest_error(*pair(tiny), step) for name, (tiny, step) in HEADS.items() if name in names}
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_that_need_all_of_the_sequence_get_it(name: str, ranks: int, selected: Selected) -> None:
     for errors in run_once(ranks, run_heads, selected("name", ranks=ranks)):

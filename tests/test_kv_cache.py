@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from generating import GREEDY, MODES, PROMPT, generated, logits, pair, prompt
-from helpers import Selected, largest_error, relative_error, run_once, too_large
+from helpers import Selected, largest_error, relative_error, run_once, slow_but, too_large
 from models import LLAMA, Tiny
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -43,7 +43,7 @@ def cache_sizes(names: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", slow_but(SIZES, "llama-5q1kv", "gpt2"))
 def test_a_rank_caches_its_share_and_no_more_than_a_head_beyond(name: str, selected: Selected) -> None:
     for found in run_once(3, cache_sizes, selected("name"), timeout=120):
         assert all(size <= allowed + 1e-9 for size, allowed in found[name])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Selected, errors_of, loss_step, run_once, too_large
+from helpers import TWO_AND_THREE, Selected, errors_of, loss_step, run_once, too_large
 from models import MODELS, Tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -158,7 +158,7 @@ def many_tokens(names: tuple[str, ...]) -> dict[str, tuple[dict[str, float], str
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", TWO_AND_THREE)
 @pytest.mark.parametrize("name", CASES)
 def test_what_begins_beyond_a_length_is_gathered(ranks: int, name: str, selected: Selected) -> None:
     for found in run_once(ranks, many_tokens, selected("name", ranks=ranks), timeout=300):
@@ -212,5 +212,5 @@ def test_longer_sequences_than_proven_are_tried_first() -> None:
 
 def test_lengths_in_a_configuration() -> None:
     assert length_beyond({}) == 514
-    assert length_beyond({"hidden_size": 4096, "pad_token_id": 5000, "window": 700}) == 1114
-    assert length_beyond({"layers": {"capacity": [8192, None, True]}, "max_position_embeddings": 131072}) == 12354
+    assert length_beyond({"hidden_size": 4096, "pad_token_id": 5000, "window": 700}) == 938
+    assert length_beyond({"layers": {"capacity": [8192, None, True]}, "max_position_embeddings": 131072}) == 10306

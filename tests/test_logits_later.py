@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import averages_itself, ddp, fsdp, relative_error
+from helpers import TWO_AND_THREE, averages_itself, ddp, fsdp, relative_error
 from models import LLAMA, MODELS, Tiny, batch_of
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -150,7 +150,7 @@ def with_other_weights() -> list[float]:
     return errors
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 def test_weights_of_a_functional_call_are_those_of_its_logits(ranks: int) -> None:
     for errors in run_ranks(ranks, with_other_weights, timeout=100):
         assert max(errors) < 1e-5

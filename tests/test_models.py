@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
-from helpers import Selected, be_quiet, run_once
+from helpers import TWO_AND_THREE, Selected, be_quiet, run_once
 
 from sp_attention.cli.comparison import compare
 from sp_attention.cli.outcomes import VARIANTS, Comparison
@@ -54,6 +54,8 @@ MODELS = (
         "albert": "masked-lm",
     },
 )
+# One or two of each group: all of them are slow.
+QUICK = ("t5", "qwen2_vl", "gemma3n_text", "deepseek_v3", "qwen3_next", "bamba", "bloom")
 # What every number of ranks runs beside plain training.
 VARIANTS_OF = {2: VARIANTS, 3: ("reentrant-checkpointing", "two-forwards")}
 # Torch's kernel has no soft cap.
@@ -73,9 +75,14 @@ def compare_all(models: tuple[tuple[str, str], ...]) -> dict[str, tuple[Comparis
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 @pytest.mark.parametrize(
-    ("group", "name"), [pytest.param(i, name, id=name) for i, models in enumerate(MODELS) for name in models]
+    ("group", "name"),
+    [
+        pytest.param(i, name, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for i, models in enumerate(MODELS)
+        for name in models
+    ],
 )
 def test_every_number_is_that_of_one_process(group: int, name: str, ranks: int, selected: Selected) -> None:
     models = tuple((each, MODELS[group][each]) for each in selected("name", group=group, ranks=ranks))

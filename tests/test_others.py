@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Selected, largest_error, loss_step, run_once
+from helpers import TWO_AND_THREE, Selected, largest_error, loss_step, run_once
 from models import LLAMA, batch_of
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -117,7 +117,7 @@ errors_before = partial(errors_with, before=True)
 errors_checkpointed = partial(errors_with, checkpointed=True)
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 @pytest.mark.parametrize("name", PUT)
 def test_what_is_put_in_after_enable_gets_whole_tensors(name: str, ranks: int, selected: Selected) -> None:
     for errors in run_once(ranks, errors_with, selected("name", ranks=ranks), timeout=200):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from helpers import errors_of, loss_step, too_large
+from helpers import TWO_AND_THREE, errors_of, loss_step, too_large
 from models import LLAMA, MODELS, Tiny
 from torch import nn
 
@@ -40,7 +40,7 @@ def switched_on() -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", TWO_AND_THREE)
 def test_what_the_configuration_switches_on_is_recorded_of_forwards_and_not_of_the_proof(ranks: int) -> None:
     for found in run_ranks(ranks, switched_on):
         assert found == {name: {} for name in RECORDED}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import fsdp
+from helpers import TWO_AND_THREE, fsdp
 from models import LLAMA, MODELS, Tiny
 from torch import nn
 
@@ -102,7 +102,7 @@ def different() -> dict[str, str]:
     return texts
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 def test_ranks_with_different_models_are_refused_on_every_rank(ranks: int) -> None:
     first, *others = run_ranks(ranks, different, timeout=120)
     assert others == [first] * (ranks - 1)

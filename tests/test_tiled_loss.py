@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Selected, fsdp, gradients_of, largest_error, loss_step, relative_error, run_once
+from helpers import TWO_AND_THREE, Selected, fsdp, gradients_of, largest_error, loss_step, relative_error, run_once
 from models import LLAMA, MODELS, Tiny, batch_of
 from tiled import CASES, TILE, checkpointed, error_of, ids_of, sizes_given, with_logits
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ def in_tiles(names: tuple[str, ...]) -> dict[str, tuple[float, int, str]]:
     return {name: error_of(CASES[name], loss_tile=TILE) for name in names}
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 @pytest.mark.parametrize("name", CASES, ids=ids_of(CASES))
 def test_loss_and_gradients_are_those_of_one_process(name: str, ranks: int, selected: Selected) -> None:
     for found in run_once(ranks, in_tiles, selected("name", ranks=ranks), timeout=300):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Selected, fsdp, run_once, spy
+from helpers import TWO_AND_THREE, Selected, fsdp, run_once, spy
 from models import LLAMA, MODELS, Tiny, batch_of
 from tiled import CASES, Case, error_of, ids_of
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def in_tiles(names: tuple[str, ...]) -> dict[str, tuple[float, int, str]]:
     return {name: error_of(MLPS[name], mlp_tile=4, measured=("act_fn", "activation_fn")) for name in names}
 
 
-@pytest.mark.parametrize("ranks", [2, 3], ids="P{}".format)
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
 @pytest.mark.parametrize("name", MLPS, ids=ids_of(MLPS))
 def test_parts_in_tiles_give_the_gradients_of_one_process(name: str, ranks: int, selected: Selected) -> None:
     for found in run_once(ranks, in_tiles, selected("name", ranks=ranks), timeout=300):

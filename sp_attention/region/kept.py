@@ -7,6 +7,7 @@ its own for good at the first short text.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -50,10 +51,10 @@ class Attributes:
             for name in [name for name in now if name not in kept and not _is_others(name)]:
                 del now[name]
             for name, value in kept.items():
-                if not _is_others(name) and now.get(name, now) is not value:
+                if now.get(name, now) is not value and not _is_others(name):
                     now[name] = value
         for container, kept in self._containers:
-            if not _RESTORED[type(container)](container, kept):
+            if (container or kept) and not _RESTORED[type(container)](container, kept):
                 container.clear()
                 (container.extend if type(container) is list else container.update)(kept)
 
@@ -63,11 +64,11 @@ def _is_others(name: str) -> bool:
 
 
 def _is_list(now: list[Any], kept: list[Any]) -> bool:
-    return len(now) == len(kept) and all(one is other for one, other in zip(now, kept, strict=True))
+    return len(now) == len(kept) and all(map(is_, now, kept))
 
 
 def _is_dict(now: Mapping[Any, Any], kept: Mapping[Any, Any]) -> bool:
-    return [*now] == [*kept] and all(now[key] is value for key, value in kept.items())
+    return _is_list([*now.values()], [*kept.values()]) and [*now] == [*kept]
 
 
 # Whether a container holds what it held.

@@ -31,7 +31,7 @@ def length_beyond(settings: Mapping[str, Any]) -> int:
     """A number of tokens beyond every number of a configuration that may be a length at which behaviour changes."""
     most = max((number for number in _numbers(settings) if number <= _LARGEST), default=0)
     # Of a length, and of its half, that are hardly anything else's.
-    return max(_LEAST, 3 * most // 2 + 64) // 4 * 4 + 2
+    return max(_LEAST, 5 * most // 4 + 64) // 4 * 4 + 2
 
 
 def _numbers(settings: Any, name: str = "") -> Iterator[int]:
