@@ -132,7 +132,7 @@ class Handle(Unpicklable):
         lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
-        lines += described(self.hooks.plan)
+        lines += described(self.hooks.plan, size)
         lines += [f"  of others, given whole tensors: {one}" for one in self.hooks.others_now().told]
         lines += [f"{name}, beside it: {other.report()}" for name, other in self.others.items()]
         lines += [

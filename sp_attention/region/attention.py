@@ -143,15 +143,17 @@ class AttentionFunction:
         if call.whole_keys:
             ulysses.require_done([ulysses.cut_to_queries(request, stack_pass.span)], kernel, name)
             return ulysses.attend_to_whole_keys(request, call.length, peers, kernel)
-        plan = head_plan(heads, call.cached_heads or request.key.shape[2], peers.size)
-        if call.cached_heads is not None and request.key.shape[2] != len(plan.stored[peers.rank]):
+        if call.cached_heads is None:
+            grid_or_heads = ulysses.plan_of(heads, request.key.shape[2], peers.size, kernel.with_weights)
+            ulysses.require_done(ulysses.requests_of_all_ranks(request, grid_or_heads), kernel, name)
+            return ulysses.attend(request, call.length, grid_or_heads, peers, kernel)
+        plan = head_plan(heads, call.cached_heads, peers.size)
+        if request.key.shape[2] != len(plan.stored[peers.rank]):
             raise UnsupportedError(
                 f"{name}: {request.key.shape[2]} of {call.cached_heads} key heads come out of a cache, where this rank "
                 f"keeps {len(plan.stored[peers.rank])} for its share of {heads} query heads"
             )
         ulysses.require_done(ulysses.requests_of_all_ranks(request, plan), kernel, name)
-        if call.cached_heads is None:
-            return ulysses.attend(request, call.length, plan, peers, kernel)
         length = call.length if stack_pass.is_shared else None
         return ulysses.attend_cached(request, length, plan, peers, kernel)
 

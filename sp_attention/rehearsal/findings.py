@@ -10,6 +10,7 @@ from sp_attention.errors import Refused
 from sp_attention.region.locality import Sample
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, RegionPlan, Stack
 from sp_attention.region.sequence_dims import Extent
+from sp_attention.ulysses.grid import grid_of
 
 # How much of a layer runs on whole tensors: only its mixers; what attends too; all of it.
 MIXERS, ATTENTION, EVERYTHING = range(3)
@@ -111,8 +112,8 @@ def report(findings: Findings) -> list[str]:
     return lines + [f"  {name}: left alone: {why}" for name, why in alone if name not in findings.stacks]
 
 
-def described(plan: RegionPlan) -> list[str]:
-    """What becomes of logits, caches, checkpoints and random numbers, as lines of text."""
+def described(plan: RegionPlan, ranks: int) -> list[str]:
+    """What becomes of heads, logits, caches, checkpoints and random numbers, as lines of text."""
     loss, lm_head, caches = plan.sharded_loss, plan.lm_head, plan.caches
     whole = ", of hidden states that are whole before the head" if plan.cut_before else ""
     if isinstance(loss, Refused):
@@ -133,7 +134,23 @@ def described(plan: RegionPlan) -> list[str]:
         lines.append(f"  feed-forwards take all of a rank's tokens, not {plan.chunk} at a time: {instead}")
     if plan.random:
         lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
-    return lines
+    return [*_grids(plan, ranks), *lines]
+
+
+def _grids(plan: RegionPlan, ranks: int) -> list[str]:
+    """How ranks share self-attention that has fewer heads than they are."""
+    counts = {
+        (heads, kv_heads)
+        for stack in plan.stacks
+        for layer in stack.layers
+        for (over_memory, kv_heads), heads in layer.heads.items()
+        if heads and not over_memory
+    }
+    return [
+        f"  {ranks} ranks = {grid.groups} head groups x {grid.blocks} query blocks, in attention of {heads} heads"
+        for heads, kv_heads in sorted(counts)
+        if (grid := grid_of(heads, kv_heads, ranks)) is not None
+    ]
 
 
 def _described(found: LayerFindings) -> list[str]:

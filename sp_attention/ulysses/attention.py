@@ -16,10 +16,17 @@ from sp_attention.errors import BackendError
 from sp_attention.kernels.registry import usable
 from sp_attention.kernels.request import Backend, Request, reason_against
 from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head, to_heads
-from sp_attention.ulysses.head_plan import HeadPlan
+from sp_attention.ulysses.grid import Grid, from_grid, grid_of, to_grid
+from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 
 # What a kernel gives, and its weights [B, H, Sq, Sk] where they were asked for.
 Output = tuple[Tensor, Tensor | None]
+
+
+def plan_of(query_heads: int, kv_heads: int, ranks: int, with_weights: bool = False) -> HeadPlan | Grid:
+    """How self-attention is shared: by heads, and by queries too where ranks outnumber heads, but for its weights."""
+    grid = None if with_weights else grid_of(query_heads, kv_heads, ranks)
+    return grid or head_plan(query_heads, kv_heads, ranks)
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,15 @@ class Kernel:
         return reason_against(self.backend, request)
 
 
-def attend(request: Request, length: int, plan: HeadPlan, peers: Peers, kernel: Kernel) -> Output:
+def attend(request: Request, length: int, plan: HeadPlan | Grid, peers: Peers, kernel: Kernel) -> Output:
     """Self-attention of a sequence of `length` S tokens, of which each rank has a span: the Ulysses step.
 
     The request has query [B, s, H, D], key [B, s, Hkv, D] and value [B, s, Hkv, Dv] of my span, and all else (mask,
     bias, sinks) of the whole sequence and of all heads. Returns [B, s, H, Dv], and weights [B, H, S, S] or None.
     Two collectives, and two in backward.
     """
+    if isinstance(plan, Grid):
+        return _attend_on_grid(request, length, plan, peers, kernel), None
     # [B, s, H, D], [B, s, Hkv, D], [B, s, Hkv, Dv] → [B, S, h, D], [B, S, hkv, D], [B, S, hkv, Dv]
     query, key, value = seq_to_head(request.query, request.key, request.value, length, plan, peers)
     request = replace(cut_to_heads(request, plan, peers.rank), query=query, key=key, value=value)
@@ -56,6 +65,20 @@ def attend(request: Request, length: int, plan: HeadPlan, peers: Peers, kernel: 
     out, weights = attend_my_heads(request, plan, peers, kernel)
     # → [B, s, H, Dv]
     return head_to_seq(out, plan, peers), weights
+
+
+def _attend_on_grid(request: Request, length: int, grid: Grid, peers: Peers, kernel: Kernel) -> Tensor:
+    """`attend` where a rank has some heads of some queries: [B, s, H, Dv]."""
+    # [B, s, H, D], [B, s, Hkv, D], [B, s, Hkv, Dv] → [B, Sq, h, D], [B, S, hkv, D], [B, S, hkv, Dv]
+    query, key, value = to_grid(request.query, request.key, request.value, length, grid, peers)
+    group, chunks = grid.group_of(peers.rank), grid.chunks(length, peers.rank)
+    mine = replace(cut_to_heads(request, grid.heads, group), key=key, value=value)
+    outputs = [
+        _attend_group(replace(cut_to_queries(mine, chunk), query=part), grid.heads, group, kernel)[0]
+        for chunk, part in zip(chunks, query.split([*map(len, chunks)], 1), strict=True)
+    ]
+    # → [B, Sq, h, Dv] → [B, s, H, Dv]
+    return from_grid(torch.cat(outputs, 1), length, grid, peers)
 
 
 def attend_cached(request: Request, length: int | None, plan: HeadPlan, peers: Peers, kernel: Kernel) -> Output:
@@ -87,25 +110,32 @@ def attend_to_whole_keys(request: Request, length: int, peers: Peers, kernel: Ke
 
 def attend_my_heads(request: Request, plan: HeadPlan, peers: Peers, kernel: Kernel) -> Output:
     """The attention of my heads, [B, S, h, Dv], which may be none: more ranks than heads. The weights are of all."""
-    query, key, value = request.query, request.key, request.value
-    weights: Tensor | None
-    if not query.shape[2]:
-        # Empty too, and it takes part in backward like that of the others.
-        weights = query.transpose(1, 2) @ key[:, :, :0].permute(0, 2, 3, 1)
-        out = (weights @ value[:, :, :0].transpose(1, 2)).transpose(1, 2)
-        # So do sinks and biases, of which engines want a gradient on every rank.
-        for of_heads in (request.sinks, None if request.bias is None else request.bias[:, :0]):
-            out = out if of_heads is None else out + of_heads.sum()
-    else:
-        if not plan.grouped[peers.rank]:
-            order = request.mask.once(
-                ("kv of query", plan), lambda: torch.tensor(plan.kv_of_query(peers.rank), device=key.device)
-            )
-            request = replace(request, key=key.index_select(2, order), value=value.index_select(2, order))
-        out, weights = kernel(request)
+    out, weights = _attend_group(request, plan, peers.rank, kernel)
     if not kernel.with_weights or weights is None:
         return out, None
     return out, gather(weights, plan.query[-1].stop, peers, 1)
+
+
+def _attend_group(request: Request, plan: HeadPlan, group: int, kernel: Kernel) -> Output:
+    """The attention of the heads `plan.query[group]`, and their weights; there may be no heads, or no queries."""
+    query, key, value = request.query, request.key, request.value
+    weights: Tensor | None
+    if not query.shape[1] or not query.shape[2]:
+        # Empty too, and it takes part in backward like that of the others.
+        order = torch.tensor(plan.kv_of_query(group), dtype=torch.int64, device=key.device)
+        keys, values = (tensor.index_select(2, order).transpose(1, 2) for tensor in (key, value))
+        weights = query.transpose(1, 2) @ keys.transpose(2, 3)
+        out = (weights @ values).transpose(1, 2)
+        # So do sinks and biases, of which engines want a gradient on every rank.
+        for of_heads in (request.sinks, None if request.bias is None else request.bias[:, :0]):
+            out = out if of_heads is None else out + of_heads.sum()
+        return out, weights
+    if not plan.grouped[group]:
+        order = request.mask.once(
+            ("kv of query", plan, group), lambda: torch.tensor(plan.kv_of_query(group), device=key.device)
+        )
+        request = replace(request, key=key.index_select(2, order), value=value.index_select(2, order))
+    return kernel(request)
 
 
 def cut_to_heads(request: Request, plan: HeadPlan, rank: int) -> Request:
@@ -130,12 +160,18 @@ def cut_to_queries(request: Request, span: range) -> Request:
     return replace(request, mask=request.mask.rows(span), bias=bias)
 
 
-def requests_of_all_ranks(request: Request, plan: HeadPlan) -> list[Request]:
+def requests_of_all_ranks(request: Request, plan: HeadPlan | Grid) -> list[Request]:
     """What any rank will ask of its kernel: shapes, dtypes and a dense last dim, without memory or values of their own.
 
     All ranks look at the requests of all, so that a kernel that refuses one of them is refused by every rank, before
     some wait for the others in the exchange.
     """
+    if isinstance(plan, Grid):
+        return [
+            cut_to_queries(replace(one, query=one.query[:, chunk.start : chunk.stop]), chunk)
+            for one in requests_of_all_ranks(request, plan.heads)
+            for chunk in plan.kinds_of_chunks(request.mask.query_length)
+        ]
     queries, keys = request.mask.query_length, request.mask.key_length
 
     def shaped(like: Tensor, length: int, heads: int) -> Tensor:

@@ -10,8 +10,7 @@ from sp_attention.distributed.peers import Peers
 from sp_attention.distributed.process_groups import Group, resolve
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Backend, Mask, Request
-from sp_attention.ulysses.attention import Kernel, attend, requests_of_all_ranks, require_done
-from sp_attention.ulysses.head_plan import head_plan
+from sp_attention.ulysses.attention import Kernel, attend, plan_of, requests_of_all_ranks, require_done
 
 
 class UlyssesAttention(nn.Module):
@@ -73,7 +72,7 @@ class UlyssesAttention(nn.Module):
         request = Request(query, key, value, mask, scale, softcap, sinks, bias, dropout)
         if self.peers is None:
             return _chosen(self.backends, [request])(request)[0]
-        plan = head_plan(query.shape[2], key.shape[2], self.peers.size)
+        plan = plan_of(query.shape[2], key.shape[2], self.peers.size)
         kernel = _chosen(self.backends, requests_of_all_ranks(request, plan))
         return attend(request, length, plan, self.peers, kernel)[0]
 
