@@ -370,6 +370,17 @@ def counts_what_is_written(version: Any) -> None:
     assert len(set(versions)) == 3
 
 
+def gives_the_log_sum_exp(operation: Any) -> None:
+    states = torch.randn(1, 2, 3, 4)
+    _, sums = operation(states, states, states, 0.0, False, scale=0.5)
+    torch.testing.assert_close(sums, (0.5 * states @ states.transpose(2, 3)).logsumexp(-1))
+
+
+def takes_the_log_sum_exp(operation: Any) -> None:
+    names = [argument.name for argument in operation.default._schema.arguments]
+    assert names[:8] == ["grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal"]
+
+
 def names_the_chance(schema: Any) -> None:
     assert [argument.name for argument in schema.arguments][:2] == ["self", "p"]
 
@@ -388,6 +399,8 @@ CHECKS: dict[str, Check] = {
     "torch._C._are_functorch_transforms_active": is_known_within_transforms,
     "torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex": indexes_by_tensors,
     "torch._ops.OpOverload._schema": names_the_chance,
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": gives_the_log_sum_exp,
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": takes_the_log_sum_exp,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": gives_the_module_to_its_function,
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper.checkpoint_fn": is_callable,
     "torch.get_autocast_dtype": is_of_a_device,

@@ -144,7 +144,8 @@ ASKED = {
     "documents": [(1, 10, 10, "causal"), (1, 1, 1, "full"), (1, 29, 29, "causal"), (1, 40, 40, "causal")],
     "both-sides7": [(2, 16, 22, "mask"), (2, 16, 28, "mask"), (2, 8, 14, "mask")],
     "first-queries": [(2, 17, 17, "causal")],
-    "last-queries": [(2, 16, 39, "mask"), (2, 1, 40, "full")],
+    # See causal_after.
+    "last-queries": [],
     "cross": [(1, 17, 24, "full"), (1, 17, 40, "full")],
     "gap": [(2, 16, 16, "mask"), (2, 16, 32, "mask"), (2, 8, 40, "mask")],
 }
@@ -170,6 +171,30 @@ def test_torch_is_asked_for(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         sdpa.attend(request_for(replace((MASKS | MORE)[mask]), "H2"))
     assert asked == ASKED[mask]
+
+
+@pytest.mark.parametrize("features", [{}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.1], dtype=torch.float64)}], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 1e-12], ids=["without a mask", "with torch's mask"])
+def test_later_queries_see_all_keys_before_them(features: dict[str, Any], dropout: float) -> None:
+    shape = testing.Shape(17, LENGTH, 4, 2, 8)
+    for mask in (
+        MORE["last-queries"],
+        replace(MORE["last-queries"], offset=11),
+        replace(MORE["last-queries"], window=7),
+    ):
+        asked = testing.request(mask, shape, **features)
+        expected = results(testing.attend, asked)
+        for name, result in results(sdpa.attend, replace(asked, dropout=dropout)).items():
+            torch.testing.assert_close(result, expected[name], msg=name)
+
+
+def results(attend: Callable[[Request], Tensor], asked: Request) -> dict[str, Tensor]:
+    """The output, and the gradients of queries, keys and values."""
+    given = {name: getattr(asked, name).detach().clone().requires_grad_() for name in ("query", "key", "value")}
+    out = attend(replace(asked, **given))
+    down = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    gradients = torch.autograd.grad((out * down).sum(), [*given.values()])
+    return {"output": out, **dict(zip(given, gradients, strict=True))}
 
 
 def test_sinks_and_no_sinks_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sp_attention.kernels.causal_after import causal_after
 from sp_attention.kernels.cudnn import without_cudnn
 from sp_attention.kernels.hookspecs import hookimpl
 from sp_attention.kernels.intervals import GROWS, JUMPS, STAYS, Run, contiguous, runs
@@ -48,15 +49,17 @@ def refuses(request: Request) -> str | None:
 
 
 def _asks_for_masks(request: Request) -> bool:
-    """Whether torch may be given a mask for it."""
-    return request.mask.window is not None or request.bias is not None or _tiles_of_rows(request.mask) is None
+    """Whether torch may be given a mask for it; of later queries on CUDA it is not known yet."""
+    mask = request.mask
+    given = mask.window is not None or request.bias is not None or (mask.causal and mask.offset > 0)
+    return given or _tiles_of_rows(mask) is None
 
 
 @dataclass(frozen=True)
 class Tile:
     """Queries × keys of a row with one pattern.
 
-    Everything ("full"), the causal square, a band around the diagonal, or what the mask says there ("mask").
+    Everything ("full"), causal up to the last query and key, a band around it, or what the mask says there ("mask").
     """
 
     queries: range
@@ -79,8 +82,7 @@ def attend(request: Request) -> Tensor:
 def _tiles_of_rows(mask: Mask) -> tuple[tuple[Tile, ...], ...] | None:
     """The tiles of each row in order of the queries, those that see nothing left out; one row if all are alike.
 
-    None where padding lies between the real keys of a document, or where the first of some causal queries sees keys
-    before it: torch's causal flag has it beside the first key.
+    None where padding lies between the real keys of a document.
     """
     return mask.once("sdpa tiles of rows", lambda: _derive_tiles(mask))
 
@@ -98,8 +100,6 @@ def _derive_tiles(mask: Mask) -> tuple[tuple[Tile, ...], ...] | None:
     found, real = runs(mask)
     for run in found:
         row, start = divmod(run.queries.start, mask.query_length)
-        if mask.causal and run.kind == GROWS and run.first > 1:
-            return None
         first = int(real[run.keys.start]) - row * mask.key_length
         run = replace(run, queries=range(start, start + len(run.queries)), keys=range(first, first + len(run.keys)))
         # Runs of one document see some keys in common.
@@ -115,10 +115,11 @@ def _tiles_of_document(document: list[Run], mask: Mask) -> Iterator[Tile]:
     """The runs' queries and keys count in their row, and all keys from the first to the last are real."""
     queries, keys = document[0].queries, document[0].keys
     start, stop, key = queries.start, document[-1].queries.stop, keys.start
-    if mask.causal and document[0].kind == GROWS:
-        # The first `window` queries see all before them.
+    before = document[0].first - 1
+    if mask.causal and document[0].kind == GROWS and not (before and mask.window):
+        # The first `window` queries see all before them; those of a later part of the sequence, keys before the first.
         start += min(len(queries), mask.window or len(queries))
-        yield Tile(range(queries.start, start), range(key, key + start - queries.start), "causal")
+        yield Tile(range(queries.start, start), range(key, key + before + start - queries.start), "causal")
     left = [run for run in document if run.queries.stop > start]
     if len(left) == 1 and left[0].kind in (STAYS, JUMPS):
         yield Tile(left[0].queries, left[0].keys, "full")
@@ -248,7 +249,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, request: Request, *, mask: 
     if request.sinks is not None:
         sink = F.pad(key.new_ones(2), (key.shape[3] - 2, 0)).expand(key.shape[0], 1, key.shape[2], -1)
         key, value = torch.cat([sink, key], 1), F.pad(value, (0, 0, 0, 0, 1, 0))
-        if causal:
+        if causal and key.shape[1] == query.shape[1] + 1:
             # A query of no meaning keeps the others on the diagonal.
             query = F.pad(query, (0, 0, 0, 0, 1, 0))
             return _torch(query, key, value, request, mask=mask, causal=True)[:, 1:]
@@ -267,6 +268,9 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, request: Request, *, mask:
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
     with without_cudnn():
+        if causal and key.shape[2] > query.shape[2]:
+            out = causal_after(query, key, value, dropout=request.dropout, scale=request.scale, grouped=grouped)
+            return out.transpose(1, 2)[..., :value_size]
         out = F.scaled_dot_product_attention(
             query, key, value, mask, request.dropout, is_causal=causal, scale=request.scale, enable_gqa=grouped
         )

@@ -144,9 +144,9 @@ class AttentionFunction:
             ulysses.require_done([ulysses.cut_to_queries(request, stack_pass.span)], kernel, name)
             return ulysses.attend_to_whole_keys(request, call.length, peers, kernel)
         if call.cached_heads is None:
-            grid_or_heads = ulysses.plan_of(heads, request.key.shape[2], peers.size, kernel.with_weights)
-            ulysses.require_done(ulysses.requests_of_all_ranks(request, grid_or_heads), kernel, name)
-            return ulysses.attend(request, call.length, grid_or_heads, peers, kernel)
+            shared = ulysses.plan_of(request, peers.size, kernel)
+            ulysses.require_done(ulysses.requests_of_all_ranks(request, shared), kernel, name)
+            return ulysses.attend(request, call.length, shared, peers, kernel)
         plan = head_plan(heads, call.cached_heads, peers.size)
         if request.key.shape[2] != len(plan.stored[peers.rank]):
             raise UnsupportedError(

@@ -23,12 +23,6 @@ from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 Output = tuple[Tensor, Tensor | None]
 
 
-def plan_of(query_heads: int, kv_heads: int, ranks: int, with_weights: bool = False) -> HeadPlan | Grid:
-    """How self-attention is shared: by heads, and by queries too where ranks outnumber heads, but for its weights."""
-    grid = None if with_weights else grid_of(query_heads, kv_heads, ranks)
-    return grid or head_plan(query_heads, kv_heads, ranks)
-
-
 @dataclass(frozen=True)
 class Kernel:
     """A backend's kernel; `with_weights`: its attention weights are wanted too, of all heads on every rank."""
@@ -47,6 +41,18 @@ class Kernel:
         if self.with_weights and self.backend.attend_with_weights is None:
             return "it has no attention weights to return (output_attentions=True)"
         return reason_against(self.backend, request)
+
+
+def plan_of(request: Request, ranks: int, kernel: Kernel) -> HeadPlan | Grid:
+    """How the ranks share self-attention: by heads, and where they outnumber them by queries too.
+
+    By heads alone if attention weights are wanted, or the kernel does not do queries that are later in the sequence.
+    """
+    counts = request.query.shape[2], request.key.shape[2], ranks
+    grid = None if kernel.with_weights else grid_of(*counts)
+    if grid is None or any(map(kernel.why_not, requests_of_all_ranks(request, grid))):
+        return head_plan(*counts)
+    return grid
 
 
 def attend(request: Request, length: int, plan: HeadPlan | Grid, peers: Peers, kernel: Kernel) -> Output:

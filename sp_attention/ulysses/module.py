@@ -11,6 +11,7 @@ from sp_attention.distributed.process_groups import Group, resolve
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Backend, Mask, Request
 from sp_attention.ulysses.attention import Kernel, attend, plan_of, requests_of_all_ranks, require_done
+from sp_attention.ulysses.head_plan import head_plan
 
 
 class UlyssesAttention(nn.Module):
@@ -72,9 +73,9 @@ class UlyssesAttention(nn.Module):
         request = Request(query, key, value, mask, scale, softcap, sinks, bias, dropout)
         if self.peers is None:
             return _chosen(self.backends, [request])(request)[0]
-        plan = plan_of(query.shape[2], key.shape[2], self.peers.size)
-        kernel = _chosen(self.backends, requests_of_all_ranks(request, plan))
-        return attend(request, length, plan, self.peers, kernel)[0]
+        by_heads = head_plan(query.shape[2], key.shape[2], self.peers.size)
+        kernel = _chosen(self.backends, requests_of_all_ranks(request, by_heads))
+        return attend(request, length, plan_of(request, self.peers.size, kernel), self.peers, kernel)[0]
 
 
 def _chosen(backends: tuple[Backend, ...], requests: list[Request]) -> Kernel:
