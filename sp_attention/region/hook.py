@@ -16,8 +16,10 @@ class Hook(Unpicklable):
     """
 
     def __init__(self, function: Callable[..., Any], layer: str = "") -> None:
-        self._function, self.layer = torch.compiler.disable(function), layer
+        self._function, self.layer = function, layer
 
+    # Here, and not around the function: one frame that calls many is compiled again for each.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)
 
