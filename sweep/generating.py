@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import sp_attention
-from sp_attention.cli.comparison import ROUNDING, Batch, error_of, merged, shake, tolerance
+from sp_attention.cli.comparison import ROUNDING, Batch, error_of, merged, parts_of, shake, tolerance
 from sp_attention.cli.outcomes import (
     DIFFERS,
     EXACT,
@@ -104,7 +104,7 @@ def compare(model: PreTrainedModel, batches: dict[str, Batch], modes: tuple[str,
         everyone: list[tuple[float, float] | None] = [shares] * dist.get_world_size()
         dist.all_gather_object(everyone, shares)
         share, allowed = max((shares for shares in everyone if shares), default=(None, None), key=lambda pair: pair[0])
-        comparison = Comparison(tuple(verdicts), handle.backend.kernel, handle.report())
+        comparison = Comparison(tuple(verdicts), handle.backend.kernel, parts=parts_of(handle))
         return asdict(comparison) | {"caches": caches, "share": share, "allowed": allowed}
 
 

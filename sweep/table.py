@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from sp_attention.cli.outcomes import parts_of
 from sp_attention.cli.reduced import TASKS
 from sp_attention.cli.reduced.sizes import BEYOND
 from sp_attention.cli.tables import markdown_table
@@ -59,8 +58,8 @@ def reason(record: Record) -> str:
 
 
 def how(record: Record) -> str:
-    """Which parts run head-parallel or position-wise and which on gathered tokens, in the words of the report."""
-    parts = parts_of(record.get("report", ""))
+    """Which parts run head-parallel or position-wise and which on gathered tokens."""
+    parts = record.get("parts", {})
     if "head-parallel" not in parts:
         return next((kind for kind in ("gathered", "position-wise") if kind in parts), "nothing is cut")
     return f"head-parallel; gathered: {', '.join(parts['gathered'])}" if "gathered" in parts else "head-parallel"

@@ -177,7 +177,7 @@ def be_quiet() -> None:
 
 
 def run_command(
-    *arguments: str, launcher: tuple[str, ...] = ("-m",), columns: int = 200, folder: Path = TESTS, text: str = ""
+    *arguments: str, launcher: tuple[str, ...] = ("-m",), folder: Path = TESTS, text: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """`sp-attention` with these arguments, away from the source tree, so that the installed package runs.
 
@@ -186,7 +186,7 @@ def run_command(
     return subprocess.run(
         [sys.executable, *launcher, "sp_attention", *arguments],
         cwd=folder,
-        env=os.environ | {"COLUMNS": f"{columns}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         input=text,
         capture_output=True,
         encoding="utf-8",

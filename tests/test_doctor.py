@@ -87,8 +87,11 @@ def test_doctor_says_what_is_installed_in_one_block(
     assert "gloo" in found["process groups"].split(", ")
     assert found["environment"] == "WORLD_SIZE=4"
     assert "10.0.0.7" not in ran.stdout
-    assert f"sdpa on any, of sp-attention {version('sp-attention')}: available" in found["backends"].splitlines()
-    assert "transformers:flash_attention_2 on any" in found["backends"]
+    available, unusable = found["backends"].splitlines()
+    ours = f" on any, of sp-attention {version('sp-attention')}: "
+    assert available == f"sdpa, transformers:eager, transformers:sdpa{ours}available"
+    assert unusable.startswith("transformers:flash_attention_2, transformers:flash_attention_3, ")
+    assert f"transformers:flex_attention{ours}its mask does not travel as a tensor: use sdpa, " in unusable
     assert found["broken plugin"] == "broken_exit 1.0: SystemExit: no GPU here"
 
 
@@ -126,7 +129,7 @@ def test_doctor_answers_where_torch_npu_keeps_torch_from_being_imported(
     assert json.loads(ran.stdout)["plugins"] is None
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     found = rows(run_command("doctor").stdout)
-    assert "sdpa on any" in found["backends"]
+    assert found["backends"].startswith("sdpa, ")
     assert found["environment"] == "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
 
 
@@ -231,10 +234,10 @@ def test_doctor_tells_right_kernels_from_wrong_ones(monkeypatch: pytest.MonkeyPa
     lines = ran.stdout.split("\n\n")[1].splitlines()
     right = len(every) - 1
     assert lines[0].split() == ["kernel", "device", "dtype", "right", "refused", "WRONG"]
-    assert lines[1].split() == ["good", "cpu", "float64", str(right), "1", "0"]
-    assert lines[2].split() == ["forgetful", "cpu", "float64", str(right - 2), "1", "2"]
-    assert lines[3] == "good on cpu: refused: dropout: no dropout [at all]"
-    assert lines[5].startswith("forgetful on cpu: WRONG: padding on both sides, 600 tokens: output is off by ")
+    assert lines[2].split() == ["good", "cpu", "float64", str(right), "1", "0"]
+    assert lines[3].split() == ["forgetful", "cpu", "float64", str(right - 2), "1", "2"]
+    assert lines[4] == "good on cpu: refused: dropout: no dropout [at all]"
+    assert lines[6].startswith("forgetful on cpu: WRONG: padding on both sides, 600 tokens: output is off by ")
 
 
 def test_doctor_is_content_with_kernels_that_are_right_or_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,8 +293,10 @@ def test_backends_says_what_each_kernel_refuses(write_plugin: WritePlugin) -> No
     assert found["mute"]["refuses"]["causal"] == "asking it raised LookupError: no table"
     assert found["far"]["asked"] is None
     text = run_command("backends").stdout
-    assert "softcap: torch's" in text
-    assert "everything: asking it raised LookupError" in text
-    assert "not asked: there is no moon here" in text
+    assert "  sdpa: softcap: torch's" in text
+    assert "  mute on cpu: everything: asking it raised LookupError" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[2:] if line and not line.startswith(" ")}
+    assert rows["far"] == ["far", "moon", "0", "no", "moon", "here"]
+    assert rows["narrow"] == ["narrow", "cpu", "0", "yes", "3"]
     # What a plugin writes is text, and no markup.
     assert "it takes bfloat16 only, [b] not" in text

@@ -25,7 +25,7 @@ NEW = 20
 
 
 def run(folder: Path, *arguments: str, prompt: str = PROMPT) -> subprocess.CompletedProcess[str]:
-    return run_command("generate", str(folder), "--prompt", "-", *arguments, columns=120, text=prompt)
+    return run_command("generate", str(folder), "--prompt", "-", *arguments, text=prompt)
 
 
 @pytest.fixture(scope="module")

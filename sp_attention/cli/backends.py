@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sp_attention.cli.terminal import show_table, show_text, together
+
 if TYPE_CHECKING:
     from sp_attention.cli.kernels import Answers
     from sp_attention.kernels.registry import Plugin, Registered, Registry
@@ -45,21 +47,29 @@ def _asked(entry: "Registered") -> "Answers | None":
 
 
 def _show(registry: "Registry", answers: "list[Answers | None]") -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    table = Table("device", Column("kernel", no_wrap=True), "priority", "available", "refuses", "from")
+    """A table, and below it why: what cannot be used, what is refused, where all of it is from, what is broken."""
+    rows, problems, refusals, origins = [], [], [], []
     for entry, answer in zip(registry.backends, answers, strict=True):
         backend = entry.backend
-        said = [f"{'; '.join(names)}: {reason}" for reason, names in by_reason(answer).items()]
-        if entry.problem is None and answer is None:
-            said = [f"not asked: there is no {backend.device} here"]
-        cells = [str(backend.priority), entry.problem or "yes", "\n".join(said), str(entry.plugin)]
-        table.add_row(*map(Text, [backend.device, backend.kernel, *cells]))  # what strangers write is no markup
-    for broken in registry.broken:
-        table.add_row(*map(Text, ["-", "-", "-", f"broken plugin: {broken.reason}", "", str(broken.plugin)]))
-    Console().print(table)
+        name = backend.kernel if backend.device == "any" else f"{backend.kernel} on {backend.device}"
+        available = "no" if entry.problem is not None else "yes" if answer is not None else f"no {backend.device} here"
+        counted = str(len(answer.refused)) if answer is not None else ""
+        rows.append((backend.kernel, backend.device, str(backend.priority), available, counted))
+        problems += [(entry.problem, name)] if entry.problem is not None else []
+        refusals += [(f"{', '.join(names)}: {reason}", name) for reason, names in by_reason(answer).items()]
+        origins.append((str(entry.plugin), name))
+    show_table(("kernel", "device", "priority", "available", "refuses"), rows)
+    _list("Not available:", [f"{', '.join(names)}: {reason}" for reason, names in together(problems).items()])
+    _list("Refused:", [f"{', '.join(names)}: {reason}" for reason, names in together(refusals).items()])
+    _list("Broken plugins:", [f"{broken.plugin}: {broken.reason}" for broken in registry.broken])
+    _list("From:", [f"{origin}: {', '.join(names)}" for origin, names in together(origins).items()])
+
+
+def _list(title: str, lines: list[str]) -> None:
+    if lines:
+        click.echo(f"\n{title}")
+    for line in lines:
+        show_text(line, "  ")
 
 
 def by_reason(answers: "Answers | None") -> dict[str, list[str]]:

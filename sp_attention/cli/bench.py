@@ -59,7 +59,7 @@ def _run(subject: str, out: Path | None, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps(record, indent=1))
         return
     for table in module.tables(record):
-        show(table, Console())
+        show(table)
     if out is not None:
         click.echo(f"plot and numbers in {out}/")
 

@@ -25,6 +25,7 @@ from sp_attention.cli.outcomes import (
 )
 from sp_attention.distributed.partition import spans
 from sp_attention.region.pytree import Path, tensors
+from sp_attention.rehearsal.findings import parts
 from sp_attention.testing import relative_error
 
 # The largest relative error that is still the same number. Models in float64 compute some parts in float32.
@@ -80,7 +81,16 @@ def compare(
                     first = _parting(reference, model, batch, variant)
                     verdict = merged(replace(verdict, first=first))
                 verdicts.append(replace(verdict, kind=name))
-        return Comparison(tuple(verdicts), handle.backend.kernel, handle.report())
+        return Comparison(tuple(verdicts), handle.backend.kernel, parts=parts_of(handle))
+
+
+def parts_of(handle: sp_attention.Handle) -> dict[str, list[str]]:
+    """The parts of the layers of a model, and of those beside it, by what they are."""
+    every: dict[str, list[str]] = {}
+    for one in (handle, *handle.others.values()):
+        for kind, names in ({} if one.findings is None else parts(one.findings)).items():
+            every[kind] = list(dict.fromkeys([*every.get(kind, []), *names]))
+    return every
 
 
 def _compared(reference: PreTrainedModel, model: PreTrainedModel, batch: Batch, variant: str) -> Verdict:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sp_attention.cli.reporting import Report, run_reporting
+from sp_attention.cli.terminal import show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,7 @@ def demo(
         comparison = compare(training, size, text, console)
     if comparison is None:
         return 0
-    _show(console, training, comparison)
+    _show(training, comparison)
     _write(out, training, comparison, text)
     console.print(f"plot and numbers in {out}/")
     if not comparison.is_same:
@@ -177,26 +178,25 @@ def _compared(alone: "Trained", ranks: "list[Trained]") -> Comparison:
     return Comparison(alone, ranks, worst, max(gradients))
 
 
-def _show(console: "Console", training: "Training", comparison: Comparison) -> None:
-    from rich.table import Table
-
+def _show(training: "Training", comparison: Comparison) -> None:
     alone, ranks = comparison.alone, comparison.ranks
     title = f"{alone.parameters / 1e6:.1f} M parameters, {training.seq} tokens a step, kernel {training.backend}"
-    table = Table("step", "loss, one process", f"loss, {len(ranks)} ranks", "difference", title=title)
-    for step, (theirs, ours) in enumerate(zip(alone.losses, ranks[0].losses, strict=True), start=1):
-        table.add_row(str(step), f"{theirs:.6f}", f"{ours:.6f}", f"{abs(ours - theirs) / abs(theirs):.1e}")
-    console.print(table)
-    table = Table("", "one process", f"each of {len(ranks)} ranks")
+    losses = [
+        (str(step), f"{theirs:.6f}", f"{ours:.6f}", f"{abs(ours - theirs) / abs(theirs):.1e}")
+        for step, (theirs, ours) in enumerate(zip(alone.losses, ranks[0].losses, strict=True), start=1)
+    ]
+    show_table(("step", "loss, one process", f"loss, {len(ranks)} ranks", "difference"), losses, title)
     peaks, own = [_mebibytes(rank.peak) for rank in ranks], [_mebibytes(rank.peak - rank.start) for rank in ranks]
-    table.add_row("peak resident memory", _mebibytes(alone.peak), ", ".join(peaks))
-    table.add_row("  of it for the training", _mebibytes(alone.peak - alone.start), ", ".join(own))
-    per_rank = ranks[0].tokens_per_second / len(ranks)
-    table.add_row(
-        "tokens/s", f"{alone.tokens_per_second:.0f}", f"{per_rank:.0f} ({ranks[0].tokens_per_second:.0f} in all)"
+    in_all = ranks[0].tokens_per_second
+    rows = (
+        ("peak resident memory", _mebibytes(alone.peak), ", ".join(peaks)),
+        ("  of it for the training", _mebibytes(alone.peak - alone.start), ", ".join(own)),
+        ("tokens/s", f"{alone.tokens_per_second:.0f}", f"{in_all / len(ranks):.0f} ({in_all:.0f} in all)"),
+        ("largest difference of a loss", "", f"{comparison.loss_difference:.1e}"),
+        ("largest difference of a gradient, step 1", "", f"{comparison.gradient_difference:.1e}"),
     )
-    table.add_row("largest difference of a loss", "", f"{comparison.loss_difference:.1e}")
-    table.add_row("largest difference of a gradient, step 1", "", f"{comparison.gradient_difference:.1e}")
-    console.print(table)
+    click.echo()
+    show_table(("", "one process", f"each of {len(ranks)} ranks"), rows)
 
 
 def _mebibytes(size: int) -> str:

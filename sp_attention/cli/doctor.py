@@ -8,6 +8,10 @@ from typing import Any
 
 import click
 
+from sp_attention.cli.terminal import show_pairs, show_table, show_text, together
+
+OUTCOMES = ("right", "refused", "wrong")
+
 
 @click.command()
 @click.option("--run", "runs", is_flag=True, help="Check what kernels do on the devices here, with every gradient.")
@@ -27,9 +31,7 @@ def doctor(runs: bool, as_json: bool) -> int:
         problem = found["torch"]["problem"]
         found["plugins"] = _plugins() if problem is None else None
     if not as_json:
-        rows = list(_rows(found))
-        width = max(len(name) for name, _ in rows)
-        click.echo("\n".join(f"{name:{width}}  {text}" for name, text in rows))
+        show_pairs(_rows(found))
     status = 0
     if runs and problem is not None:
         click.echo("sp-attention: kernels cannot be checked, for torch cannot be imported", err=True)
@@ -39,7 +41,8 @@ def doctor(runs: bool, as_json: bool) -> int:
             found["checked"] = list(_checked())
         status = int(any(kernel["wrong"] for kernel in found["checked"]))
         if not as_json:
-            click.echo("\n" + "\n".join(_table(found["checked"])))
+            click.echo()
+            _show(found["checked"])
     if as_json:
         click.echo(json.dumps(found, indent=2))
     return status
@@ -79,10 +82,12 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if plugins is None:
         yield "backends", "not asked, for want of torch"
         return
-    for number, entry in enumerate(plugins["backends"]):
-        state = "available" if entry["available"] else entry["reason"]
-        text = f"{entry['kernel']} on {entry['device']}, of {_origin(entry)}: {state}"
-        yield "" if number else "backends", text
+    states = together(
+        (f" on {entry['device']}, of {_origin(entry)}: {entry['reason'] or 'available'}", entry["kernel"])
+        for entry in plugins["backends"]
+    )
+    for number, (state, kernels) in enumerate(states.items()):
+        yield "" if number else "backends", ", ".join(kernels) + state
     for entry in plugins["broken"]:
         yield "broken plugin", f"{_origin(entry)}: {entry['reason']}"
 
@@ -122,14 +127,14 @@ def _checked() -> Iterator[dict[str, Any]]:
                 yield {**of, "right": list(found[RIGHT]), "refused": found[REFUSED], "wrong": found[WRONG]}
 
 
-def _table(checked: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for every kernel, and one for everything that it refuses, or does wrong."""
-    width = max((len(each["kernel"]) for each in checked), default=0)
-    yield f"{'kernel':{width}}  {'device':6}  {'dtype':8}  right  refused  WRONG"
-    for each in checked:
-        counts = f"{len(each['right']):5}  {len(each['refused']):7}  {len(each['wrong']):5}"
-        yield f"{each['kernel']:{width}}  {each['device']:6}  {each['dtype']:8}  {counts}"
+def _show(checked: list[dict[str, Any]]) -> None:
+    """A row for every kernel, and a line for every reason why it refuses something, or what it does wrong."""
+    rows = [
+        (*(each[key] for key in ("kernel", "device", "dtype")), *(str(len(each[key])) for key in OUTCOMES))
+        for each in checked
+    ]
+    show_table(("kernel", "device", "dtype", "right", "refused", "WRONG"), rows)
     for each in checked:
         for outcome, word in (("refused", "refused"), ("wrong", "WRONG")):
-            for feature, reason in each[outcome].items():
-                yield f"{each['kernel']} on {each['device']}: {word}: {feature}: {reason}"
+            for reason, features in together((reason, one) for one, reason in each[outcome].items()).items():
+                show_text(f"{each['kernel']} on {each['device']}: {word}: {', '.join(features)}: {reason}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from sp_attention.cli.terminal import show_table
 from sp_attention.errors import Refused
 
 if TYPE_CHECKING:
@@ -211,20 +212,18 @@ def _one_line(error: Exception) -> str:
 
 
 def _show(ranks: list[Generated]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     first, speed = ranks[0], ranks[0].tokens_per_second
-    table = Table("", f"{len(ranks)} ranks", title=f"kernel {first.kernel}, {first.dtype}")
-    table.add_row("prompt, tokens", str(first.prompt_tokens))
-    table.add_row("new tokens", str(first.new_tokens))
-    table.add_row("to the first token, s", f"{first.prefill_seconds:.2f}")
-    table.add_row("after it, tokens/s", "" if speed is None else f"{speed:.1f}")
-    table.add_row("key/value cache, each rank", ", ".join(_mebibytes(rank.cache) for rank in ranks))
-    table.add_row("  in one process, all heads", _mebibytes(first.whole_cache))
-    table.add_row("peak resident memory, each rank", ", ".join(_mebibytes(rank.peak) for rank in ranks))
-    table.add_row("  of it for generating", ", ".join(_mebibytes(rank.peak - rank.start) for rank in ranks))
-    Console().print(table)
+    rows = (
+        ("prompt, tokens", str(first.prompt_tokens)),
+        ("new tokens", str(first.new_tokens)),
+        ("to the first token, s", f"{first.prefill_seconds:.2f}"),
+        ("after it, tokens/s", "" if speed is None else f"{speed:.1f}"),
+        ("key/value cache, each rank", ", ".join(_mebibytes(rank.cache) for rank in ranks)),
+        ("  in one process, all heads", _mebibytes(first.whole_cache)),
+        ("peak resident memory, each rank", ", ".join(_mebibytes(rank.peak) for rank in ranks)),
+        ("  of it for generating", ", ".join(_mebibytes(rank.peak - rank.start) for rank in ranks)),
+    )
+    show_table(("", f"{len(ranks)} ranks"), rows, f"kernel {first.kernel}, {first.dtype}")
 
 
 def _mebibytes(size: int | None) -> str:

@@ -1,7 +1,7 @@
-"""What a comparison says: verdicts on batches, and what a report says of parts; no torch, so that --help is quick."""
+"""What a comparison says: verdicts on batches, and what parts of layers are; no torch, so that --help is quick."""
 
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 EXACT, DIFFERS, REFUSED, NOT_COMPARABLE, FAILED = "exact", "differs", "refused", "not comparable", "failed"
 # Of several ranks' verdicts the first of these counts.
@@ -34,25 +34,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of a model. refused: why `enable` did. kernel, report: what it took, and what the handle says."""
+    """What came of a model.
+
+    refused: why `enable` did. kernel: what it took. parts: those of layers, by what they are.
+    """
 
     verdicts: tuple[Verdict, ...]
     kernel: str = ""
-    report: str = ""
     refused: str = ""
+    parts: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def outcome(self) -> str:
         """The worst of all: a number that differs, then a failure, then a refusal; exact when nothing is worse."""
         found = {verdict.outcome for verdict in self.verdicts} | ({REFUSED} if self.refused else set())
         return next((outcome for outcome in (DIFFERS, FAILED, REFUSED, EXACT) if outcome in found), NOT_COMPARABLE)
-
-
-def parts_of(report: str) -> dict[str, list[str]]:
-    """From the text of a report: the parts of layers that run head-parallel, position-wise, gathered or left alone."""
-    parts: dict[str, list[str]] = {}
-    for line in report.splitlines():
-        found = re.match(r" +(\S+): (head-parallel|gathered|position-wise|left alone)\b", line)
-        if found is not None and found[1] not in parts.get(found[2], []):
-            parts.setdefault(found[2], []).append(found[1])
-    return parts

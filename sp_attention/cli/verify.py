@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sp_attention.cli.outcomes import DIFFERS, EXACT, KINDS, REFUSED, VARIANTS, Comparison, Verdict, parts_of
+from sp_attention.cli.outcomes import DIFFERS, EXACT, KINDS, REFUSED, VARIANTS, Comparison, Verdict
+from sp_attention.cli.terminal import show_table, show_text
 
 if TYPE_CHECKING:
     from sp_attention.cli.subject import Subject
@@ -120,30 +121,27 @@ def _verify(subject: "Subject", backend: str, kinds: tuple[str, ...], variants: 
 
 
 def _show(verified: Verified, ranks: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console, comparison = Console(), verified.comparison
+    comparison = verified.comparison
     if comparison is None:
         print(f"sp-attention: {verified.model} cannot be verified: {verified.reason}", file=sys.stderr)
         return
     size = f"{verified.parameters / 1e3:.0f} thousand parameters"
-    console.print(f"{verified.model} ({verified.task}), {size}, {verified.dtype}, one process and {ranks} ranks")
+    show_text(f"{verified.model} ({verified.task}), {size}, {verified.dtype}, one process and {ranks} ranks")
     if comparison.refused:
-        console.print(f"{REFUSED}: {comparison.refused}", markup=False)
+        show_text(f"{REFUSED}: {comparison.refused}")
         return
-    table = Table("batch", "result", "largest error", "of")
-    for verdict in comparison.verdicts:
-        error = "" if verdict.error is None else f"{verdict.error:.1e}"
-        table.add_row(verdict.kind, verdict.outcome, error, verdict.where)
-    console.print(table)
+    rows = [
+        (verdict.kind, verdict.outcome, "" if verdict.error is None else f"{verdict.error:.1e}", verdict.where)
+        for verdict in comparison.verdicts
+    ]
+    show_table(("batch", "result", "largest error", "of"), rows)
     for verdict in comparison.verdicts:
         for line in _remarks(verdict):
-            console.print(f"{verdict.kind}: {line}", markup=False, highlight=False)
-    console.print(f"kernel: {comparison.kernel}", markup=False, highlight=False)
-    for kind, parts in parts_of(comparison.report).items():
-        console.print(f"{kind}: {', '.join(parts)}", markup=False, highlight=False)
-    console.print(verified.outcome)
+            show_text(f"{verdict.kind}: {line}")
+    show_text(f"kernel: {comparison.kernel}")
+    for kind, parts in comparison.parts.items():
+        show_text(f"{kind}: {', '.join(parts)}")
+    show_text(verified.outcome)
 
 
 def _remarks(verdict: Verdict) -> list[str]:
@@ -166,7 +164,7 @@ def _record(verified: Verified, ranks: int) -> dict[str, Any]:
         "parameters": verified.parameters,
         "outcome": verified.outcome,
         "reason": verified.reason or comparison.refused,
-        "parts": parts_of(comparison.report),
+        "parts": comparison.parts,
         "batches": [
             {
                 "kind": verdict.kind,

@@ -95,21 +95,32 @@ class Findings:
 
 
 def report(findings: Findings) -> list[str]:
-    """What each part of each kind of layer does, as lines of text."""
+    """A line of text for each kind of layer, which names the parts that are not position-wise."""
     lines = [f"  {embedding.name}: looks up this rank's tokens" for embedding in findings.embeddings.values()]
     for name, layers in findings.stacks.items():
         where = "; each layer cuts and gathers on its own" if name in findings.separate else ""
         alike: dict[str, list[str]] = {}
         for found in layers:
-            alike.setdefault("\n".join(_described(found)), []).append(found.layer.name.rsplit(".", 1)[-1])
-        for text, which in alike.items():
-            lines += [f"  {name}, layers {', '.join(which)}{where}:", text]
+            alike.setdefault(_described(found), []).append(found.layer.name.rsplit(".", 1)[-1])
+        lines += [f"  {name}, {_numbered(which)}: {text}{where}" for text, which in alike.items()]
     alone = sorted(findings.left_alone.items())
     if findings.samples:
         lines.append(
             f"  layers do the same in sequences of up to {findings.proven_length} tokens; longer ones are tried"
         )
     return lines + [f"  {name}: left alone: {why}" for name, why in alone if name not in findings.stacks]
+
+
+def parts(findings: Findings) -> dict[str, list[str]]:
+    """The names of parts of layers by what they are: head-parallel, position-wise, gathered; of lists, left alone."""
+    found: dict[str, list[str]] = {}
+    for layers in findings.stacks.values():
+        for layer in layers:
+            for name, kind in {} if layer.gathers == EVERYTHING else _kinds(layer):
+                names = found.setdefault(kind.split(":")[0].split(",")[0], [])
+                names += [] if name in names else [name]
+    alone = sorted(name for name in findings.left_alone if name not in findings.stacks)
+    return found | ({"left alone": alone} if alone else {})
 
 
 def described(plan: RegionPlan, ranks: int) -> list[str]:
@@ -153,9 +164,21 @@ def _grids(plan: RegionPlan, ranks: int) -> list[str]:
     ]
 
 
-def _described(found: LayerFindings) -> list[str]:
+def _described(found: LayerFindings) -> str:
     if found.gathers == EVERYTHING:
-        return ["    all of it: gathered: only as a whole does it give the same numbers"]
+        return "all of it: gathered: only as a whole does it give the same numbers"
+    alike: dict[str, list[str]] = {}
+    for name, kind in _kinds(found):
+        alike.setdefault(kind, []).append(name)
+    position_wise = alike.pop(POSITION_WISE, None)
+    texts = [f"{', '.join(names)}: {kind}" for kind, names in alike.items()]
+    if position_wise:
+        texts.append(f"{'all else' if alike else 'all of it'}: {POSITION_WISE}")
+    return "; ".join(texts)
+
+
+def _kinds(found: LayerFindings) -> list[tuple[str, str]]:
+    """What each part of a layer is, by its name within the layer."""
     gathered = {part.name for part in found.attending} if found.gathers == ATTENTION else set()
     kinds = {
         name: kind
@@ -163,4 +186,14 @@ def _described(found: LayerFindings) -> list[str]:
         if not any(name == part or name.startswith(f"{part}.") for part in gathered)
     }
     kinds |= dict.fromkeys(gathered, "gathered: attends, and only as a whole gives the same numbers")
-    return [f"    {name.removeprefix(found.layer.name + '.')}: {kind}" for name, kind in sorted(kinds.items())]
+    return [(name.removeprefix(found.layer.name + "."), kind) for name, kind in sorted(kinds.items())]
+
+
+def _numbered(names: list[str]) -> str:
+    """Layers by their numbers, neighbours as a range: "layers 0 to 30, 40"."""
+    ranges: list[list[str]] = []
+    for name in names:
+        follows = ranges and name.isdecimal() and ranges[-1][-1].isdecimal() and int(name) == int(ranges[-1][-1]) + 1
+        ranges[-1].append(name) if follows else ranges.append([name])
+    texts = [one[0] if len(one) == 1 else f"{one[0]} to {one[-1]}" for one in ranges]
+    return f"{'layer' if len(names) == 1 else 'layers'} {', '.join(texts)}"

@@ -4,13 +4,11 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sp_attention.cli.machine import installed
 from sp_attention.cli.tables import markdown_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from sp_attention.cli.terminal import show_table, show_text
 
 Record = dict[str, Any]
 PACKAGES = ("sp-attention", "torch", "transformers", "veomni", "ms-swift", "yunchang", "deepspeed", "verl")
@@ -36,16 +34,11 @@ def surroundings() -> Record:
     }
 
 
-def show(table: Table, console: "Console") -> None:
+def show(table: Table) -> None:
     """Write it to a terminal."""
-    from rich.table import Table as Drawn
-
-    drawn = Drawn(*table.columns, title=table.title)
-    for row in table.rows:
-        drawn.add_row(*row)
-    console.print(drawn)
+    show_table(table.columns, table.rows, table.title)
     for note in table.notes:
-        console.print(note, markup=False, highlight=False)
+        show_text(note)
 
 
 def markdown(table: Table) -> str:
