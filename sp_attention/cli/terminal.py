@@ -52,7 +52,7 @@ def text(sentence: str, limit: int | None, indent: str = "") -> list[str]:
     sentence = " ".join(sentence.split())
     if limit is None:
         return [indent + sentence]
-    return _wrapped(sentence, limit, initial_indent=indent, subsequent_indent=f"{indent}  ")
+    return _wrapped(sentence, limit, indent, f"{indent}  ")
 
 
 def table(cells: Cells, limit: int | None) -> Iterator[str]:
@@ -77,8 +77,12 @@ def table(cells: Cells, limit: int | None) -> Iterator[str]:
             yield GAP.join("─" * size for size in widths)
 
 
-def _wrapped(sentence: str, limit: int, **indents: str) -> list[str]:
-    return wrap(sentence, limit, break_long_words=False, break_on_hyphens=False, **indents) or [""]
+def _wrapped(sentence: str, limit: int, first: str = "", others: str = "") -> list[str]:
+    """Lines of a sentence, with what the first of them begins with, and the others."""
+    found = wrap(
+        sentence, limit, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
+    return found or [""]
 
 
 def _widths(cells: Cells, limit: int | None) -> list[int] | None:
