@@ -17,6 +17,7 @@ import sp_attention
 from sp_attention.cli.rss import forget_peak, resident_memory
 from sp_attention.cli.tables import markdown_row, markdown_table
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 MODEL = {
     "vocab_size": 32768,
@@ -44,7 +45,7 @@ def step_of(setting: str, length: int) -> tuple[int, float, float]:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL, max_position_embeddings=length)).train()
     options, checkpointed = SETTINGS[setting]
     if checkpointed:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, {"use_reentrant": False})
     sp_attention.enable(model, backend="sdpa", **options)
     ids = torch.randint(MODEL["vocab_size"], (1, length))
     spent, seconds, loss = 0, [], 0.0

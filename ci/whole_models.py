@@ -21,6 +21,7 @@ import sp_attention
 from sp_attention.cli.comparison import TOLERANCES, largest_error
 from sp_attention.cli.reduced import prepare
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 RANKS, LENGTH, NEW, TIMEOUT = (2, 3, 4), 33, 5, 400.0
 # Rounding may choose other experts, so models that have some are compared in float64 only.
@@ -150,7 +151,7 @@ def _judged(model: PreTrainedModel, steps: dict[str, Step], way: Way) -> Iterato
     names = model.config.model_type, str(model.dtype).removeprefix("torch.")
     with sp_attention.enable(shared, "auto", **way.asked or {}) as handle:
         if way.checkpoints:
-            shared.activation_checkpointing_enable()
+            checkpoint_activations(shared)
         for name, step in steps.items():
             try:
                 expected = step(exact)
@@ -203,7 +204,7 @@ def _measured(kind: str, length: int, ways: dict[str, Way]) -> dict[str, tuple[i
         if way.asked is not None:
             sp_attention.enable(model, "auto", **way.asked)
         if way.checkpoints:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         for _ in range(2):
             module.reset_peak_memory_stats()
             start = perf_counter()

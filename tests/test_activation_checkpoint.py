@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 import sp_attention
 from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 LENGTH = 13
 DROPOUT = Tiny("LlamaForCausalLM", {"attention_dropout": 0.2})
@@ -83,7 +84,7 @@ def run_checkpointed(reentrant: bool) -> dict[str, float]:
     for name, step in STEPS.items():
         models = MODELS["mistral-window5"].build(), MODELS["mistral-window5"].build()
         for model in models:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, {"use_reentrant": reentrant})
         sp_attention.enable(models[1], backend="sdpa")
         errors[name] = largest_error(*models, step)
     return errors

@@ -15,6 +15,7 @@ import sp_attention
 from sp_attention.api import Handle
 from sp_attention.errors import UnsupportedError, told
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 
 def loss_of(model: PreTrainedModel, **weights: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def loss_of(model: PreTrainedModel, **weights: Tensor) -> Tensor:
 
 
 def checkpointed_loss(model: PreTrainedModel) -> Tensor:
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, {"use_reentrant": False})
     return loss_of(model)
 
 

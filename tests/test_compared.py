@@ -20,6 +20,7 @@ import sp_attention
 from sp_attention.errors import BatchError
 from sp_attention.launch import run_ranks
 from sp_attention.region.compared import contents
+from sp_attention.region.versions import checkpoint_activations, keep_activations
 
 BART = Tiny(
     "BartForConditionalGeneration",
@@ -180,11 +181,11 @@ def modes() -> dict[str, str]:
 
     def checkpointing() -> None:
         if is_odd():
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         try:
             model(**batch)
         finally:
-            model.gradient_checkpointing_disable()
+            keep_activations(model)
 
     def frozen() -> None:
         model.model.layers[0].mlp.up_proj.weight.requires_grad_(not is_odd())

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import sp_attention
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 BERT = Tiny(
     "BertForMaskedLM",
@@ -39,7 +40,7 @@ def chunked() -> tuple[str, list[Any], dict[str, float]]:
         for each in (reference, model):
             each.zero_grad()
         if checkpoints:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model, {"use_reentrant": False})
         found = errors_of(reference, model, lambda one, length=length: step(one, length))
         errors |= {f"{name}, {length}, {checkpoints}": error for name, error in found.items() if "key.bias" not in name}
     report = handle.report()

@@ -20,6 +20,7 @@ import sp_attention
 from sp_attention.api import handle_of
 from sp_attention.launch import run_ranks
 from sp_attention.region.attn_implementation import configs
+from sp_attention.region.versions import checkpoint_activations
 
 
 def logits_of(model: PreTrainedModel, length: int) -> Tensor:
@@ -79,7 +80,7 @@ def copied_and_trained(kind: str) -> dict[str, Any]:
     """A copy while the model is enabled, after that was disabled, and once it is disabled or enabled itself."""
     prepared = {
         "plain": lambda model: None,
-        "checkpointing": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}),
+        "checkpointing": lambda model: checkpoint_activations(model, {"use_reentrant": False}),
         "re-entrant": lambda model: checkpointed(model, reentrant=True),
     }[kind]
     reference, model = LLAMA.build(), LLAMA.build()

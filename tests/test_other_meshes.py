@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 import sp_attention
 from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 # By two ranks of tensor parallelism, each has as many heads as here, and half of them are each rank's of a sequence.
 LLAMA = Tiny("LlamaForCausalLM", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "head_dim": 8})
@@ -36,7 +37,7 @@ def errors(kind: str) -> dict[str, float]:
     options = {"loss_tile": 4} if kind == "tiles" else {}
     sp_attention.enable(model, backend="sdpa", group=mesh["sp"], **options)
     if kind == "checkpoints":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, {"use_reentrant": False})
     (expected,), (loss,) = loss_step(reference), loss_step(model)
     if kind != "FSDP2":
         with pytest.raises(ValueError, match="pass the group of the ranks that have the same parts"):

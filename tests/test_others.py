@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import sp_attention
 from sp_attention.errors import BatchError, UnsupportedError
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 LENGTH = 33
 
@@ -107,7 +108,7 @@ def errors_with(names: tuple[str, ...], before: bool = False, checkpointed: bool
             PUT[name](model)
         PUT[name](reference)
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model, {"use_reentrant": False})
         errors[name] = largest_error(reference, model, loss_step)
     return errors
 

@@ -28,6 +28,8 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, LinearAttentionLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
+from sp_attention.region.versions import checkpoint_activations
+
 # Where the names of the other packages are checked, which are not in every environment.
 ELSEWHERE = {
     "deepspeed": "with_deepspeed/test_private_names_of_deepspeed.py",
@@ -62,7 +64,7 @@ def recorded() -> Any:
 
 def checkpointed() -> Any:
     model = llama()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     return model.model.layers[0]
 
 

@@ -18,6 +18,7 @@ import sp_attention
 from sp_attention.distributed.rng import Forked, are_equal, derived, states
 from sp_attention.errors import UnsupportedError
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations, keep_activations
 
 # Its last layer looks one token back, so that a part with dropout in it is gathered.
 GPT2 = Tiny("GPT2LMHeadModel", {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3})
@@ -105,9 +106,9 @@ def checkpointed(name: str) -> dict[str, float]:
     assert torch.equal(seeded()[0], loss)
     errors = {}
     for reentrant in (True, False):
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, {"use_reentrant": reentrant})
         again, others = seeded()
-        model.activation_checkpointing_disable()
+        keep_activations(model)
         pairs = [(again, loss), *((others[one], gradients[one]) for one in gradients)]
         errors["reentrant" if reentrant else "not reentrant"] = max(relative_error(*pair) for pair in pairs)
     return errors

@@ -16,6 +16,7 @@ import sp_attention
 from sp_attention.distributed.digest import weights_digest
 from sp_attention.errors import BatchError
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 
 def is_odd() -> bool:
@@ -60,7 +61,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "frozen": (changed(lambda model: model.lm_head.requires_grad_(False)), ("lm_head.weight differs", "frozen")),
     "evaluation": (changed(lambda model: model.eval()), ("(training) differs",)),
     "a part in evaluation": (changed(lambda model: model.model.layers[0].eval()), ("(in evaluation) differs",)),
-    "checkpointing": (changed(lambda model: model.gradient_checkpointing_enable()), ("(checkpointed) differs",)),
+    "checkpointing": (changed(lambda model: checkpoint_activations(model)), ("(checkpointed) differs",)),
 }
 CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "(autocast)": lambda: torch.autocast("cpu", torch.bfloat16),

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sp_attention
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 
 class Largest(TorchDispatchMode):
@@ -46,7 +47,7 @@ def largest_of_a_step() -> list[tuple[int, str]]:
     ids = torch.randint(3, 97, (1, 512), generator=torch.Generator().manual_seed(0))
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model, {"use_reentrant": False})
         with Largest() as largest:
             model(input_ids=ids, labels=ids).loss.backward()
         found.append((largest.numbers, largest.operator))
@@ -78,7 +79,7 @@ def scale_by_a_module(model: PreTrainedModel) -> None:
 
 
 def checkpoint(model: PreTrainedModel) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, {"use_reentrant": True})
 
 
 def wrap(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from models import LLAMA, MODELS, Tiny, batch_of
 from torch import Tensor, nn
 
 import sp_attention
+from sp_attention.region.versions import checkpoint_activations
 
 TILE = 5
 SOFTCAP = Tiny("Gemma2ForCausalLM", {"attn_logit_softcapping": None, "final_logit_softcapping": 2.0})
@@ -74,7 +75,7 @@ def hooked(model: nn.Module) -> nn.Module:
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, {"use_reentrant": reentrant})
     model.enable_input_require_grads()
     return model
 

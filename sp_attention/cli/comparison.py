@@ -25,6 +25,7 @@ from sp_attention.cli.outcomes import (
 )
 from sp_attention.distributed.partition import spans
 from sp_attention.region.pytree import Path, tensors
+from sp_attention.region.versions import checkpoint_activations, keep_activations
 from sp_attention.rehearsal.findings import parts
 from sp_attention.testing import relative_error
 
@@ -196,7 +197,7 @@ def _turned(batch: Batch) -> Batch:
 def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
     trainable = [parameter.requires_grad for parameter in model.parameters()]
     if variant in CHECKPOINTING:
-        model.activation_checkpointing_enable({"use_reentrant": CHECKPOINTING[variant]})
+        checkpoint_activations(model, {"use_reentrant": CHECKPOINTING[variant]})
     if variant == "frozen":
         for parameter in list(model.parameters())[::2]:
             parameter.requires_grad_(False)
@@ -205,7 +206,7 @@ def _varied(model: PreTrainedModel, variant: str) -> Iterator[None]:
         yield
     finally:
         if variant in CHECKPOINTING:
-            model.activation_checkpointing_disable()
+            keep_activations(model)
         for parameter, was in zip(model.parameters(), trainable, strict=True):
             parameter.requires_grad_(was)
         model.train()

@@ -136,9 +136,10 @@ def require_fit(accelerator: Accelerator) -> None:
         )
     config = accelerator.parallelism_config
     for name in ("sp_size", "cp_size", "tp_size"):
-        if config is not None and getattr(config, name) > 1:
+        size = getattr(config, name, 1)  # `sp_size` since accelerate 1.12.0
+        if size > 1:
             raise ValueError(
-                f"accelerate's ParallelismConfig has {name}={getattr(config, name)}, and sp_attention.enable() cuts "
+                f"accelerate's ParallelismConfig has {name}={size}, and sp_attention.enable() cuts "
                 f"the sequence already: leave {name} out, accelerate is told of the groups"
             )
 

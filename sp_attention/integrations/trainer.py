@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from sp_attention.api import Handle, handle_of
 from sp_attention.integrations.accelerate import GroupAccelerator, require_fit
 from sp_attention.integrations.trainer_checkpoints import WholeCheckpoints
+from sp_attention.region.versions import batch_rebalance_sampler
 
 
 class InGroups(WholeCheckpoints):
@@ -79,10 +79,11 @@ class InGroups(WholeCheckpoints):
         return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[Any] | None:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if isinstance(sampler, BatchRebalanceSampler):
+        sampler: Sampler[Any] | None = super()._get_train_sampler(*args, **kwargs)
+        rebalances = batch_rebalance_sampler()
+        if rebalances is not None and isinstance(sampler, rebalances):
             handle = self._handle()
-            return BatchRebalanceSampler(
+            rebalanced: Sampler[Any] = rebalances(
                 sampler.lengths,
                 sampler.effective_batch_size // self._group_size(),
                 handle.data_parallel_size,
@@ -92,4 +93,5 @@ class InGroups(WholeCheckpoints):
                 handle.data_parallel_rank,
                 sampler.drop_last,
             )
+            return rebalanced
         return sampler

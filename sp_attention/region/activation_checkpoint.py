@@ -14,9 +14,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.context import Context, Scope
 from sp_attention.region.hook import is_hooked
+from sp_attention.region.versions import (
+    CHECKPOINT_FUNCTION,
+    checkpoint_calls,
+    checkpoint_forwards,
+    require_forward_checkpointed,
+)
 
 # Where transformers' layers and torch's wrapper keep the function that checkpoints.
-_FUNCTIONS = {GradientCheckpointingLayer: "_gradient_checkpointing_func", CheckpointWrapper: "checkpoint_fn"}
+_FUNCTIONS = {GradientCheckpointingLayer: CHECKPOINT_FUNCTION, CheckpointWrapper: "checkpoint_fn"}
 # A module that may run again, and the attribute that holds the function that does it.
 Checkpoint = tuple[nn.Module, str]
 
@@ -28,10 +34,24 @@ def checkpoints_in(layer: nn.Module) -> list[Checkpoint]:
 
 @dataclass(eq=False)
 class ActivationCheckpoints:
-    """The checkpoints of the layer in progress, whose functions are bound to its scope meanwhile."""
+    """The checkpoints of the layer in progress, whose functions are bound to its scope meanwhile.
+
+    _within_hooks: the layers of the model in progress that checkpoint less than they do otherwise.
+    """
 
     context: Context
     _bound: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    _within_hooks: list[nn.Module] = field(default_factory=list)
+
+    def enter(self, model: nn.Module) -> None:
+        """Let the layers of a model that is called now checkpoint what is within their hooks."""
+        self._within_hooks = checkpoint_forwards(model.modules())
+
+    def leave(self) -> None:
+        """Leave everything as it was before `enter`; what an error or an interrupt has left changed too."""
+        self.unbind()
+        checkpoint_calls(self._within_hooks)
+        self._within_hooks = []
 
     def bind(self, layer: nn.Module, checkpoints: list[Checkpoint], offloads_from: str | None) -> bool:
         """Tie the scope of now to what of a layer runs again in backward, when it is no longer the scope of now.
@@ -43,13 +63,15 @@ class ActivationCheckpoints:
             of_transformers = isinstance(module, GradientCheckpointingLayer)
             if of_transformers and not (module.gradient_checkpointing and module.training):
                 continue
+            if of_transformers:
+                require_forward_checkpointed(module)
             checkpoint = getattr(module, name)
             setattr(module, name, partial(self._bound_to, layer, self.context.scope, checkpoint, offloads_from))
             self._bound.append((module, name, checkpoint))
         return bool(self._bound)
 
     def unbind(self) -> None:
-        """Give back their functions; what an error or an interrupt has left bound too."""
+        """Give back their functions."""
         for module, name, checkpoint in self._bound:
             setattr(module, name, checkpoint)
         self._bound.clear()

@@ -108,6 +108,7 @@ class Hooks(RegionState):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.checkpoints.leave()
         for model in self.plan.models:
             direct_call.take_away(model)
 
@@ -175,15 +176,17 @@ class Hooks(RegionState):
         reason = others.refused or refusal(self.plan, model, given)
         if reason is not None:
             raise UnsupportedError(reason)
-        self.checkpoints.unbind()
+        self.checkpoints.leave()
         self._tell(unseen | (extra - ignored), model)
         forward = self.forward = self._begun(model, given, bool(unseen), ignored, others)
         try:
             weights = is_on("output_attentions", model, given)
             with self.context.model(tensors_given, weights, unread(extra, self.inside)):
+                self.checkpoints.enter(model)
                 self.enter(model)
                 output = yield None
         finally:
+            self.checkpoints.leave()
             self._entered = None
             self.forward = None
         return None if output is None else self._for_the_user(forward, output, number)

@@ -28,6 +28,7 @@ from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
 from sp_attention.region.pytree import Path, leaf_at, leaves, map_leaves, tensors, text_of
 from sp_attention.region.sequence_dims import Along, Extent
 from sp_attention.region.state import Around, RegionState
+from sp_attention.region.versions import CHECKPOINTING_ENABLE
 
 
 def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: Stack, planned: Layer) -> Around:
@@ -57,7 +58,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
             if offloads_from is not None and not runs_again and module.training and torch.is_grad_enabled():
                 raise UnsupportedError(
                     f"offload=True, and nothing checkpoints {layer.name}, so nothing of it can be kept in CPU memory: "
-                    "call model.activation_checkpointing_enable() before you train, or leave offload out"
+                    f"call model.{CHECKPOINTING_ENABLE}() before you train, or leave offload out"
                 )
             try:
                 output = yield given
@@ -189,7 +190,7 @@ def _pass_again(state: RegionState, layer: Layer, stack: Stack, mask: Mask | Non
         raise UnsupportedError(
             f"{layer.name} is run again in backward, and its mask was given to several forwards that drew other random "
             "numbers, or made other use of the logits: give each forward a mask of its own, or use "
-            "model.activation_checkpointing_enable()"
+            f"model.{CHECKPOINTING_ENABLE}()"
         )
     if not noted or (noted[0][0].is_separate and noted[0][0].seed is not None):
         raise UnsupportedError(_outside(layer.name))
@@ -315,5 +316,5 @@ def _outside(name: str) -> str:
         )
     return (
         f"{name} runs outside of a forward of its model, and nothing tells what sequence it is of: to checkpoint it "
-        "use model.activation_checkpointing_enable()"
+        f"use model.{CHECKPOINTING_ENABLE}()"
     )

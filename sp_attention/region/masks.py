@@ -21,13 +21,13 @@ from transformers.masking_utils import (
     causal_mask_function,
     chunked_overlay,
     packed_sequence_mask_function,
-    remap_positions_for_packed_sequence,
     sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
 
 from sp_attention.errors import UnsupportedError
 from sp_attention.kernels.request import Mask, MaskFunction
+from sp_attention.region.versions import remap_positions
 
 # Where packed documents begin, as `position_ids` say too: for what runs on whole sequences.
 DOCUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -42,7 +42,8 @@ _WINDOW = sliding_window_overlay(1).__code__
 _WINDOW_ON_BOTH_SIDES = sliding_window_bidirectional_overlay(1).__code__
 _CHUNKS = chunked_overlay(1, _SOME[0]).__code__
 _DOCUMENTS = packed_sequence_mask_function(_SOME).__code__
-_REMAPPED = remap_positions_for_packed_sequence(causal_mask_function, _SOME).__code__
+# Nothing that a function has where transformers does not remap.
+_REMAPPED: Any = remap_positions(causal_mask_function, _SOME).__code__ if remap_positions else object()
 
 
 def describe(
@@ -175,7 +176,7 @@ class _Condition:
     def whole(self) -> MaskFunction:
         if self.positions is None:
             return self.function
-        remapped: MaskFunction = remap_positions_for_packed_sequence(self.function, self.positions)
+        remapped: MaskFunction = remap_positions(self.function, self.positions)
         return remapped
 
 

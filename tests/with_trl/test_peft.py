@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import sp_attention
 from sp_attention.api import handle_of
 from sp_attention.launch import run_ranks
+from sp_attention.region.versions import checkpoint_activations
 
 TIED = MODELS["llama-tied"]
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -41,7 +42,7 @@ def adapted(model: PreTrainedModel, adapters: dict[str, Any], checkpointed: dict
     # Random weights: with those that PEFT begins with, half of the gradients are zero.
     made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **adapters))
     if checkpointed is not None:
-        made.activation_checkpointing_enable(checkpointed)
+        checkpoint_activations(made, checkpointed)
         made.enable_input_require_grads()
     return made.train()
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sp_attention
+from sp_attention.region.versions import checkpoint_activations
 
 # By their parameters. The small one has long sequences that end in minutes.
 MODELS: dict[str, dict[str, Any]] = {
@@ -86,7 +87,7 @@ def _ours(model: PreTrainedModel, ids: Tensor) -> Step:
 
 def _ours_long(model: PreTrainedModel, ids: Tensor) -> Step:
     sp_attention.enable(model, **ENABLE_LONG)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     return _alone(model, ids)
 
 
@@ -113,7 +114,7 @@ def _deepspeed_alst(model: PreTrainedModel, ids: Tensor) -> Step:
     """With what DeepSpeed has for long sequences: checkpointing, and MLP and loss in tiles."""
     mine, positions, targets = _deepspeed_part(model, ids)
     module: Any = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     ranks, tokens = dist.get_world_size(), ids.shape[1] - 1
 
     def tiled_mlp(self: Any, x: Tensor) -> Tensor:
