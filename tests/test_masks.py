@@ -126,7 +126,7 @@ WITH_FUNCTIONS = [
     for kind in BUILDERS
     for addition in ADDITIONS
     for tokens in ("unpadded", "left", "packed")
-    # transformers has no such builders, and before 5.9.0 and 5.23.0 less of them that know blocks.
+    # transformers has no such builders; none knew blocks before 5.9.0, nor that of chunks in 5.17.0.
     if ADDITIONS[addition].keys() <= signature(BUILDERS[kind][0]).parameters.keys()
     and not (kind.startswith("bidirectional") and tokens == "packed")
 ]

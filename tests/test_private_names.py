@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.data_loader import DataLoaderShard
+from packaging.version import Version
 from private_names import ROOT, Check, every, is_a, names_of, private_names, reads, table, takes, thing_called
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.data import DataLoader
 from transformers import (
     AttentionInterface,
+    Gemma2Config,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -84,6 +88,11 @@ def captures(arguments: tuple[Any, ...], *cells: str) -> Check:
     return check
 
 
+def is_made_of(configuration: Any) -> Check:
+    """It is made of a configuration and the index of a layer, by this name."""
+    return lambda kind: kind(configuration(**SIZES), layer_idx=0)
+
+
 def can_be_copied_and_given_a_class(kind: type) -> None:
     assert not any(vars(one).keys() & {"__slots__", "__copy__", "__reduce_ex__"} for one in kind.__mro__[:-1])
 
@@ -132,7 +141,7 @@ def is_handed_on_unread(block_mask: Any) -> None:
             return 1, 1, 3, 3
 
     mask = Mine()
-    assert create_causal_mask(LlamaConfig(), torch.zeros(1, 3, 8), mask, None) is mask
+    assert create_causal_mask(LlamaConfig(), torch.zeros(1, 3, 8), mask, past_key_values=None) is mask
 
 
 def names_the_steps(mode: Any) -> None:
@@ -315,8 +324,8 @@ def has_llama(mapping: Any) -> None:
 
 
 def names_arguments(kwargs: Any) -> None:
-    """Those of every model, and those about packed documents."""
-    assert {"output_hidden_states", "cu_seq_lens_q", "max_length_q", "seq_idx"} <= kwargs.__annotations__.keys()
+    """Those of every model, and those about packed documents; `seq_idx` since 5.9.0: before, layers cut one by one."""
+    assert {"output_hidden_states", "cu_seq_lens_q", "max_length_q"} <= kwargs.__annotations__.keys()
 
 
 def is_callable(thing: Any) -> None:
@@ -327,7 +336,6 @@ EAGER = every(
     takes("module", "query", "key", "value", "attention_mask", also=("scaling", "dropout")),
     reads("num_key_value_groups", "training"),
 )
-MODULE = takes("config", "layer_idx")
 MASK_FUNCTION = takes("batch_idx", "head_idx", "q_idx", "kv_idx")
 PROPERTY = is_a(property)
 
@@ -346,6 +354,12 @@ MADE: dict[str, Callable[[], Any]] = {
     "transformers.cache_utils.StaticLayer": lambda: filled(StaticLayer(8)),
     "transformers.configuration_utils.PreTrainedConfig": LlamaConfig,
     "transformers.modeling_layers.GradientCheckpointingLayer": checkpointed,
+}
+
+# Names that are younger than the oldest transformers that we support, with the version that they came with.
+SINCE = {
+    "transformers.masking_utils.remap_positions_for_packed_sequence": "5.23.0",
+    "transformers.trainer_pt_utils.BatchRebalanceSampler": "5.17.0",
 }
 
 SOME = torch.zeros(1, 1, dtype=torch.int64)
@@ -484,11 +498,11 @@ CHECKS: dict[str, Check] = {
     "transformers.modeling_utils.AttentionInterface": attends_as_it_is_called,
     "transformers.modeling_utils.AttentionInterface._global_mapping": holds_what_is_registered,
     "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": has_llama,
-    "transformers.models.gemma2.modeling_gemma2.Gemma2Attention": MODULE,
+    "transformers.models.gemma2.modeling_gemma2.Gemma2Attention": is_made_of(Gemma2Config),
     "transformers.models.gemma2.modeling_gemma2.eager_attention_forward": every(EAGER, takes(also=("softcap",))),
-    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssAttention": MODULE,
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssAttention": is_made_of(GptOssConfig),
     "transformers.models.gpt_oss.modeling_gpt_oss.eager_attention_forward": every(EAGER, reads("sinks")),
-    "transformers.models.llama.modeling_llama.LlamaAttention": MODULE,
+    "transformers.models.llama.modeling_llama.LlamaAttention": is_made_of(LlamaConfig),
     "transformers.models.llama.modeling_llama.eager_attention_forward": EAGER,
     "transformers.trainer.TRAINER_STATE_NAME": is_a(str),
     "transformers.trainer_pt_utils.BatchRebalanceSampler": can_be_made_for_groups,
@@ -501,7 +515,17 @@ CHECKS: dict[str, Check] = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_is_as_we_use_it(name: str) -> None:
+    if Version(transformers.__version__) < Version(SINCE.get(name, "0")):
+        with pytest.raises(ImportError):
+            thing_called(name, MADE)
+        pytest.skip(f"it came with transformers {SINCE[name]}, and here is {transformers.__version__}")
     CHECKS[name](thing_called(name, MADE))
+
+
+@pytest.mark.parametrize("name", SINCE)
+def test_the_table_says_with_which_version_a_name_came(name: str) -> None:
+    page = (ROOT / "docs" / "private-names.md").read_text()
+    assert re.search(rf"^\| `{re.escape(name)}` \|.*\| since {SINCE[name]}; before, ", page, re.MULTILINE)
 
 
 def test_every_name_of_the_table_is_checked() -> None:

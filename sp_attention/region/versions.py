@@ -21,8 +21,11 @@ from sp_attention.errors import UnsupportedError
 remap_positions: Any = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
 
 # 5.23.0: gradient checkpointing is called activation checkpointing, and the methods of models with it.
-CHECKPOINTING = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
-CHECKPOINTING_ENABLE = f"{CHECKPOINTING}_checkpointing_enable"
+CHECKPOINTING_ENABLE = (
+    "activation_checkpointing_enable"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing_enable"
+)
 
 # 5.23.0: layers checkpoint their `forward`, and hooks on a layer run once, around that. Before they checkpoint
 # `__call__`, hooks inside, so that what our hooks cut and gather would be within the checkpoint, and run again.
@@ -39,7 +42,7 @@ def checkpoint_activations(model: PreTrainedModel, options: dict[str, Any] | Non
 
 def keep_activations(model: PreTrainedModel) -> None:
     """Let them keep their activations again."""
-    getattr(model, f"{CHECKPOINTING}_checkpointing_disable")()
+    getattr(model, CHECKPOINTING_ENABLE.replace("enable", "disable"))()
 
 
 def checkpoint_forwards(modules: Iterable[nn.Module]) -> list[nn.Module]:
