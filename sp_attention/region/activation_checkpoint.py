@@ -45,7 +45,7 @@ class ActivationCheckpoints:
 
     def enter(self, model: nn.Module) -> None:
         """Let the layers of a model that is called now checkpoint what is within their hooks."""
-        self._within_hooks = checkpoint_forwards(model.modules())
+        self._within_hooks = checkpoint_forwards(model)
 
     def leave(self) -> None:
         """Leave everything as it was before `enter`; what an error or an interrupt has left changed too."""

@@ -4,13 +4,13 @@ Each difference is here alone, with the version that made it; what it is found b
 copies of transformers from between two versions are what they are.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import transformers
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -45,13 +45,15 @@ def keep_activations(model: PreTrainedModel) -> None:
     getattr(model, CHECKPOINTING_ENABLE.replace("enable", "disable"))()
 
 
-def checkpoint_forwards(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def checkpoint_forwards(model: nn.Module) -> list[nn.Module]:
     """Until `checkpoint_calls`, let layers that checkpoint their calls checkpoint their forwards, as those of 5.23 do.
 
-    Returns the layers that are changed: attributes of theirs, which are gone when that was called.
+    Returns the layers that are changed: attributes of theirs, which are gone when that was called. Raises
+    UnsupportedError, on every rank alike, if one is also checkpointed by torch's wrapper.
     """
     if not _CHECKPOINTS_CALLS:
         return []
+    modules = list(model.modules())
     changed: list[nn.Module] = [
         one
         for one in modules
@@ -60,6 +62,10 @@ def checkpoint_forwards(modules: Iterable[nn.Module]) -> list[nn.Module]:
         and one.training
         and _FUNCTION in vars(one)
     ]
+    wrapped = {inside for one in modules if isinstance(one, CheckpointWrapper) for inside in one.modules()}
+    for layer in changed:
+        if layer in wrapped:
+            raise _checkpointed_twice(layer)
     for layer in changed:
         held = vars(layer)
         held[CHECKPOINT_FUNCTION] = held[_FUNCTION]
@@ -81,18 +87,24 @@ def checkpoint_calls(layers: list[nn.Module]) -> None:
 
 
 def require_forward_checkpointed(layer: nn.Module) -> None:
-    """Raise UnsupportedError, on every rank alike, if a layer that is called now checkpoints its call."""
+    """Raise UnsupportedError, on every rank alike, if a layer that is called now checkpoints its call.
+
+    So does one that other code than torch's wrapper runs again in backward.
+    """
     if _CHECKPOINTS_CALLS and CHECKPOINT_FUNCTION not in vars(layer):
-        raise UnsupportedError(
-            f"a {type(layer).__name__} is checkpointed by transformers {transformers.__version__} and, around it, by "
-            "other code, which runs it again in backward: use one of the two, or transformers 5.23, where layers "
-            "checkpoint what is within hooks"
-        )
+        raise _checkpointed_twice(layer)
 
 
 def batch_rebalance_sampler() -> Any:
     """5.17.0: the sampler of `train_sampling_strategy="batch_rebalance"`, None where there is no such."""
     return getattr(import_module("transformers.trainer_pt_utils"), "BatchRebalanceSampler", None)
+
+
+def _checkpointed_twice(layer: nn.Module) -> UnsupportedError:
+    return UnsupportedError(
+        f"a {type(layer).__name__} is checkpointed by transformers {transformers.__version__} and, around it, by other "
+        "code: use one of the two, or transformers 5.23, where layers checkpoint what is within hooks"
+    )
 
 
 def _call(function: Any, *args: Any) -> Any:
