@@ -36,7 +36,8 @@ What came of causal types of transformers, reduced, on 2 ranks in float64, with 
 loss, outputs and every gradient beside those of one process, for plain, padded and packed batches. *core* is {core}
 types, one of each kind of attention, mask and mixer, also with activation checkpointing of both kinds, two forwards
 before a backward, and hidden states; *all* is every causal type that the version has, also with checkpointing. *partly
-refused* is a type that is exact but for some batch or way of training, which is an `UnsupportedError`. Written by `python -m sweep.versions`, with `--all` for all, in an environment of each version.
+refused* is a type that is exact but for some batch or way of training, which is an `UnsupportedError`. Written by
+`python -m sweep.versions`, with `--all` for all, in an environment of each version.
 
 """
 
