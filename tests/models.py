@@ -42,6 +42,11 @@ class Tiny:
         """What ids of tests call it, so that `-k llama` runs its cases only."""
         return re.split("For|LMHead", self.cls)[0].lower()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this transformers has it."""
+        return hasattr(transformers, self.cls)
+
     def build(self, dtype: torch.dtype = torch.float64) -> transformers.PreTrainedModel:
         """The same weights every time, in training mode."""
         model_class = getattr(transformers, self.cls)

@@ -76,6 +76,8 @@ OF_A_KIND = {
          "num_experts": 4, "decoder_start_token_id": 1, "dropout_rate": 0.0, "router_jitter_noise": 0.0},
     ),
 }  # fmt: skip
+# Qwen4-Exp came with transformers 5.16.
+OF_A_KIND = {name: tiny for name, tiny in OF_A_KIND.items() if tiny.is_here}
 
 
 def of_a_kind_of_its_own(name: str) -> dict[str, float]:
