@@ -1,7 +1,7 @@
 """`python -m sweep.versions`: what comes of types of models with the versions of torch and transformers that run it.
 
 Run in an environment of each version, as tox makes them, it adds a row to docs/data/versions.json, and writes
-docs/versions.md of all rows.
+docs/models-by-version.md of all rows.
 """
 
 import json
@@ -18,7 +18,7 @@ from sp_attention.cli.tables import markdown_table
 from sweep.running import sweep, trained
 from sweep.table import OUTCOMES, Record, latest, outcome, reason
 
-DATA, PAGE = Path("docs/data/versions.json"), Path("docs/versions.md")
+DATA, PAGE = Path("docs/data/versions.json"), Path("docs/models-by-version.md")
 MAPPING, RANKS, LENGTH, SECONDS_EACH = "causal-lm", 2, 33, 10
 # One type of each kind: dense, windows, softcap and sinks, chunks, experts, latent attention, absolute positions,
 # biases, convolutions, state spaces, delta nets, and a decoder with cross-attention.
@@ -30,7 +30,7 @@ CORE = (
 OF_CORE = ("checkpointing", "reentrant-checkpointing", "two-forwards", "hidden-states")
 OF_ALL = ("checkpointing",)
 TEXT = """\
-# Versions
+# Models by version
 
 What came of causal types of transformers, reduced, on 2 ranks in float64, with versions of transformers and torch:
 loss, outputs and every gradient beside those of one process, for plain, padded and packed batches. *core* is {core}
@@ -92,7 +92,7 @@ def page(rows: list[Row]) -> str:
 @click.option("--all", "everything", is_flag=True, help="Every causal type, not the core alone.")
 @click.option("--results", type=click.Path(path_type=Path), help="Goes on from these; by default one file a version.")
 def main(everything: bool, results: Path | None) -> None:
-    """Compare types of models with themselves in one process, and write what came of it to docs/versions.md."""
+    """Compare types of models with themselves in one process, and write what came of it to docs/models-by-version.md."""
     types = "all" if everything else "core"
     results = results or Path(f"versions-{version('transformers')}-{version('torch')}-{types}.jsonl")
     variants = OF_ALL if everything else OF_CORE
