@@ -19,7 +19,7 @@ from sweep.running import sweep, trained
 from sweep.table import OUTCOMES, Record, latest, outcome, reason
 
 DATA, PAGE = Path("docs/data/versions.json"), Path("docs/models-by-version.md")
-MAPPING, RANKS, LENGTH, SECONDS_EACH = "causal-lm", 2, 33, 10
+MAPPING, RANKS, LENGTH, SECONDS_EACH = "causal-lm", 2, 33, 60
 # One type of each kind: dense, windows, softcap and sinks, chunks, experts, latent attention, absolute positions,
 # biases, convolutions, state spaces, delta nets, and a decoder with cross-attention.
 CORE = (
@@ -36,8 +36,10 @@ What came of causal types of transformers, reduced, on 2 ranks in float64, with 
 loss, outputs and every gradient beside those of one process, for plain, padded and packed batches. *core* is {core}
 types, one of each kind of attention, mask and mixer, also with activation checkpointing of both kinds, two forwards
 before a backward, and hidden states; *all* is every causal type that the version has, also with checkpointing. *partly
-refused* is a type that is exact but for some batch or way of training, which is an `UnsupportedError`. Written by
-`python -m sweep.versions`, with `--all` for all, in an environment of each version.
+refused* is a type that is exact but for some batch or way of training, which is an `UnsupportedError`; *a rank hangs
+or dies* is also said of ranks that are not done in time. Reformer hashes by random numbers, which are not those of one
+process: it differs with every version. Written by `python -m sweep.versions`, with `--all` for all, in an environment
+of each version.
 
 """
 
@@ -92,7 +94,7 @@ def page(rows: list[Row]) -> str:
 @click.option("--all", "everything", is_flag=True, help="Every causal type, not the core alone.")
 @click.option("--results", type=click.Path(path_type=Path), help="Goes on from these; by default one file a version.")
 def main(everything: bool, results: Path | None) -> None:
-    """Compare types of models with themselves in one process, and write what came of it to docs/models-by-version.md."""
+    """Compare types of models with themselves in one process, and write it to docs/models-by-version.md."""
     types = "all" if everything else "core"
     results = results or Path(f"versions-{version('transformers')}-{version('torch')}-{types}.jsonl")
     variants = OF_ALL if everything else OF_CORE
