@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sp_attention
-from sp_attention.cli.comparison import TOLERANCES, largest_error
+from sp_attention.cli.comparison import TOLERANCES
+from sp_attention.cli.differences import largest_error
 from sp_attention.cli.reduced import prepare
 from sp_attention.launch import run_ranks
 from sp_attention.region.versions import checkpoint_activations

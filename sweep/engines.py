@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 import sp_attention
-from sp_attention.cli.comparison import largest_error
+from sp_attention.cli.differences import largest_error
 from sp_attention.cli.tables import markdown_table
 from sp_attention.launch import run_ranks
 from sweep.engine_loops import EITHER_ORDER, ENGINES, Loop, of_torch

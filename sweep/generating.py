@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 import sp_attention
-from sp_attention.cli.comparison import ROUNDING, Batch, error_of, merged, parts_of, shake, tolerance
+from sp_attention.cli.comparison import ROUNDING, Batch, merged, parts_of, shake, tolerance
+from sp_attention.cli.differences import error_of
 from sp_attention.cli.outcomes import (
     DIFFERS,
     EXACT,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import run_command
 
-from sp_attention.cli.comparison import error_of, largest_error
+from sp_attention.cli.differences import error_of, largest_error
 from sp_attention.cli.outcomes import Comparison, Verdict
 from sp_attention.cli.reduced import NotBuildableError, build, prepare, tasks_of, types_of
 from sp_attention.cli.subject import Subject, prepared

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sp_attention.cli.comparison import Values
+from sp_attention.cli.differences import Values
 from sp_attention.loss.sharded_logits import ShardedLogits
 from sweep.fuzzing.batches import Batch, prompt_of, real_tokens
 from sweep.fuzzing.case import Case

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sp_attention
-from sp_attention.cli.comparison import ROUNDING, TOLERANCES, Values, largest_error, merged, shake
+from sp_attention.cli.comparison import ROUNDING, TOLERANCES, merged, shake
+from sp_attention.cli.differences import Values, largest_error
 from sp_attention.cli.outcomes import DIFFERS, EXACT, Verdict
 from sp_attention.errors import UnsupportedError
 from sweep.fuzzing import calls
