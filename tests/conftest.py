@@ -70,19 +70,19 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 
 @pytest.fixture
-def write_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+def write_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Install a third-party plugin of one module, given as its source, for one test; new processes see it too.
 
     Its name must be one that no other test uses: what was imported stays.
     """
 
-    def written(name: str, source: str) -> None:
+    def written(name: str, source: str, group: str = "sp_attention") -> None:
         site = tmp_path / "site"
         info = site / f"{name}-1.0.dist-info"
         info.mkdir(parents=True)
         (site / f"{name}.py").write_text(source)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[sp_attention]\n{name} = {name}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {name}\n")
         monkeypatch.syspath_prepend(site)
         monkeypatch.setenv("PYTHONPATH", str(site))
 

@@ -46,7 +46,7 @@ def test_the_tree_names_every_module_in_its_room_and_no_other() -> None:
         for room, folder in folders.items()
     }
     assert named == there
-    assert set(named) == {".", "ulysses", "distributed", "kernels", "loss", "region", "rehearsal"}
+    assert set(named) == {".", "ulysses", "mixers", "distributed", "kernels", "loss", "region", "rehearsal"}
 
 
 def test_tested_environments_are_those_of_tox() -> None:

@@ -287,6 +287,14 @@ def grows_layers(update: Any) -> None:
     assert type(cache).update is update
 
 
+def begins_with_columns(update: Any) -> None:
+    cache = DynamicCache()
+    cache.layers = [LinearAttentionLayer()]
+    columns = torch.arange(6.0).view(1, 2, 3)
+    assert update(cache, columns, 0, conv_kernel_size=2).shape == columns.shape
+    assert torch.equal(cache.get_conv_state(0), columns[:, :, 1:])
+
+
 def raises_value_error_without_attention(length: Any) -> None:
     cache = DynamicCache()
     cache.layers = [LinearAttentionLayer()]
@@ -351,6 +359,7 @@ MADE: dict[str, Callable[[], Any]] = {
     "transformers.PreTrainedModel": with_a_loss,
     "transformers.cache_utils.CacheLayerMixin": lambda: filled(DynamicLayer()),
     "transformers.cache_utils.EncoderDecoderCache": lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()),
+    "transformers.cache_utils.LinearAttentionLayer": LinearAttentionLayer,
     "transformers.cache_utils.StaticLayer": lambda: filled(StaticLayer(8)),
     "transformers.configuration_utils.PreTrainedConfig": LlamaConfig,
     "transformers.modeling_layers.GradientCheckpointingLayer": checkpointed,
@@ -453,11 +462,14 @@ CHECKS: dict[str, Check] = {
     "transformers.Trainer.save_model": takes("self", "output_dir", "_internal_call"),
     "transformers.cache_utils.Cache.get_seq_length": raises_value_error_without_attention,
     "transformers.cache_utils.Cache.update": grows_layers,
+    "transformers.cache_utils.Cache.update_conv_state": begins_with_columns,
     "transformers.cache_utils.CacheLayerMixin.is_initialized": is_a(bool),
     "transformers.cache_utils.CacheLayerMixin.keys": has_the_shape_of_keys,
     "transformers.cache_utils.CacheLayerMixin.values": has_the_shape_of_keys,
     "transformers.cache_utils.EncoderDecoderCache.cross_attention_cache": is_a(DynamicCache),
     "transformers.cache_utils.EncoderDecoderCache.self_attention_cache": is_a(DynamicCache),
+    "transformers.cache_utils.LinearAttentionLayer.has_previous_state": is_a(dict),
+    "transformers.cache_utils.LinearAttentionLayer.record_past": is_a(bool),
     "transformers.cache_utils.QuantizedCache": is_a(type),
     "transformers.cache_utils.StaticLayer.num_heads": is_the_number_of_heads,
     "transformers.configuration_utils.PreTrainedConfig._attn_implementation": sets_those_inside_too,

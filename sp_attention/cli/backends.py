@@ -92,15 +92,15 @@ def described(registry: "Registry") -> dict[str, Any]:
                 "priority": entry.backend.priority,
                 "available": entry.problem is None,
                 "reason": entry.problem,
-                **_origin(entry.plugin),
+                **origin(entry.plugin),
             }
             for entry in registry.backends
         ],
-        "broken": [{"reason": broken.reason, **_origin(broken.plugin)} for broken in registry.broken],
+        "broken": [{"reason": broken.reason, **origin(broken.plugin)} for broken in registry.broken],
     }
 
 
-def _origin(plugin: "Plugin") -> dict[str, str | None]:
+def origin(plugin: "Plugin") -> dict[str, str | None]:
     dist = plugin.point.dist
     return {
         "distribution": dist.name if dist is not None else None,

@@ -49,10 +49,13 @@ def doctor(runs: bool, as_json: bool) -> int:
 
 
 def _plugins() -> dict[str, Any]:
-    from sp_attention.cli.backends import described
+    from sp_attention.cli.backends import described, origin
     from sp_attention.kernels.registry import load
+    from sp_attention.mixers import registry
 
-    return described(load())
+    found = described(load())
+    found["broken"] += [{"reason": one.reason, **origin(one.plugin)} for one in registry.load().broken]
+    return found
 
 
 def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:

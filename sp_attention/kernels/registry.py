@@ -2,30 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from types import NoneType
 from typing import Any
 
-import pluggy
-
 from sp_attention.errors import BackendError
 from sp_attention.kernels import hookspecs
+from sp_attention.kernels.plugins import BrokenPlugin as BrokenPlugin
+from sp_attention.kernels.plugins import Plugin as Plugin
+from sp_attention.kernels.plugins import offers_of, told_of_several
 from sp_attention.kernels.request import Backend
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """An entry point of the group `sp_attention`; in text, the distribution it comes from, its version and name."""
-
-    point: EntryPoint
-
-    @property
-    def is_ours(self) -> bool:
-        return self.point.dist is not None and self.point.dist.name == "sp-attention"
-
-    def __str__(self) -> str:
-        dist = self.point.dist
-        return f"{dist.name} {dist.version} ({self.point.name})" if dist else self.point.name
 
 
 @dataclass(frozen=True)
@@ -38,14 +23,6 @@ class Registered:
 
 
 @dataclass(frozen=True)
-class BrokenPlugin:
-    """A plugin that offers nothing because loading it, or asking it, failed."""
-
-    plugin: Plugin
-    reason: str
-
-
-@dataclass(frozen=True)
 class Registry:
     """All that the installed plugins offer, sorted by device, kernel and plugin."""
 
@@ -55,20 +32,10 @@ class Registry:
 
 def load() -> Registry:
     """Ask every installed plugin for its backends. Nothing a plugin does wrong is raised here."""
-    offers: list[tuple[Plugin, Backend]] = []
-    broken: list[BrokenPlugin] = []
-    for plugin in sorted(map(Plugin, entry_points(group="sp_attention")), key=str):
-        try:
-            offers += [(plugin, backend) for backend in _ask(plugin.point)]
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            # Third-party code: keep the others alive, and keep the reason. Scripts that end themselves on a wrong
-            # machine raise SystemExit, and extensions written in Rust panic in a class of their own.
-            broken.append(BrokenPlugin(plugin, f"{type(error).__name__}: {error}"))
+    offers, broken = offers_of("sp_attention", hookspecs, "sp_attention_backends", _checked)
     offers.sort(key=lambda offer: (offer[1].device, offer[1].kernel, str(offer[0])))
     entries = (Registered(backend, plugin, _problem(plugin, backend, offers)) for plugin, backend in offers)
-    return Registry(tuple(entries), tuple(broken))
+    return Registry(tuple(entries), broken)
 
 
 def usable(device: str, registry: Registry | None = None) -> tuple[Backend, ...]:
@@ -109,18 +76,6 @@ def candidates(device: str, kernel: str) -> tuple[Backend, ...]:
     return found
 
 
-def _ask(point: EntryPoint) -> list[Backend]:
-    """Load one plugin and call its hook, by itself so that it cannot disturb the others."""
-    manager = pluggy.PluginManager("sp_attention")
-    manager.add_hookspecs(hookspecs)
-    manager.register(point.load(), name=point.name)
-    manager.check_pending()
-    if not manager.hook.sp_attention_backends.get_hookimpls():
-        raise TypeError(f"{point.value} does not implement the hook sp_attention_backends")
-    # pluggy leaves out an answer that is None.
-    return _checked(next(iter(manager.hook.sp_attention_backends()), None), point)
-
-
 # What the fields of a backend are; those of others may be anything.
 _KINDS: dict[str, Any] = {
     "device": str,
@@ -133,17 +88,15 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def _checked(offered: object, point: EntryPoint) -> list[Backend]:
-    if not isinstance(offered, Iterable):
-        raise TypeError(f"{point.value} returned {offered!r} instead of backends")
+def _checked(offered: Iterable[Any], name: str) -> list[Backend]:
     backends = list(offered)
     for backend in backends:
         if not isinstance(backend, Backend):
-            raise TypeError(f"{point.value} returned {backend!r} among its backends")
-        for name, kinds in _KINDS.items():
-            value = getattr(backend, name)
+            raise TypeError(f"{name} returned {backend!r} among its backends")
+        for field, kinds in _KINDS.items():
+            value = getattr(backend, field)
             if not isinstance(value, kinds):
-                raise TypeError(f"{point.value} returned a backend whose {name} is {value!r}")
+                raise TypeError(f"{name} returned a backend whose {field} is {value!r}")
     return backends
 
 
@@ -156,7 +109,7 @@ def _problem(plugin: Plugin, backend: Backend, offers: list[tuple[Plugin, Backen
     ]
     # This library's own kernels cannot be broken by a plugin that takes their name.
     if len(duplicates) > 1 and not plugin.is_ours:
-        return f"several plugins offer it, {', '.join(map(str, duplicates))}: uninstall all but one"
+        return told_of_several(duplicates)
     return backend.unavailable
 
 

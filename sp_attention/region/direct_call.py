@@ -33,9 +33,14 @@ def put_in_place(model: nn.Module, begun: Callable[[nn.Module], bool], direct: D
 
     if before is not None:
         model.__dict__[BEFORE] = before
-    setattr(forward, _OURS, True)
+    mark(forward)
     # A method, which a copy of the model gets as one of its own.
     model.__dict__["forward"] = MethodType(forward, model)
+
+
+def mark(forward: Callable[..., Any]) -> None:
+    """Make a forward known for one of ours."""
+    setattr(forward, _OURS, True)
 
 
 def take_away(model: nn.Module) -> dict[str, Any]:

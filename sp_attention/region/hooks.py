@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from sp_attention.distributed import rng
 from sp_attention.distributed.consistency import require_same_batch
 from sp_attention.errors import Refused, UnsupportedError
-from sp_attention.region import direct_call
+from sp_attention.region import direct_call, mixer_calls
 from sp_attention.region.activation_checkpoint import ActivationCheckpoints
 from sp_attention.region.cache_history import note_filling
 from sp_attention.region.compared import compared
@@ -36,7 +36,8 @@ from sp_attention.region.forward import (
     without_cache,
 )
 from sp_attention.region.hook import Hook, is_hooked
-from sp_attention.region.layer_hooks import around_gathered, around_layer, require_undrawn
+from sp_attention.region.layer_hooks import around_layer, require_undrawn
+from sp_attention.region.mixer_hooks import around_gathered
 from sp_attention.region.other_hooks import hooks_of_others
 from sp_attention.region.others import NOBODY, Others, OthersInModels
 from sp_attention.region.plan import RegionPlan, named_arguments, tensor_names
@@ -95,6 +96,8 @@ class Hooks(RegionState):
                 self.handles += hook(layer.module, around_layer(self, self.checkpoints, stack, layer), layer.name)
                 for gathered in layer.gathered_modules:
                     self.handles += hook(gathered.module, around_gathered(self, gathered))
+                    for calls in gathered.calls:
+                        mixer_calls.put_in_place(calls, self.context)
         lm_head = plan.lm_head if plan.cut_before is None else plan.cut_before
         if not isinstance(lm_head, Refused):
             before = Hook(before_lm_head(self, lm_head.name))
@@ -111,6 +114,8 @@ class Hooks(RegionState):
         self.checkpoints.leave()
         for model in self.plan.models:
             direct_call.take_away(model)
+        for calls in (calls for stack in self.plan.stacks for layer in stack.layers for calls in layer.mixer_calls):
+            mixer_calls.take_away(calls)
 
     def others_now(self) -> Others:
         """What others have put into the model."""

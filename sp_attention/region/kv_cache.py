@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, Static
 
 from sp_attention.distributed.peers import Peers
 from sp_attention.errors import UnsupportedError
+from sp_attention.mixers.halo import last_columns
 from sp_attention.region.context import Context
 from sp_attention.region.pytree import tensors
 from sp_attention.region.sequence_dims import Along
@@ -49,8 +50,9 @@ class LayersCache:
 
     `update` keeps the keys and values of this rank's heads, over the whole sequence, and returns those of all that is
     cached; `context` learns that they are of these heads. Keys that are not of the attention's heads, such as the
-    latents of multi-head latent attention, are kept whole on every rank, and so is all that is no key and value. In
-    what is given whole tensors it is the user's cache as it is. Anything else is answered by the user's cache.
+    latents of multi-head latent attention, are kept whole on every rank, and so is all that is no key and value, such
+    as the end of a convolution's input, which `update_conv_state` is given spans of. In what is given whole tensors it
+    is the user's cache as it is. Anything else is answered by the user's cache.
 
     heads: how many heads attend to how many in this layer. cross_attention: it is for keys of another sequence.
     """
@@ -140,6 +142,18 @@ class LayersCache:
         self._context.keep(keys, held.all_heads)
         return keys, values
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update_conv_state(self, columns: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, C, s | S] → what a convolution is given: my span as it is, and every rank caches the end of the whole."""
+        cache, stack_pass = self._cache, self._context.stack_pass
+        width = kwargs.get("conv_kernel_size")
+        if stack_pass is None or not stack_pass.is_shared or width is None:
+            whole: Tensor = cache.update_conv_state(columns, layer_idx, *args, **kwargs)
+            return whole
+        last = last_columns(columns, width, stack_pass.extent.length, self._peers)
+        cache.update_conv_state(last, layer_idx, *args, **kwargs)
+        return columns
+
 
 class _Layers:
     """The layers of a cache, of which those that are looked at tell `context` whether they hold this rank's heads."""
@@ -159,6 +173,13 @@ class _Layers:
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
+
+
+def can_fill_from_spans(cache: Any, index: int | None) -> bool:
+    """Whether mixers on spans can fill a layer of a cache: it has no states yet, and is not to keep earlier ones."""
+    layer: Any = cache.layers[index] if index is not None and index < len(cache.layers) else None
+    before = getattr(layer, "has_previous_state", None)
+    return before is not None and not any(before.values()) and not layer.record_past
 
 
 def held_in(layer: Any) -> _Held | None:

@@ -1,8 +1,7 @@
 """The layers of a stack, on this rank's span of the sequence.
 
 Before a layer, whatever still has the length of the whole sequence is cut to my span; after the last, the hidden states
-are gathered, or stay sharded when the sharded loss follows. A module of a layer that mixes tokens on its own is given
-whole tensors, and my span of what it returns goes on.
+are gathered, or stay sharded when the sharded loss follows.
 """
 
 from collections.abc import Generator
@@ -23,8 +22,8 @@ from sp_attention.region.context import Scope, StackPass
 from sp_attention.region.extra_arguments import without_unread
 from sp_attention.region.flags import ask_for_more
 from sp_attention.region.kv_cache import LayersCache
-from sp_attention.region.masks import DOCUMENTS, Described
-from sp_attention.region.plan import NEVER_CUT, GatheredModule, Layer, Stack
+from sp_attention.region.masks import Described
+from sp_attention.region.plan import NEVER_CUT, Layer, Stack
 from sp_attention.region.pytree import Path, leaf_at, leaves, map_leaves, tensors, text_of
 from sp_attention.region.sequence_dims import Along, Extent
 from sp_attention.region.state import Around, RegionState
@@ -47,7 +46,7 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
         alone = stack_pass.is_shared and not layer.gathered and not layer.draws_alike
         mlp_tiles = 1 if is_whole else stack_pass.mlp_tiles
         with (
-            _drawing(state, stack_pass, layer.name, alone),
+            drawing(state, stack_pass, layer.name, alone),
             state.context.layer(_pass_within(stack_pass, planned, is_whole), mlp_tiles, scope),
         ):
             if state.forward is not None and stack_pass.is_shared:
@@ -75,33 +74,6 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
         _look_at(state, layer, stack_pass, given, output)
         gathers = ends and not stack_pass.stays_sharded
         return map_leaves(lambda path, leaf: leaving(path, leaf, layer, stack_pass, gathers), output)
-
-    return around
-
-
-def around_gathered(state: RegionState, gathered: GatheredModule) -> Around:
-    """Give whole tensors to a module of a layer that mixes tokens, and let my span of what it returns go on."""
-
-    def around(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, Any, Any]:
-        stack_pass = state.context.stack_pass
-        if stack_pass is None and not state.context.scope.is_known:
-            raise UnsupportedError(_outside(gathered.name))
-        if stack_pass is None or not stack_pass.is_shared:
-            with state.context.gathered(stack_pass if gathered.attends else None):
-                yield None
-            return None
-        given = map_leaves(lambda path, leaf: _whole(path, leaf, gathered, stack_pass), (args, kwargs))
-        replicated = replace(stack_pass, is_replicated=True) if gathered.attends and stack_pass.fills_cache else None
-        with _drawing(state, stack_pass, gathered.name, alone=False), state.context.gathered(replicated):
-            output = yield given
-
-        def mine(path: Path, leaf: Any) -> Any:
-            along = gathered.results.get(path)
-            if along is None or not isinstance(leaf, Tensor) or not stack_pass.is_whole(leaf, along):
-                return leaf
-            return stack_pass.cut(leaf, along)
-
-        return None if output is None else map_leaves(mine, output)
 
     return around
 
@@ -193,13 +165,13 @@ def _pass_again(state: RegionState, layer: Layer, stack: Stack, mask: Mask | Non
             f"model.{CHECKPOINTING_ENABLE}()"
         )
     if not noted or (noted[0][0].is_separate and noted[0][0].seed is not None):
-        raise UnsupportedError(_outside(layer.name))
+        raise UnsupportedError(outside(layer.name))
     stack_pass, scope = noted[0]
     stack_pass.pending.discard(layer.name)
     return stack_pass, scope
 
 
-def _drawing(state: RegionState, stack_pass: StackPass, name: str, alone: bool) -> AbstractContextManager[None]:
+def drawing(state: RegionState, stack_pass: StackPass, name: str, alone: bool) -> AbstractContextManager[None]:
     """Within it a layer or a module draws random numbers of this rank alone, or those that all ranks draw."""
     if stack_pass.seed is None:
         return nullcontext()
@@ -283,24 +255,6 @@ def users_own(leaf: Any) -> Any:
     return leaf.cache if type(leaf) is LayersCache else leaf
 
 
-def _whole(path: Path, leaf: Any, gathered: GatheredModule, stack_pass: StackPass) -> Any:
-    """What a module on whole tensors is given in place of an argument."""
-    if not isinstance(leaf, Tensor) or path[1] in DOCUMENTS:
-        return leaf
-    original = stack_pass.original(leaf)
-    if original is not leaf:
-        return original
-    if path in gathered.arguments:
-        along = gathered.arguments[path]
-        return leaf if along is None or not stack_pass.is_span(leaf, along) else stack_pass.whole(leaf, along)
-    if not {stack_pass.mine.length, stack_pass.extent.length}.isdisjoint(leaf.shape):
-        raise UnsupportedError(
-            f"{gathered.name}: the argument {text_of(path[1:])} {list(leaf.shape)} is not what enable() saw in its "
-            "rehearsal"
-        )
-    return leaf
-
-
 def _unlike_rehearsed(path: Path, leaf: Tensor, name: str, stack_pass: StackPass) -> str:
     return (
         f"{name}: the argument {text_of(path[1:])} {list(leaf.shape)} is not what enable() saw in its rehearsal; it is "
@@ -308,7 +262,7 @@ def _unlike_rehearsed(path: Path, leaf: Tensor, name: str, stack_pass: StackPass
     )
 
 
-def _outside(name: str) -> str:
+def outside(name: str) -> str:
     if not torch.is_grad_enabled():  # A checkpoint that recomputes in backward needs gradients.
         return (
             f"{name} is called outside of a forward of its model, as generate() calls an encoder, and nothing tells "

@@ -19,6 +19,7 @@ from sp_attention.region.context import Context
 from sp_attention.region.few_tokens import FewTokens
 from sp_attention.region.harmless_draws import HarmlessDraws
 from sp_attention.region.kept import Attributes, Buffers
+from sp_attention.region.mixer_calls import run_by_tokens
 from sp_attention.region.plan import Layer
 from sp_attention.region.pytree import Path, leaf_at, tensors
 from sp_attention.region.sequence_dims import Extent
@@ -94,6 +95,7 @@ def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dt
     outputs = {
         one.module: [few.many(length, sample.dtype, dtype) for few in sample.outputs[one.module]]
         for one in sample.layer.gathered_modules
+        if not one.calls
     }
     later_outputs = {
         module: [few.later(many, length, start) for few, many in zip(sample.outputs[module], results, strict=True)]
@@ -148,6 +150,12 @@ def _run(sample: Sample, given: Any, extent: Extent, context: Context) -> _Run:
     def attend(module: nn.Module, *given: Tensor) -> Tensor:
         run.attention.append((module, _told(given, extent)))
         return _of_each_token(*given)
+
+    def look(module: nn.Module, given: Mapping[str, Tensor]) -> None:
+        run.attention.append((module, _told(dict(given), extent)))
+
+    for calls in sample.layer.mixer_calls:
+        run_by_tokens(calls, look)
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         run.parts.append((module, _told((args, kwargs), extent), _told(output, extent)))

@@ -14,6 +14,7 @@ from sp_attention.loss.tiled_loss import LMHead
 from sp_attention.region.flags import Flag
 from sp_attention.region.kv_cache import HeadCounts
 from sp_attention.region.masks import DOCUMENTS
+from sp_attention.region.mixer_calls import MixerCalls
 from sp_attention.region.pytree import Path, tensors
 from sp_attention.region.sequence_dims import Dims
 
@@ -28,7 +29,9 @@ NEVER_CUT = FOR_THE_LOSS | DOCUMENTS
 class GatheredModule:
     """A module of a layer that is given whole tensors, and whose results are cut to my span.
 
-    attends: with a cache each rank does its heads of it.
+    attends: with a cache each rank does its heads of it. calls: the mixer functions in it that share their work, so
+    that it is given my span; whole tensors where spans are too short to tell, and where a cache is filled, unless it
+    `fills_caches` from spans too.
     """
 
     name: str
@@ -36,6 +39,8 @@ class GatheredModule:
     arguments: Dims
     results: Dims
     attends: bool = False
+    calls: tuple[MixerCalls, ...] = ()
+    fills_caches: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Layer:
     draws_alike: bool = False
     flags: frozenset[Flag] = frozenset()
     names: tuple[str, ...] = ()
+
+    @property
+    def mixer_calls(self) -> tuple[MixerCalls, ...]:
+        """Those of the modules in it whose mixer functions share their work."""
+        return tuple(calls for gathered in self.gathered_modules for calls in gathered.calls)
 
 
 @dataclass(frozen=True)

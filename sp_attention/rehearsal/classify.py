@@ -12,10 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.errors import UnsupportedError
+from sp_attention.mixers.declared import Mixer
+from sp_attention.mixers.registry import usable
 from sp_attention.region.context import Context
+from sp_attention.region.mixer_calls import MixerCalls, calls_in, told_of_mixers
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, named_arguments, tensor_names
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
-from sp_attention.rehearsal.findings import EVERYTHING, MIXERS, POSITION_WISE, Findings, LayerFindings
+from sp_attention.rehearsal.findings import EVERYTHING, MIXERS, MIXES, POSITION_WISE, Findings, LayerFindings
 from sp_attention.rehearsal.layer_stacks import StackDraft, dims_of, drafts_of, embedding_of
 from sp_attention.rehearsal.position_wise import PositionWiseProof, children_of, fits, keeps_more, parts_of
 from sp_attention.rehearsal.prove_length import LongProof, length_beyond
@@ -38,6 +41,7 @@ def explore(
     Raises UnsupportedError when there is nothing that works on a sequence, and when the model should attend through us
     and does not.
     """
+    known = usable(model.device.type) if proves else {}
     traces, proof = _traced(model, pairs, attention_calls, proves=proves, attends=attends)
     names = {module: name for name, module in model.named_modules()}
     drafts, left_alone = drafts_of(model, traces)
@@ -55,7 +59,7 @@ def explore(
 
     def found_in(layer: Layer, draft: StackDraft) -> LayerFindings:
         def find(mixers: frozenset[nn.Module] = frozenset()) -> LayerFindings:
-            return _found(layer, draft, names, traces, position_wise - mixers)
+            return _found(layer, draft, names, traces, position_wise - mixers, known, mixers)
 
         return long_proof(layer, draft.extents, find) if proves else find()
 
@@ -165,8 +169,10 @@ def _found(
     names: Mapping[nn.Module, str],
     traces: Traces,
     position_wise: Container[nn.Module],
+    known: Mapping[str, Mixer],
+    whole: Container[nn.Module],
 ) -> LayerFindings:
-    """What the parts of a layer are, and which are gathered."""
+    """What the parts of a layer are, and which are gathered: `whole` in any case, whatever functions they call."""
     kinds = {
         names[module]: _MODES.get(draft.modes[module], "gathered: attends to something else than the sequence")
         for module in layer.module.modules()
@@ -199,8 +205,9 @@ def _found(
                 if not attends and keeps_more(module) and all(fits(call.inputs, call.output) for call in calls):
                     tileable[names[module]] = module
             else:
-                kinds[names[module]] = "gathered: mixes tokens"
-                gathered = _gathered(module, names, traces, draft)
+                shared = () if module in whole else calls_in(module, known)
+                kinds[names[module]] = told_of_mixers(shared) if shared else MIXES
+                gathered = _gathered(module, names, traces, draft, shared)
                 everything |= gathered is None
                 mixers += [gathered] if gathered is not None else []
     layer = replace(layer, heads=draft.heads_in(layer.module))
@@ -209,12 +216,18 @@ def _found(
 
 
 def _gathered(
-    module: nn.Module, names: Mapping[nn.Module, str], traces: Traces, draft: StackDraft
+    module: nn.Module,
+    names: Mapping[nn.Module, str],
+    traces: Traces,
+    draft: StackDraft,
+    calls: tuple[MixerCalls, ...] = (),
 ) -> GatheredModule | None:
     """A module on whole tensors; None when its calls disagree on where the sequence is."""
     arguments = dims_of(module, traces, draft.extents, lambda call: call.inputs)
     results = dims_of(module, traces, draft.extents, lambda call: call.output)
-    return None if arguments is None or results is None else GatheredModule(names[module], module, arguments, results)
+    if arguments is None or results is None:
+        return None
+    return GatheredModule(names[module], module, arguments, results, calls=calls)
 
 
 def _given(model: nn.Module, traces: Traces) -> frozenset[str]:

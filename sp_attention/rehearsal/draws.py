@@ -192,7 +192,8 @@ class _Drawing:
         for name, layers in self.findings.stacks.items():
             for found in layers:
                 handles += self._around_layer(name, found.layer.module)
-                for mixer in found.planned().gathered_modules:
+                # What shares its work is on a rank's tokens, as the rest of the layer is.
+                for mixer in (one for one in found.planned().gathered_modules if not one.calls):
                     handles.append(mixer.module.register_forward_pre_hook(into_gathered))
                     handles.append(mixer.module.register_forward_hook(out_of_gathered))
         try:

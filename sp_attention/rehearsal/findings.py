@@ -16,16 +16,18 @@ from sp_attention.ulysses.grid import grid_of
 MIXERS, ATTENTION, EVERYTHING = range(3)
 # What a part of a layer is that gives for a token the same whatever else it is given.
 POSITION_WISE = "position-wise"
+# What it is that is given whole tensors for it.
+MIXES = "gathered: mixes tokens"
 
 
 @dataclass(frozen=True)
 class LayerFindings:
     """A layer as it was found: what is known of it whatever of it is gathered, and what each of its parts is.
 
-    kinds: by the name of a part, what it is. mixers: the parts that are always given whole tensors; parts: those that
-    learn and are position-wise as far as their results tell; attending: the children that attend, as parts to gather
-    where sharing out their heads is not exact. tileable: position-wise parts outside of those that keep more for
-    backward than what they are given, such as MLPs and norms.
+    kinds: by the name of a part, what it is. mixers: the parts that mix tokens, which are given whole tensors, unless
+    they do it by functions that share their work; parts: those that learn and are position-wise as far as their results
+    tell; attending: the children that attend, as parts to gather where sharing out their heads is not exact. tileable:
+    position-wise parts outside of those that keep more for backward than what they are given, such as MLPs and norms.
     """
 
     layer: Layer
@@ -46,6 +48,20 @@ class LayerFindings:
             mixers=self.mixers + more,
             parts=tuple(part for part in self.parts if part not in more),
             tileable={name: one for name, one in self.tileable.items() if all(one is not part.module for part in more)},
+        )
+
+    @property
+    def sharing(self) -> tuple[GatheredModule, ...]:
+        """The mixers that share their work."""
+        return tuple(one for one in self.mixers if one.calls)
+
+    def sharing_only(self, mixers: Iterable[GatheredModule]) -> "LayerFindings":
+        """The layer with no other mixers sharing their work: all others are given whole tensors."""
+        whole = {one.name for one in self.sharing} - {one.name for one in mixers}
+        return replace(
+            self,
+            kinds={**self.kinds, **dict.fromkeys(whole, MIXES)},
+            mixers=tuple(replace(one, calls=()) if one.name in whole else one for one in self.mixers),
         )
 
     def planned(self) -> Layer:
@@ -117,7 +133,7 @@ def parts(findings: Findings) -> dict[str, list[str]]:
     for layers in findings.stacks.values():
         for layer in layers:
             for name, kind in {} if layer.gathers == EVERYTHING else _kinds(layer):
-                names = found.setdefault(kind.split(":")[0].split(",")[0], [])
+                names = found.setdefault(kind.split(":")[0].split(",")[0].split(" (")[0], [])
                 names += [] if name in names else [name]
     alone = sorted(name for name in findings.left_alone if name not in findings.stacks)
     return found | ({"left alone": alone} if alone else {})

@@ -4,7 +4,7 @@ Slower each time: mixers, what attends, whole layers on whole tensors; a region 
 the stack; and in the end a refusal.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ from sp_attention.distributed.collectives import mean_over_ranks
 from sp_attention.distributed.consistency import attempted
 from sp_attention.errors import Refused, UnsupportedError
 from sp_attention.region.hooks import Hooks
-from sp_attention.region.plan import Layer, RegionPlan, Stack
+from sp_attention.region.plan import GatheredModule, Layer, RegionPlan, Stack
 from sp_attention.rehearsal.draws import Draws, TrainingRun
 from sp_attention.rehearsal.findings import EVERYTHING, Findings, LayerFindings
 from sp_attention.rehearsal.position_wise import matrices_in
@@ -72,6 +72,7 @@ def _falling_back(
 ) -> Iterator[Findings]:
     """The findings with more and more on whole tensors: mixers and what attends, regions around layers, all of it.
 
+    Mixers whose functions could share their work are among them: of a layer alone first, and then of all.
     Between these, parts whose results are position-wise: first those of several matrices, such as MLPs and experts,
     of which a balance loss may be made, then norms too.
     """
@@ -86,6 +87,12 @@ def _falling_back(
     apart = frozenset({*findings.stacks, *findings.idle})
     if findings != as_tried:
         yield findings
+    if any(found.sharing for layers in enough.values() for found in layers):
+        # Numbers of each layer alone were compared, and not gradients.
+        whole = {name: tuple(found.sharing_only(()) for found in layers) for name, layers in enough.items()}
+        findings = replace(findings, stacks=whole)
+        yield findings
+        yield replace(findings, stacks=enough, separate=apart)
     yield replace(findings, separate=apart)
     for matrices in (2, 0):
         yield replace(findings, stacks=_gathering_parts(findings.stacks, matrices))
@@ -129,12 +136,26 @@ def _gathering_enough(
         for output, expected in zip(outputs(), whole, strict=True):
             require_same(output, expected, found.layer.name)
 
+    def is_exact(less: LayerFindings) -> bool:
+        with hooks.trying(_with_layer(plan, less.planned())):
+            return attempted(compare, hooks.peers, device) is None
+
     for gathers in range(found.gathers, EVERYTHING):
         less = replace(found, gathers=gathers)
-        with hooks.trying(_with_layer(plan, less.planned())):
-            if attempted(compare, hooks.peers, device) is None:
-                return less
+        if is_exact(less):
+            return less
+        if less.sharing and is_exact(less.sharing_only(())):
+            return _sharing_most(less, is_exact)
     return everything
+
+
+def _sharing_most(found: LayerFindings, is_exact: Callable[[LayerFindings], bool]) -> LayerFindings:
+    """The layer with those of its mixers sharing their work that can, of several that cannot all."""
+    shared: tuple[GatheredModule, ...] = ()
+    for one in found.sharing if len(found.sharing) > 1 else ():
+        if is_exact(found.sharing_only((*shared, one))):
+            shared = (*shared, one)
+    return found.sharing_only(shared)
 
 
 def _with_layer(plan: RegionPlan, layer: Layer) -> RegionPlan:

@@ -65,26 +65,29 @@ def prove_caches(
         return replace(plan, caches=f"are none: {type(model).__name__} takes none")
     # Put back after the rehearsal. Forwards with a cache compare the ranks' generators, which need not be alike yet.
     torch.manual_seed(0)
-    expected = _expected_of(takers, own, own_attention(model), traces, hooks.peers)
+    shares = any(layer.mixer_calls for stack in plan.stacks for layer in stack.layers)
+    expected = _expected_of(takers, own, own_attention(model), traces, hooks.peers, shares)
     if isinstance(expected, Refused):
         return replace(plan, caches=expected)
 
     def compare() -> str:
         told = []
-        for taker, (step, output) in zip(takers, expected, strict=True):
+        for taker, step, output in expected:
             continued, cache = step()
             if not same(continued, output):
                 raise UnsupportedError(f"{type(taker).__name__} sharded gives other numbers with a filled cache")
             told.append(told_of(cache))
         return "; ".join(dict.fromkeys(told))
 
-    for takes_last, keeps_all in product((False, True), repeat=2):
-        stacks = tuple(_with_caches(stack, takes_last, keeps_all) for stack in plan.stacks)
+    for fills, takes_last, keeps_all in product((True, False) if shares else (False,), (False, True), (False, True)):
+        stacks = tuple(_with_caches(stack, takes_last, keeps_all, fills) for stack in plan.stacks)
         with hooks.trying(replace(plan, stacks=stacks, caches="are being proven")):
             try:
                 caches = attempted(compare, hooks.peers, model.device)
             except BackendError as error:
                 caches = Refused(str(error))
+        if fills and isinstance(caches, str):
+            caches += "; mixers fill theirs by heads"
         plan_with = replace(plan, stacks=stacks, caches=caches)
         if not isinstance(caches, Refused):
             break
@@ -92,17 +95,17 @@ def prove_caches(
 
 
 def _expected_of(
-    takers: list[PreTrainedModel], own: Own, ours: Own, traces: tuple[Trace, Trace], peers: Peers
-) -> list[tuple[Callable[[], Continued], Tensor]] | Refused:
+    takers: list[PreTrainedModel], own: Own, ours: Own, traces: tuple[Trace, Trace], peers: Peers, shares: bool
+) -> list[tuple[PreTrainedModel, Callable[[], Continued], Tensor]] | Refused:
     """For each model that takes a cache, steps in which it goes on from one, and what it gives on its own in them."""
-    expected = []
+    expected: list[tuple[PreTrainedModel, Callable[[], Continued], Tensor]] = []
     attend_as(own)
     try:
         for taker in takers:
-            alone = _alone(taker, traces, peers)
+            alone = _alone(taker, traces, peers, shares)
             if isinstance(alone, Refused):
                 return Refused(f"{type(taker).__name__} does not go on from a cache: {alone.reason}")
-            expected.append(alone)
+            expected += [(taker, *one) for one in alone]
     finally:
         attend_as(ours)
     return expected
@@ -120,23 +123,27 @@ def _takers(models: tuple[PreTrainedModel, ...]) -> list[PreTrainedModel]:
 
 
 def _alone(
-    model: PreTrainedModel, traces: tuple[Trace, Trace], peers: Peers
-) -> tuple[Callable[[], Continued], Tensor] | Refused:
+    model: PreTrainedModel, traces: tuple[Trace, Trace], peers: Peers, shares: bool
+) -> list[tuple[Callable[[], Continued], Tensor]] | Refused:
     """Steps in which a model goes on from a cache, and its output in them; or why it does so in none.
 
     So many tokens that the ranks share them, one token, and again so many; or where the model itself does not go on
-    with several tokens, all but one, and that. Some models do so without a mask only.
+    with several tokens, all but one, and that: so too if its mixers share their work (`shares`), which they do not of
+    so few. Some models do so without a mask only.
     """
     refused = Refused("the rehearsal of enable() does not show what tokens it is given")
-    for several, batch in product((True, False), _batches(model, traces)):
-        length = batch.extent.length
-        stops = (peers.size, peers.size + 1, length) if several else (length - 1, length)
-        step = partial(_in_steps, model, batch, stops)
-        continued = attempted(step, peers)
-        if not isinstance(continued, Refused):
-            return step, continued[0]
-        refused = continued
-    return refused
+    found: list[tuple[Callable[[], Continued], Tensor]] = []
+    for several in (True, False):
+        for batch in [] if found and not shares else _batches(model, traces):
+            length = batch.extent.length
+            stops = (peers.size, peers.size + 1, length) if several else (length - 1, length)
+            step = partial(_in_steps, model, batch, stops)
+            continued = attempted(step, peers)
+            if not isinstance(continued, Refused):
+                found.append((step, continued[0]))
+                break
+            refused = continued
+    return found or refused
 
 
 def _batches(model: PreTrainedModel, traces: tuple[Trace, Trace]) -> Iterator[_Batch]:
@@ -157,15 +164,17 @@ def _batches(model: PreTrainedModel, traces: tuple[Trace, Trace]) -> Iterator[_B
         yield _Batch({**inputs, "use_cache": True}, name, dims(inputs, other, *extents), extents[0])
 
 
-def _with_caches(stack: Stack, takes_last: bool, keeps_all: bool) -> Stack:
+def _with_caches(stack: Stack, takes_last: bool, keeps_all: bool, fills: bool) -> Stack:
     """The stack with layers of another `takes_last`.
 
-    keeps_all: caches are whole on every rank, for models that work on keys and values that are cached.
+    keeps_all: caches are whole on every rank, for models that work on keys and values that are cached. fills: mixers
+    fill them from spans.
     """
 
     def kept(layer: Layer) -> Layer:
         heads = dict.fromkeys(layer.heads, 0) if keeps_all else layer.heads
-        return replace(layer, heads=heads, takes_last=takes_last)
+        mixers = tuple(replace(one, fills_caches=fills and bool(one.calls)) for one in layer.gathered_modules)
+        return replace(layer, heads=heads, takes_last=takes_last, gathered_modules=mixers)
 
     return replace(stack, layers=tuple(map(kept, stack.layers)))
 

@@ -88,6 +88,10 @@ class LongProof:
                 return mixers, gathers
             if problem.parts:
                 mixers |= problem.parts
+            elif found.sharing:
+                # Those that hand other things to their functions, or else all of them.
+                handing = [one for one in found.sharing if not problem.attending.isdisjoint(one.module.modules())]
+                mixers |= {one.module for one in handing or found.sharing}
             else:
                 gathers = ATTENTION if gathers < ATTENTION and found.attending else EVERYTHING
 
