@@ -147,11 +147,14 @@ def test_what_looks_beyond_its_token_is_found_and_stays_exact() -> None:
 REPORTED = {
     "mamba2": (
         "causal-lm",
-        ["  backbone.layers, layers 0 to 1: mixer: head-parallel (Mamba-2 scan, convolution by halo); all else: position-wise"],
+        ["  backbone.layers, layers 0 to 1: mixer: head-parallel (Mamba-2 scan, convolution by halo); all else"],
     ),
     "lfm2": (
         "causal-lm",
-        [": conv: on this rank's tokens (convolution by halo); all else", ": self_attn: head-parallel; all else: position-wise"],
+        [
+            ": conv: on this rank's tokens (convolution by halo); all else",
+            ": self_attn: head-parallel; all else: position-wise",
+        ],
     ),
     # One layer that is called twice.
     "albert": ("masked-lm", ["albert_layers.0.attention: head-parallel; all else: position-wise"]),
