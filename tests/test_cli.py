@@ -31,6 +31,7 @@ def test_demo_compares_trainings_and_writes_plot_and_numbers(tmp_path: Path) -> 
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_demo_runs_under_torchrun(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
     ran = run_command("demo", *SMALL, "--out", str(tmp_path), launcher=torchrun)
@@ -39,6 +40,7 @@ def test_demo_runs_under_torchrun(tmp_path: Path) -> None:
     assert ran.stdout.count("loss, 2 ranks") == 1
 
 
+@pytest.mark.slow
 def test_demo_takes_a_model_and_a_text_of_the_users(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -56,6 +58,7 @@ def test_demo_takes_a_model_and_a_text_of_the_users(tmp_path: Path) -> None:
     assert (settings["model"], settings["text"]) == (str(folder), str(text))
 
 
+@pytest.mark.slow
 def test_demo_on_a_third_party_kernel(tmp_path: Path, install: Callable[..., None]) -> None:
     install("good")
     ran = run_command("demo", *SMALL, "--backend", "written-out", "--out", str(tmp_path))
@@ -82,7 +85,7 @@ def sp_attention_backends():
     ("longest", "message"),
     [
         (0, "BackendError: with kernel 'wrong' the model gives other numbers than on its own"),
-        (100, "sp-attention: the losses differ by "),
+        pytest.param(100, "sp-attention: the losses differ by ", marks=pytest.mark.slow),
     ],
     ids=["found by the rehearsal", "wrong on long sequences only"],
 )

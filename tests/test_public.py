@@ -42,6 +42,7 @@ def test_arguments() -> None:
     assert arguments(sp_attention.average_gradients) == ["model", "group"]
     assert arguments(sp_attention.Backend) == [
         "device", "kernel", "attend", "priority", "unavailable", "refuses", "attend_with_weights",
+        "own_where_blind",
     ]  # fmt: skip
     assert arguments(sp_attention.Request) == [
         "query", "key", "value", "mask", "scale", "softcap", "sinks", "bias", "dropout", "module", "heads",

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 STAND_INS = {
     "srun": """
@@ -17,6 +19,7 @@ for one in "${started[@]}"; do wait $one; done
 }
 
 
+@pytest.mark.slow
 def test_two_machines_train_together(tmp_path: Path) -> None:
     for name, lines in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\nset -e\n{lines}\n")

@@ -22,6 +22,7 @@ from sp_attention.launch import run_ranks
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_twenty_accumulated_steps_of_two_groups_are_those_of_one_process() -> None:
     # What no test of gradients has; the page has all.
     engines = ("DDP, static graph", "DDP, unused parameters", "FSDP2, offloaded", "HSDP")
@@ -42,6 +43,7 @@ def test_no_engine_of_the_page_is_wrong() -> None:
     assert {"none", "DDP", "FSDP2", "HSDP", "ZeRO-3"} < {row.split(" | ")[0] for row in rows}
 
 
+@pytest.mark.slow
 def test_results_are_kept_and_tabled(tmp_path: Path) -> None:
     def run(types: str) -> subprocess.CompletedProcess[str]:
         options = ["--mapping", "question-answering", "--types", types, "--table", str(tmp_path / "models.md")]

@@ -104,7 +104,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("trainer")
 
 
-CASES = [(groups, way) for groups, ways in WAYS_OF.items() for way in (*ways, "only loss", "resumed")]
+CASES = [
+    pytest.param(groups, way, marks=[] if way == "plain" else pytest.mark.slow)
+    for groups, ways in WAYS_OF.items()
+    for way in (*ways, "only loss", "resumed")
+]
 
 
 @pytest.mark.parametrize(("groups", "way"), CASES)

@@ -54,6 +54,7 @@ def test_an_exact_model(tmp_path: Path) -> None:
     assert "head-parallel: self_attn\n" in ran.stdout
 
 
+@pytest.mark.slow
 def test_json_on_three_ranks(tmp_path: Path) -> None:
     ran = run(tmp_path, "llama", "--ranks", "3", "--kinds", "plain", "--with", "checkpointing,hidden-states", "--json")
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -83,6 +84,7 @@ def test_a_wrong_model_is_status_1_and_names_the_first_module(tmp_path: Path) ->
     assert ran.stdout.endswith("differs\n")
 
 
+@pytest.mark.slow
 def test_modules_of_the_current_folder_take_the_place_of_none(tmp_path: Path) -> None:
     for name in ("queue", "tokenizers", "safetensors", "sp_attention"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('of the current folder')")
@@ -99,6 +101,7 @@ def test_a_refused_model_is_status_2_and_says_why(tmp_path: Path) -> None:
     assert "refused: unknown backend 'flsh' on cpu." in ran.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_verified_is_status_2(tmp_path: Path) -> None:
     ran = run(tmp_path, "nowhere:model")
     assert ran.returncode == 2
