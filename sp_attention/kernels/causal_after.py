@@ -39,9 +39,8 @@ class _Merged(torch.autograd.Function):
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         (before, first), (own, second) = (attend(query, k, v, 0.0, causal, scale=scale) for k, v, causal in parts)
         total = torch.logaddexp(first, second)
-        out = torch.empty_like(before)
-        torch.mul(before, (first - total).exp().unsqueeze(-1), out=out)
-        out.addcmul_(own, (second - total).exp().unsqueeze(-1).to(own.dtype))
+        share, rest = ((part - total).exp().unsqueeze(-1) for part in (first, second))
+        out: Tensor = (before * share + own * rest).to(query.dtype)
         ctx.save_for_backward(query, key, value, out, total)
         ctx.sizes, ctx.scale = sizes, scale
         return out

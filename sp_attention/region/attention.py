@@ -17,7 +17,7 @@ from sp_attention.region.context import Context, StackPass
 from sp_attention.region.kv_cache import one_dtype
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.ulysses import attention as ulysses
-from sp_attention.ulysses.head_plan import head_plan
+from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
 # window and the positions in it, and the region knows what is recorded.
@@ -145,7 +145,8 @@ class AttentionFunction:
             return ulysses.attend_to_whole_keys(request, call.length, peers, kernel)
         if call.cached_heads is None:
             shared = ulysses.plan_of(request, peers.size, kernel)
-            ulysses.require_done(ulysses.requests_of_all_ranks(request, shared), kernel, name)
+            if isinstance(shared, HeadPlan):  # a grid is taken only where the kernel was asked, and does it
+                ulysses.require_done(ulysses.requests_of_all_ranks(request, shared), kernel, name)
             return ulysses.attend(request, call.length, shared, peers, kernel)
         plan = head_plan(heads, call.cached_heads, peers.size)
         if request.key.shape[2] != len(plan.stored[peers.rank]):

@@ -125,23 +125,23 @@ def attend_my_heads(request: Request, plan: HeadPlan, peers: Peers, kernel: Kern
 def _attend_group(request: Request, plan: HeadPlan, group: int, kernel: Kernel) -> Output:
     """The attention of the heads `plan.query[group]`, and their weights; there may be no heads, or no queries."""
     query, key, value = request.query, request.key, request.value
-    weights: Tensor | None
-    if not query.shape[1] or not query.shape[2]:
-        # Empty too, and it takes part in backward like that of the others.
-        order = torch.tensor(plan.kv_of_query(group), dtype=torch.int64, device=key.device)
-        keys, values = (tensor.index_select(2, order).transpose(1, 2) for tensor in (key, value))
-        weights = query.transpose(1, 2) @ keys.transpose(2, 3)
-        out = (weights @ values).transpose(1, 2)
-        # So do sinks and biases, of which engines want a gradient on every rank.
-        for of_heads in (request.sinks, None if request.bias is None else request.bias[:, :0]):
-            out = out if of_heads is None else out + of_heads.sum()
-        return out, weights
-    if not plan.grouped[group]:
+    is_empty = not query.shape[1] or not query.shape[2]
+    if is_empty or not plan.grouped[group]:
         order = request.mask.once(
-            ("kv of query", plan, group), lambda: torch.tensor(plan.kv_of_query(group), device=key.device)
+            ("kv of query", plan, group),
+            lambda: torch.tensor(plan.kv_of_query(group), dtype=torch.int64, device=key.device),
         )
-        request = replace(request, key=key.index_select(2, order), value=value.index_select(2, order))
-    return kernel(request)
+        key, value = key.index_select(2, order), value.index_select(2, order)
+        request = replace(request, key=key, value=value)
+    if not is_empty:
+        return kernel(request)
+    # Empty too, and it takes part in backward like that of the others.
+    weights = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
+    out = (weights @ value.transpose(1, 2)).transpose(1, 2)
+    # So do sinks and biases, of which engines want a gradient on every rank.
+    for of_heads in (request.sinks, None if request.bias is None else request.bias[:, :0]):
+        out = out if of_heads is None else out + of_heads.sum()
+    return out, weights
 
 
 def cut_to_heads(request: Request, plan: HeadPlan, rank: int) -> Request:

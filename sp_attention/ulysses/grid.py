@@ -28,7 +28,7 @@ Rows = Literal["query", "kv"]
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Which heads and which queries each rank computes: heads.query[group] for chunks(length, block).
+    """Which heads and which queries each rank computes: heads.query[group_of(rank)] for chunks(length, rank).
 
     heads: the plan of the head groups, in place of ranks. blocks: P_q. Neighbouring ranks are of different groups and
     of one block, since they trade queries, while groups trade with each other through the keys that they share.
@@ -174,14 +174,13 @@ def _exchange(
     tensors: Sequence[Tensor], kinds: tuple[Rows, ...], length: int, grid: Grid, peers: Peers
 ) -> tuple[Tensor, ...]:
     """[B, s, H, D] each → [B, Sq, h, D] of queries, [B, S, hkv, D] of keys and values, in one all-to-all."""
-    batch, sizes = tensors[0].shape[0], [tensor.shape[3] for tensor in tensors]
     sent, arriving = _pieces(kinds, length, grid, peers.rank)
     send = [piece.in_held(tensors) for pieces in sent for piece in pieces]
-    received = _all_to_all(tensors[0], send, (sent, arriving), sizes, length, peers)
+    received = _all_to_all(tensors, send, (sent, arriving), length, peers)
     rows = {"query": sum(map(len, grid.chunks(length, peers.rank))), "kv": length}
     mine = grid.group_of(peers.rank)
     results = tuple(
-        tensor.new_empty(batch, rows[kind], len(getattr(grid.heads, kind)[mine]), tensor.shape[3])
+        tensor.new_empty(len(tensor), rows[kind], len(getattr(grid.heads, kind)[mine]), tensor.shape[3])
         for tensor, kind in zip(tensors, kinds, strict=True)
     )
     for piece, numbers in received:
@@ -194,12 +193,11 @@ def _return(
     tensors: Sequence[Tensor], kinds: tuple[Rows, ...], length: int, grid: Grid, peers: Peers
 ) -> tuple[Tensor, ...]:
     """The reverse of `_exchange`, in one all-to-all; rows and heads that several ranks have are added up."""
-    batch, sizes = tensors[0].shape[0], [tensor.shape[3] for tensor in tensors]
     arriving, sent = _pieces(kinds, length, grid, peers.rank)
     send = [piece.in_computed(tensors) for pieces in sent for piece in pieces]
-    received = _all_to_all(tensors[0], send, (sent, arriving), sizes, length, peers)
+    received = _all_to_all(tensors, send, (sent, arriving), length, peers)
     results = tuple(
-        tensor.new_zeros(batch, len(peers.span(length)), getattr(grid.heads, kind)[-1].stop, tensor.shape[3])
+        tensor.new_zeros(len(tensor), len(peers.span(length)), getattr(grid.heads, kind)[-1].stop, tensor.shape[3])
         for tensor, kind in zip(tensors, kinds, strict=True)
     )
     for piece, numbers in received:
@@ -209,9 +207,10 @@ def _return(
 
 
 def _all_to_all(
-    like: Tensor, parts: list[Tensor], plan: tuple[_Pieces, _Pieces], sizes: Sequence[int], length: int, peers: Peers
+    tensors: Sequence[Tensor], parts: list[Tensor], plan: tuple[_Pieces, _Pieces], length: int, peers: Peers
 ) -> Iterator[tuple[_Piece, Tensor]]:
     """Send parts, in the order of the pieces of `plan[0]`; the pieces of `plan[1]` with the numbers that arrive."""
+    like, sizes = tensors[0], [tensor.shape[3] for tensor in tensors]
     batch = like.shape[0]
     out, into = ([sum(piece.numbers(batch, sizes) for piece in some) for some in pieces] for pieces in plan)
     send = torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
