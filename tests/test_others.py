@@ -137,6 +137,27 @@ def test_recomputation_gives_hooks_whole_tensors_too(name: str, selected: Select
         assert errors[name] < 1e-5
 
 
+def add_cumulated(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] + 0.1 * args[0].cumsum(1), *args[1:])
+
+
+def errors_of_few_tokens() -> dict[int, float]:
+    """By length: a span of one token is not what is alike for all tokens."""
+    reference, model = LLAMA.build(), LLAMA.build()
+    sp_attention.enable(model, backend="sdpa")
+    for one in (reference, model):
+        one.model.layers[1].mlp.down_proj.register_forward_pre_hook(add_cumulated)
+    return {
+        length: largest_error(reference, model, partial(loss_step, kind="plain", length=length)) for length in (3, 4, 5)
+    }
+
+
+@pytest.mark.parametrize("ranks", TWO_AND_THREE, ids="P{}".format)
+def test_a_layer_with_a_hook_gets_all_of_very_few_tokens(ranks: int) -> None:
+    for errors in run_ranks(ranks, errors_of_few_tokens, timeout=60):
+        assert max(errors.values()) < 1e-5, errors
+
+
 def keep(kept: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> None:
     kept.append(output)
 

@@ -215,10 +215,12 @@ def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:
             return stack_pass.cut(leaf, Along(leaf.dim() - 1), remember=True)
         raise UnsupportedError(_unlike_rehearsed(path, leaf, layer.name, stack_pass))
     along = layer.arguments[path]
-    if along is None or leaf.shape[along.dim] == 1:
+    if along is None:
         return leaf
     if path in layer.handed and not stack_pass.is_separate and stack_pass.is_span(leaf, along):
         return stack_pass.whole(leaf, along) if layer.gathered else leaf
+    if leaf.shape[along.dim] == 1:  # The same for all tokens; a span of one token looks alike, and is handed on.
+        return leaf
     if stack_pass.is_whole(leaf, along):
         return leaf if layer.gathered else stack_pass.cut(leaf, along, remember=path not in layer.handed)
     if stack_pass.fills_cache:
