@@ -88,13 +88,11 @@ def unseen_arguments() -> dict[str, Any]:
         "between the layers": errors(lambda model: loss(model, extra=numbers)),
         "by row": errors(lambda model: loss(model, gate=numbers[:, :1, :1])),
         "positions": errors(lambda model: loss(model, position_ids=positions)),
+        "of each token, of new width": errors(lambda model: loss(model, gate=numbers[:, :, :1])),
         "to no effect": errors(lambda model: loss(model, cu_seq_lens_q=torch.tensor([0, 33]))),
     }
     model = extra()
     sp_attention.enable(model, backend="sdpa")
-    with pytest.raises(UnsupportedError) as refusal:
-        loss(model, gate=numbers[:, :, :1])
-    found["refusal"] = str(refusal.value)
     with pytest.raises(UnsupportedError, match="cu_seq_lens_q and max_length_q without position_ids"):
         loss(model, cu_seq_lens_q=torch.tensor([0, 9, 33]), max_length_q=24)
     # And nothing is left behind.
@@ -104,14 +102,7 @@ def unseen_arguments() -> dict[str, Any]:
 
 
 def test_what_the_rehearsal_did_not_see_is_exact_or_refused() -> None:
-    first, second = run_ranks(2, unseen_arguments)
-    assert first["refusal"] == second["refusal"]
-    assert first["refusal"] == (
-        "model.layers.0: the argument gate [2, 33, 1] is not what enable() saw in its rehearsal; it is not of 33 "
-        "tokens and cannot be cut"
-    )
-    for errors in (first, second):
-        del errors["refusal"]
+    for errors in run_ranks(2, unseen_arguments):
         assert not too_large(errors)
 
 

@@ -39,7 +39,11 @@ def around_layer(state: RegionState, checkpoints: ActivationCheckpoints, stack: 
         stack_pass, scope = _pass_of(state, stack, planned, (args, kwargs))
         # With whole tensors it is what it is in one process, whatever it is asked for.
         flags = {name: value for name, value in kwargs.items() if name not in scope.ignored}
-        is_whole = planned.name in stack_pass.gathered or ask_for_more(planned.flags, planned.names, args, flags)
+        is_whole = (
+            planned.name in stack_pass.gathered
+            or ask_for_more(planned.flags, planned.names, args, flags)
+            or _is_given_more(planned, stack_pass, scope, (args, kwargs))
+        )
         layer = replace(planned, gathered=True) if is_whole else planned
 
         given = map_leaves(partial(_given_to, state, layer, stack_pass, scope), (args, kwargs))
@@ -198,6 +202,21 @@ def _given_to(state: RegionState, layer: Layer, stack_pass: StackPass, scope: Sc
     return entering(path, leaf, layer, stack_pass)
 
 
+def _is_given_more(layer: Layer, stack_pass: StackPass, scope: Scope, given: Any) -> bool:
+    """Whether a layer is given tensors of the sequence that it was not in the rehearsal, and which nothing can cut."""
+    if not stack_pass.is_shared:
+        return False
+    return any(
+        stack_pass.extent.length in leaf.shape and not _are_positions(path, leaf, stack_pass)
+        for path, leaf in tensors(given)
+        if not (path in layer.arguments or path in layer.masks or path[1] in NEVER_CUT or path[1] in scope.ignored)
+    )
+
+
+def _are_positions(path: Path, leaf: Tensor, stack_pass: StackPass) -> bool:
+    return path[-1] == "position_ids" and leaf.shape[-1] == stack_pass.extent.length
+
+
 def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:
     """What a layer is given in place of an argument: my span of it, or all of it where the layer is gathered."""
     if not isinstance(leaf, Tensor):
@@ -208,12 +227,10 @@ def entering(path: Path, leaf: Any, layer: Layer, stack_pass: StackPass) -> Any:
     if not stack_pass.is_shared or path[1] in NEVER_CUT or path in layer.masks:
         return leaf
     if path not in layer.arguments:
-        if layer.gathered or stack_pass.extent.length not in leaf.shape:
+        if layer.gathered or not _are_positions(path, leaf, stack_pass):
             return leaf
-        if path[-1] == "position_ids" and leaf.shape[-1] == stack_pass.extent.length:
-            # Some models hand these on only if they are given them in a shape of their own, as by generate().
-            return stack_pass.cut(leaf, Along(leaf.dim() - 1), remember=True)
-        raise UnsupportedError(_unlike_rehearsed(path, leaf, layer.name, stack_pass))
+        # Some models hand these on only if they are given them in a shape of their own, as by generate().
+        return stack_pass.cut(leaf, Along(leaf.dim() - 1), remember=True)
     along = layer.arguments[path]
     if along is None:
         return leaf

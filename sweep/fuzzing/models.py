@@ -251,5 +251,7 @@ def _adapted(model: PreTrainedModel) -> nn.Module:
     dtype = model.dtype
     if model.is_gradient_checkpointing:
         model.enable_input_require_grads()
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    return adapted.to(dtype)
+    # PEFT refuses Mamba's output projection, whose weight its kernels read without calling the module.
+    left_out = ["out_proj"] if "mamba" in model.config.model_type else None
+    lora = LoraConfig(r=2, target_modules="all-linear", exclude_modules=left_out, init_lora_weights=False)
+    return get_peft_model(model, lora).to(dtype)
