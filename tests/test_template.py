@@ -50,7 +50,8 @@ def test_two_words_make_a_package_that_is_installed_tested_and_trains(fresh: Pat
     told = run(["bash", "-ec", "".join(blocks)], tmp_path / "here", fresh)
     assert "1 passed" in told
     row = next(line for line in told.splitlines() if line.startswith("fast "))
-    assert "fast_attention 0.1.0 (fast)" in row
+    assert "yes" in row
+    assert "fast_attention 0.1.0 (fast): fast" in told
     assert "softcap: fast has no softcap" in told
     files = sorted(file for file in (tmp_path / "fast_attention").iterdir() if file.is_file())
     assert [file.name for file in files] == ["fast_attention.py", "pyproject.toml", "test_kernel.py"]
