@@ -211,6 +211,6 @@ def test_longer_sequences_than_proven_are_tried_first() -> None:
 
 
 def test_lengths_in_a_configuration() -> None:
-    assert length_beyond({}) == 514
-    assert length_beyond({"hidden_size": 4096, "pad_token_id": 5000, "window": 700}) == 938
-    assert length_beyond({"layers": {"capacity": [8192, None, True]}, "max_position_embeddings": 131072}) == 10306
+    assert length_beyond({}) == 516
+    assert length_beyond({"hidden_size": 4096, "pad_token_id": 5000, "window": 700}) == 940
+    assert length_beyond({"layers": {"capacity": [8192, None, True]}, "max_position_embeddings": 131072}) == 10308

@@ -9,60 +9,68 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sp_attention.region.pytree import Path, map_leaves, tensors
-from sp_attention.region.sequence_dims import Extent, along
+from sp_attention.region.sequence_dims import Extent
 
 
 @dataclass(frozen=True)
 class FewTokens:
-    """A tree of tensors of a few tokens.
+    """A tree of tensors of a few tokens, of one row of the batch.
 
-    lengths: by path, the dims of the sequence, `extent.length` long: two in masks of queries and keys.
-    rows: the paths of those that are B·S long, the rows of the batch one after another.
+    length: how many tokens. lengths: by path, the dims of the sequence: two in masks of queries and keys.
     """
 
     tree: Any
-    extent: Extent
+    length: int
     lengths: Mapping[Path, tuple[int, ...]]
-    rows: frozenset[Path]
 
     @staticmethod
     def of(tree: Any, other: Any, here: Extent, there: Extent) -> "FewTokens":
-        """`other` is the same tree of another batch, by which the sequence is found."""
+        """The first row of a tree. `other` is the same tree of another batch, by which rows and tokens are found."""
         others = dict(tensors(other))
-        pairs = {path: (tensor, others[path]) for path, tensor in tensors(tree) if path in others}
-        found = {path: along(*pair, here, there) for path, pair in pairs.items()}
-        rows = frozenset(path for path, one in found.items() if one is not None and one.rows)
-        sizes = {path: zip(one.shape, two.shape, strict=False) for path, (one, two) in pairs.items()}
-        lengths = {
-            path: tuple(dim for dim, pair in enumerate(both) if pair == (here.length, there.length))
-            for path, both in sizes.items()
+        sizes = {
+            path: [*zip(one.shape, others[path].shape, strict=False)] for path, one in tensors(tree) if path in others
         }
-        return FewTokens(tree, here, lengths, rows)
+        # Those that have the rows of the batch one after another, B·S long.
+        flat = {path for path, pairs in sizes.items() if _is_flat(pairs, here, there)}
+        lengths = {
+            path: (0,)
+            if path in flat
+            else tuple(dim for dim, pair in enumerate(pairs) if _is_length(pair, here, there))
+            for path, pairs in sizes.items()
+        }
+
+        def first_row(path: Path, leaf: Any) -> Any:
+            if path in flat:
+                return leaf[: here.length]
+            for dim, (one, two) in enumerate(sizes.get(path, ())):
+                # As long as the batch, or a multiple of it, such as B·H.
+                if dim not in lengths[path] and one != two and one * there.batch == two * here.batch:
+                    leaf = leaf.narrow(dim, 0, one // here.batch)
+            return leaf
+
+        return FewTokens(map_leaves(first_row, tree), here.length, lengths)
 
     def many(self, length: int, own: torch.dtype, dtype: torch.dtype) -> Any:
         """The tree for `length` tokens: most of them the last of the few, to crowd them where they compete.
 
         What is of the dtype `own` becomes `dtype`. There are no caches.
         """
-        places = torch.arange(length) % self.extent.length
-        places[torch.arange(length) % 4 > 0] = self.extent.length - 1
+        places = torch.arange(length) % self.length
+        places[torch.arange(length) % 4 > 0] = self.length - 1
 
         def grow(path: Path, leaf: Any) -> Any:
             if isinstance(leaf, Cache):
                 return None
             if not isinstance(leaf, Tensor):
                 return leaf
-            leaf, here = leaf.to(dtype) if leaf.dtype == own else leaf, places.to(leaf.device)
-            if path in self.rows:
-                rows = leaf.unflatten(0, (self.extent.batch, self.extent.length))
-                return _uneven(rows[:, here], 1).flatten(0, 1)
+            leaf = leaf.to(dtype) if leaf.dtype == own else leaf
             *queries, last = self.lengths.get(path, ()) or (None,)
             if last is not None:
-                leaf = _uneven(leaf.index_select(last, here), last)
+                leaf = _uneven(leaf.index_select(last, places.to(leaf.device)), last)
             for dim in queries:  # Without memory for length x length numbers, which only attention looks at.
                 sizes = [-1] * leaf.dim()
                 sizes[dim] = length
-                leaf = leaf.narrow(dim, self.extent.length - 1, 1).expand(sizes)
+                leaf = leaf.narrow(dim, self.length - 1, 1).expand(sizes)
             return leaf
 
         return map_leaves(grow, self.tree)
@@ -71,14 +79,21 @@ class FewTokens:
         """The tokens from `start` on of the tree for `length` tokens; masks of queries and keys stay whole."""
 
         def cut(path: Path, leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            if path in self.rows:
-                return leaf.unflatten(0, (self.extent.batch, length))[:, start:].flatten(0, 1)
             dims = self.lengths.get(path, ())
-            return leaf.narrow(dims[0], start, length - start).contiguous() if len(dims) == 1 else leaf
+            if not isinstance(leaf, Tensor) or len(dims) != 1:
+                return leaf
+            return leaf.narrow(dims[0], start, length - start).contiguous()
 
         return map_leaves(cut, many)
+
+
+def _is_length(pair: tuple[int, int], here: Extent, there: Extent) -> bool:
+    return pair == (here.length, there.length)
+
+
+def _is_flat(pairs: list[tuple[int, int]], here: Extent, there: Extent) -> bool:
+    has_length = any(_is_length(pair, here, there) for pair in pairs)
+    return not has_length and pairs[:1] == [(here.batch * here.length, there.batch * there.length)]
 
 
 def _uneven(tensor: Tensor, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sp_attention.distributed.consistency import first_reason
 from sp_attention.errors import UnsupportedError
 from sp_attention.region.context import Context, StackPass
-from sp_attention.region.locality import Sample, not_local
+from sp_attention.region.locality import Sample, length_for, not_local
 from sp_attention.region.plan import Layer, RegionPlan
 
 # Layers are not given more tokens for it than this, or my span: a rank need not have the memory for a whole sequence.
@@ -50,7 +50,7 @@ class LengthCheck:
         if layer.module not in self.to_try:
             return
         sample = self.samples[layer.module]
-        tokens = max(len(stack_pass.span), min(self.length, _MOST)) // 4 * 4 + 2
+        tokens = length_for(max(len(stack_pass.span), min(self.length, _MOST)))
         found = not_local(sample, tokens, context, trains=layer.module.training, dtype=hidden.dtype)
         reason = f"{layer.name} does something else" if found else None
         reason = first_reason(reason, stack_pass.peers)

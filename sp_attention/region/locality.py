@@ -22,11 +22,12 @@ from sp_attention.region.kept import Attributes, Buffers
 from sp_attention.region.mixer_calls import run_by_tokens
 from sp_attention.region.plan import Layer
 from sp_attention.region.pytree import Path, leaf_at, tensors
-from sp_attention.region.sequence_dims import Extent
 
 # Of two computations of a token: the largest difference, relative to the largest number.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 1e-1
+# The later part of a sequence is one in so many of its tokens.
+_LATER = 4
 # Tokens that may differ: a router that is undecided between two experts decides by the order of sums.
 _UNDECIDED = 0.01
 
@@ -84,13 +85,17 @@ class _Run:
     attention: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
 
+def length_for(tokens: int) -> int:
+    """About so many tokens, where that and the length of the later part are hardly a size of anything else."""
+    return tokens // (2 * _LATER) * 2 * _LATER + _LATER
+
+
 def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dtype: torch.dtype) -> NotLocal:
     """What of a layer depends on where in a sequence of `length` tokens, or among how many, its tokens are.
 
     trains: in training, where what is drawn is harmless. dtype: of the hidden states.
     """
-    start = length // 2
-    batch = sample.inputs.extent.batch
+    start = length - length // _LATER
     given = sample.inputs.many(length, sample.dtype, dtype)
     outputs = {
         one.module: [few.many(length, sample.dtype, dtype) for few in sample.outputs[one.module]]
@@ -109,7 +114,7 @@ def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dt
         for module, its in results.items():
             module.forward = partial(_next, iter(its))
         try:
-            return _run(sample, given, Extent(batch, length), context)
+            return _run(sample, given, length, context)
         finally:
             attributes.restore()
 
@@ -143,28 +148,28 @@ def not_local(sample: Sample, length: int, context: Context, *, trains: bool, dt
     return NotLocal(parts, attending, not _agree(whole.output, later.output))
 
 
-def _run(sample: Sample, given: Any, extent: Extent, context: Context) -> _Run:
+def _run(sample: Sample, given: Any, length: int, context: Context) -> _Run:
     """The layer, without what is hooked to it, on these tokens."""
     run, (args, kwargs) = _Run(), given
 
     def attend(module: nn.Module, *given: Tensor) -> Tensor:
-        run.attention.append((module, _told(given, extent)))
+        run.attention.append((module, _told(given, length)))
         return _of_each_token(*given)
 
     def look(module: nn.Module, given: Mapping[str, Tensor]) -> None:
-        run.attention.append((module, _told(dict(given), extent)))
+        run.attention.append((module, _told(dict(given), length)))
 
     for calls in sample.layer.mixer_calls:
         run_by_tokens(calls, look)
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        run.parts.append((module, _told((args, kwargs), extent), _told(output, extent)))
+        run.parts.append((module, _told((args, kwargs), length), _told(output, length)))
 
     with ExitStack() as hooks:
         for module in sample.parts:
             hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         with context.alone(attend):
-            run.output = _told(sample.layer.module.forward(*args, **kwargs), extent)
+            run.output = _told(sample.layer.module.forward(*args, **kwargs), length)
     return run
 
 
@@ -188,25 +193,19 @@ class _Told:
     tolerance: float
 
 
-def _told(tree: Any, extent: Extent) -> dict[Path, _Told]:
-    return {path: _numbers_of(tensor, extent) for path, tensor in tensors(tree)}
+def _told(tree: Any, length: int) -> dict[Path, _Told]:
+    return {path: _numbers_of(tensor, length) for path, tensor in tensors(tree)}
 
 
-def _numbers_of(tensor: Tensor, extent: Extent) -> _Told:
+def _numbers_of(tensor: Tensor, length: int) -> _Told:
     tolerance = _TOLERANCE.get(tensor.dtype, _LOW_PRECISION_TOLERANCE)
     shape, dtype = tuple(tensor.shape), tensor.dtype
-    if extent.length in shape:
-        tensor = tensor.movedim(shape.index(extent.length), 0).flatten(1)
-    elif shape and shape[0] == extent.batch * extent.length:
-        tensor = tensor.unflatten(0, (extent.batch, extent.length)).movedim(1, 0).flatten(1)
-    else:
-        tensor = tensor.reshape(1, -1)
+    tensor = tensor.movedim(shape.index(length), 0).flatten(1) if length in shape else tensor.reshape(1, -1)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     tensor = torch.nan_to_num(tensor.to(kept), nan=0.5, posinf=1.0, neginf=-1.0)
     # Sums of the numbers with weights that nothing in a model follows.
     weights = torch.arange(8 * tensor.shape[1], device=tensor.device).mul(2.399).cos().to(kept).view(-1, 8)
-    sizes = {extent.length: "s", extent.batch * extent.length: "B·s"}
-    return _Told(tensor @ weights, (dtype, [sizes.get(size, size) for size in shape]), tolerance)
+    return _Told(tensor @ weights, (dtype, ["s" if size == length else size for size in shape]), tolerance)
 
 
 def _agree(whole: dict[Path, _Told], later: dict[Path, _Told]) -> bool:

@@ -84,8 +84,9 @@ class _Follow(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = [leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if len(given) == 1 and id(given[0]) in self.known and getattr(function, "__name__", None) in _STEPS:
+        may_be_step = getattr(function, "__name__", None) in _STEPS
+        given = [leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)] if may_be_step else []
+        if len(given) == 1 and id(given[0]) in self.known:
             origin = self.known[id(given[0])]
             # Without the tensor itself, which would be kept.
             others = map_leaves(lambda _, leaf: _HERE if isinstance(leaf, Tensor) else leaf, (args, kwargs or {}))

@@ -12,7 +12,7 @@ from torch import nn
 
 from sp_attention.region.context import Context
 from sp_attention.region.few_tokens import FewTokens
-from sp_attention.region.locality import NotLocal, Sample, not_local
+from sp_attention.region.locality import NotLocal, Sample, length_for, not_local
 from sp_attention.region.plan import NEVER_CUT, Layer
 from sp_attention.region.sequence_dims import Extent
 from sp_attention.rehearsal.findings import ATTENTION, EVERYTHING, POSITION_WISE, LayerFindings
@@ -30,8 +30,7 @@ Find = Callable[[frozenset[nn.Module]], LayerFindings]
 def length_beyond(settings: Mapping[str, Any]) -> int:
     """A number of tokens beyond every number of a configuration that may be a length at which behaviour changes."""
     most = max((number for number in _numbers(settings) if number <= _LARGEST), default=0)
-    # Of a length, and of its half, that are hardly anything else's.
-    return max(_LEAST, 5 * most // 4 + 64) // 4 * 4 + 2
+    return length_for(max(_LEAST, 5 * most // 4 + 64))
 
 
 def _numbers(settings: Any, name: str = "") -> Iterator[int]:
