@@ -19,7 +19,8 @@ from sp_attention.ulysses.module import UlyssesAttention
 LENGTH, SIZE, VALUE_SIZE = 13, 8, 4
 # On three and four ranks those of one and two heads are shared by queries too, on six those of five.
 HEADS = ((6, 3), (5, 1), (2, 1), (1, 1), (3, 3))
-KINDS = ("causal", "packed, window", "bidirectional, padded")
+# Of the last, some ranks have no queries that see anything.
+KINDS = ("causal", "packed, window", "bidirectional, padded", "mostly padding")
 
 
 def request_of(heads: int, kv_heads: int, kind: str) -> Request:
@@ -34,6 +35,7 @@ def request_of(heads: int, kv_heads: int, kind: str) -> Request:
         "causal": {},
         "packed, window": {"documents": documents, "window": 4},
         "bidirectional, padded": {"causal": False, "padding": torch.arange(LENGTH) >= torch.tensor([[3], [0]])},
+        "mostly padding": {"padding": torch.arange(LENGTH) >= torch.tensor([[11], [10]])},
     }
     request = Request(
         random(2, LENGTH, heads, SIZE),

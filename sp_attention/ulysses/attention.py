@@ -31,10 +31,15 @@ class Kernel:
     with_weights: bool = False
 
     def __call__(self, request: Request) -> Output:
-        if not self.with_weights:
-            return self.backend.attend(request), None
-        assert self.backend.attend_with_weights is not None
-        return self.backend.attend_with_weights(request)
+        if self.with_weights:
+            assert self.backend.attend_with_weights is not None
+            out, weights = self.backend.attend_with_weights(request)
+        else:
+            out, weights = self.backend.attend(request), None
+        if torch.is_grad_enabled() and not out.requires_grad:
+            # As zeros are for queries that see nothing, of which this rank may have no others.
+            out = _leading_to(out, request.query, request.sinks, request.bias)
+        return out, weights
 
     def why_not(self, request: Request) -> str | None:
         """Why it cannot do this exactly, None if it can."""
@@ -139,9 +144,14 @@ def _attend_group(request: Request, plan: HeadPlan, group: int, kernel: Kernel) 
     weights = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
     out = (weights @ value.transpose(1, 2)).transpose(1, 2)
     # So do sinks and biases, of which engines want a gradient on every rank.
-    for of_heads in (request.sinks, None if request.bias is None else request.bias[:, :0]):
-        out = out if of_heads is None else out + of_heads.sum()
-    return out, weights
+    return _leading_to(out, request.sinks, request.bias), weights
+
+
+def _leading_to(out: Tensor, *given: Tensor | None) -> Tensor:
+    """`out`, with a backward that leads to what was given, with gradients of zero: other ranks wait in its exchange."""
+    for tensor in given:
+        out = out if tensor is None else out + tensor[:0].sum()
+    return out
 
 
 def cut_to_heads(request: Request, plan: HeadPlan, rank: int) -> Request:
