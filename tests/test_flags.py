@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TWO_AND_THREE, errors_of, run_once
+from helpers import TWO_AND_THREE, errors_of, run_once, spy
 from models import LLAMA, batch_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -99,3 +99,20 @@ def test_flags_have_names() -> None:
         ("tells.this", "much"),
         ("length", "a number"),
     }
+
+
+def lengths_seen() -> list[int]:
+    """How many tokens an MLP sees of packed documents that the batch tells of in each way."""
+    model, seen = LLAMA.build(), []
+    sp_attention.enable(model, backend="sdpa")
+    model.model.layers[0].mlp.register_forward_hook(spy(lambda module, args, output: seen.append(output.shape[1])))
+    begins, positions = torch.tensor([0, 9, 33]), torch.cat([torch.arange(9), torch.arange(24)])[None]
+    batch = {name: batch_of("plain", 33)[name][:1] for name in ("input_ids", "labels")}
+    told = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": 24, "max_length_k": 24}
+    for more in ({}, told, {"seq_idx": torch.zeros(1, 33, dtype=torch.int32)}):
+        model(**batch, position_ids=positions, **more).loss.backward()
+    return seen
+
+
+def test_what_tells_of_packed_documents_asks_a_layer_for_nothing_more() -> None:
+    assert run_ranks(2, lengths_seen, timeout=30) == [[17] * 3, [16] * 3]

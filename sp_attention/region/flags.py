@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sp_attention.region.masks import DOCUMENTS
 from sp_attention.region.pytree import leaves
 
 # A flag: its name, and its value; of a number, which may be a length, that it is given.
@@ -14,7 +15,7 @@ Flag = tuple[str, Any]
 # What these ask for is known: nothing that is computed otherwise, or what the region makes whole.
 _KNOWN = {
     "use_cache", "output_attentions", "output_hidden_states", "return_dict", "labels", "num_items_in_batch", "training",
-    "logits_to_keep", "layer_idx",
+    "logits_to_keep", "layer_idx", *DOCUMENTS,
 }  # fmt: skip
 # Recorded and made whole as well; but where a layer has an argument for it, it returns more.
 _RECORDED = "output_router_logits"

@@ -1,5 +1,6 @@
 """Liger's own kernel for the head and the loss, in Triton's interpreter, against torch."""
 
+import multiprocessing
 from contextlib import nullcontext
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from helpers import relative_error
 from torch import Tensor, nn
 
+from sp_attention.distributed import launch
 from sp_attention.launch import run_ranks
 from sp_attention.loss.tiled_loss import LMHead, LMHeadInput
 
@@ -36,6 +38,8 @@ def errors() -> dict[torch.dtype, tuple[float, float]]:
 
 
 def test_its_kernel_gives_the_loss_and_gradients_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Triton reads it when it is imported, and forks would have imported it.
+    monkeypatch.setattr(launch, "CONTEXT", multiprocessing.get_context("spawn"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     (found,) = run_ranks(1, errors, timeout=200)
     for dtype, (by_liger, by_tiles) in found.items():

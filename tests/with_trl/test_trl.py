@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import trl
 from datasets import Dataset
-from helpers import as_launched
+from helpers import as_launched, spy
 from models import LLAMA, MODELS, Tiny
 from texts import TEXTS, tokenizer
 from torch import Tensor, nn
@@ -188,7 +188,7 @@ def run(folder: Path, sp_size: int, cases: list[tuple[str, str]]) -> dict[tuple[
             if torch.is_grad_enabled():  # and not in what is generated
                 seen.append(output.shape[1])
 
-        layer.register_forward_hook(note)
+        layer.register_forward_hook(spy(note))
         each.train()
         history = [{key: value for key, value in entry.items() if key != "step_time"} for entry in logged(each)]
         found[name, way] = history, weights(each), lengths
