@@ -144,14 +144,16 @@ class Session:
         )
 
     def _compared(self, call: str, index: int) -> Called:
-        expected, problem = None, ""
+        expected, problem, before = None, "", copy.deepcopy(self.alone)
         if not (self.case.draws and call in calls.TRAINING):
             try:
                 expected = self._values_alone(self.alone, call, index)
             except Exception as error:
                 problem = f"in one process: {type(error).__name__}: {error}"[:300]
-            # Whatever it generated follows from no numbers.
-            if call == "generate" and expected is not None and any(score.isnan().any() for score in expected.values()):
+            # Whatever follows from them, text or losses, says nothing.
+            is_score = "" if call == "generate" else "logits"
+            scores = [value for name, value in (expected or {}).items() if name.startswith(is_score)]
+            if any(score.isnan().any() for score in scores):
                 problem = "in one process: scores are no numbers"
         # A batch may be too much for one group only.
         if problem := next(filter(None, self._told(problem)), ""):
@@ -165,11 +167,10 @@ class Session:
         error, where = self.distance(ours, expected)
         tolerance = TOLERANCES[getattr(torch, self.case.dtype)]
         verdict = merged(Verdict("", EXACT if error <= tolerance else DIFFERS, error, where))
-        if verdict.outcome == DIFFERS and verdict.error <= ROUNDING and call not in calls.UPDATES:
+        if verdict.outcome == DIFFERS and verdict.error <= ROUNDING:
             # More than the tolerance, and yet the same, where the model itself is no more precise.
-            shaken = copy.deepcopy(self.alone)
-            shake(shaken, 1e-8 if self.case.dtype == "float64" else 1e-6)
-            rounding = self.distance(self._values_alone(shaken, call, index), expected)[0]
+            shake(before, 1e-8 if self.case.dtype == "float64" else 1e-6)
+            rounding = self.distance(self._values_alone(before, call, index), expected)[0]
             verdict = merged(Verdict("", EXACT if error <= max(tolerance, 10 * rounding) else DIFFERS, error, where))
         outcome = EXACT if verdict.outcome == EXACT else "wrong"
         return Called(call, outcome, verdict.error, verdict.where)
