@@ -145,16 +145,17 @@ class Session:
 
     def _compared(self, call: str, index: int) -> Called:
         expected, problem, before = None, "", copy.deepcopy(self.alone)
-        if not (self.case.draws and call in calls.TRAINING):
-            try:
-                expected = self._values_alone(self.alone, call, index)
-            except Exception as error:
-                problem = f"in one process: {type(error).__name__}: {error}"[:300]
-            # Whatever follows from them, text or losses, says nothing.
-            is_score = "" if call == "generate" else "logits"
-            scores = [value for name, value in (expected or {}).items() if name.startswith(is_score)]
-            if any(score.isnan().any() for score in scores):
-                problem = "in one process: scores are no numbers"
+        try:
+            expected = self._values_alone(self.alone, call, index)
+        except Exception as error:
+            problem = f"in one process: {type(error).__name__}: {error}"[:300]
+        # Whatever follows from them, text or losses, says nothing.
+        is_score = "" if call == "generate" else "logits"
+        scores = [value for name, value in (expected or {}).items() if name.startswith(is_score)]
+        if any(score.isnan().any() for score in scores):
+            problem = "in one process: scores are no numbers"
+        if self.case.draws and call in calls.TRAINING:
+            expected = None  # of other random numbers
         # A batch may be too much for one group only.
         if problem := next(filter(None, self._told(problem)), ""):
             return Called(call, "not comparable", reason=problem)
