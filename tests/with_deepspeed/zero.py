@@ -8,6 +8,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from helpers import as_launched
 from torch import Tensor, nn
 
@@ -45,8 +46,12 @@ def zero(stage: int, accumulation: int = 1, **more: Any) -> Callable[[nn.Module]
 
 
 def dtype_of(stage: int) -> torch.dtype:
-    """float64, but for stage 0, where DeepSpeed takes none. Gradients travel in float32 always."""
-    return torch.float64 if stage else torch.float32
+    """float64 where DeepSpeed takes it. Gradients travel in float32 always.
+
+    That is not in stage 0; in stage 3 not on CPUs that compute in float16: elsewhere it takes no notice of the dtype.
+    """
+    takes = stage in (1, 2) or (stage == 3 and not get_accelerator().is_fp16_supported())
+    return torch.float64 if takes else torch.float32
 
 
 def weights(model: nn.Module) -> Tensor:
