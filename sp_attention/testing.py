@@ -4,7 +4,7 @@ A plugin's own test is one line: `conform(backend, refused=("softcap",))`.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sp_attention.kernels.reference import attend as attend
 from sp_attention.kernels.reference import attend_with_weights as attend_with_weights
+from sp_attention.kernels.reference import given, moved, noise, results_of, trained
 from sp_attention.kernels.reference import relative_error as relative_error
 from sp_attention.kernels.request import Backend, Mask, Request
 
@@ -55,10 +56,6 @@ def _mask(causal: bool = True, query_length: int = LENGTH, key_length: int = LEN
     return Mask(BATCH, query_length, key_length, torch.device("cpu"), causal=causal, **conditions)
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
 def _real(*rows: tuple[int, int], length: int = LENGTH) -> Tensor:
     places = torch.arange(length)
     return torch.stack([(places >= first) & (places < last) for first, last in rows])
@@ -99,15 +96,15 @@ FEATURES: dict[str, Callable[[], Request]] = {
     "packed documents, padding": lambda: request(_mask(documents=_documents(), padding=_RIGHT)),
     "packed documents, bidirectional": lambda: request(_mask(causal=False, documents=_documents())),
     "any mask function (prefix-LM)": lambda: request(_mask(causal=False, function=_prefix)),
-    "mask tensor": lambda: request(_mask(causal=False, explicit=_random(BATCH, 1, LENGTH, LENGTH) > 0)),
-    "mask tensor by head": lambda: request(_mask(causal=False, explicit=_random(1, 3, LENGTH, LENGTH) > 0)),
-    "mask tensor of keys": lambda: request(_mask(causal=False, explicit=_random(BATCH, 1, 1, LENGTH) > 0)),
-    "additive bias": lambda: request(_mask(causal=False), bias=_random(BATCH, 1, LENGTH, LENGTH)),
-    "additive bias by head": lambda: request(_mask(padding=_LEFT), bias=_random(1, 3, LENGTH, LENGTH)),
+    "mask tensor": lambda: request(_mask(causal=False, explicit=noise(BATCH, 1, LENGTH, LENGTH) > 0)),
+    "mask tensor by head": lambda: request(_mask(causal=False, explicit=noise(1, 3, LENGTH, LENGTH) > 0)),
+    "mask tensor of keys": lambda: request(_mask(causal=False, explicit=noise(BATCH, 1, 1, LENGTH) > 0)),
+    "additive bias": lambda: request(_mask(causal=False), bias=noise(BATCH, 1, LENGTH, LENGTH)),
+    "additive bias by head": lambda: request(_mask(padding=_LEFT), bias=noise(1, 3, LENGTH, LENGTH)),
     "softcap": lambda: request(_mask(padding=_LEFT), softcap=1.5),
-    "attention sinks": lambda: request(_mask(padding=_LEFT), sinks=_random(3)),
-    "attention sinks, sliding window": lambda: request(_mask(window=7), sinks=_random(3)),
-    "attention sinks, packed documents": lambda: request(_mask(documents=_documents()), sinks=_random(3)),
+    "attention sinks": lambda: request(_mask(padding=_LEFT), sinks=noise(3)),
+    "attention sinks, sliding window": lambda: request(_mask(window=7), sinks=noise(3)),
+    "attention sinks, packed documents": lambda: request(_mask(documents=_documents()), sinks=noise(3)),
     "dropout": lambda: request(_mask(padding=_LEFT), dropout=0.3),
     "scale": lambda: request(_mask(), scale=0.05),
     "grouped KV heads": lambda: request(_mask(padding=_LEFT), Shape(heads=6)),
@@ -143,7 +140,7 @@ def request_for(
     feature: str, *, module: nn.Module | None = None, device: torch.device | str = "cpu", dtype: torch.dtype
 ) -> Request:
     """The request for one of `FEATURES` or `LONG`, on a device, with its float tensors in a dtype."""
-    return _moved(replace((FEATURES | LONG)[feature](), module=module), torch.device(device), dtype)
+    return moved(replace((FEATURES | LONG)[feature](), module=module), torch.device(device), dtype)
 
 
 def check(
@@ -167,24 +164,24 @@ def check(
         at least 5e-6 in float32.
     """
     asked = request_for(feature, module=module, device=device, dtype=dtype)
-    reason = backend.refuses(_trained(asked))
+    reason = backend.refuses(trained(asked))
     if reason is not None:
         return reason
     # On the CPU, since not every device has float64.
-    exact = _moved(asked, torch.device("cpu"), torch.float64)
+    exact = moved(asked, torch.device("cpu"), torch.float64)
     if asked.dropout:
         _check_dropout(backend, feature, asked, exact)
         return None
-    expected = _results(attend, exact)
+    expected = results_of(attend, exact)
     if tolerance is None:
-        own = _results(attend, asked)
+        own = results_of(attend, asked)
         tolerance = max(
             LEAST.get(dtype, 0.0), 2 * max(relative_error(own[name], result) for name, result in expected.items())
         )
     before = _copies(asked)
     blind = ~asked.mask.dense().any(-1, keepdim=True)
     hidden = blind & backend.own_where_blind
-    results = _results(lambda request: backend.attend(request).masked_fill(hidden.transpose(1, 2), 0.0), asked)
+    results = results_of(lambda request: backend.attend(request).masked_fill(hidden.transpose(1, 2), 0.0), asked)
     for name, result in results.items():
         _require_close(backend, feature, name, result, expected[name], tolerance)
     if bool(results["output"].transpose(1, 2).masked_select(blind).any()):
@@ -267,45 +264,16 @@ def _check_dropout(backend: Backend, feature: str, asked: Request, exact: Reques
     # For one draw the output is linear in the values, so their gradient gives the output back.
     value = asked.value.detach().requires_grad_()
     out = backend.attend(replace(asked, value=value))
-    products = out * _random(*out.shape).to(out)
+    products = out * noise(*out.shape).to(out)
     (gradient,) = torch.autograd.grad(products.sum(), value)
     difference = float(((gradient * value).sum() - products.sum()).detach().abs() / products.detach().abs().sum())
     if difference > max(1e-6, torch.finfo(asked.value.dtype).eps):
         raise AssertionError(f"{backend.kernel}, {feature}: backward does not have the draws of forward")
 
 
-def _given(owner: Request | Mask) -> dict[str, Any]:
-    """The tensors of a request or a mask, by name."""
-    values = {field.name: getattr(owner, field.name) for field in fields(owner)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def _moved(request: Request, device: torch.device, dtype: torch.dtype) -> Request:
-    mask = replace(request.mask, device=device, **{name: t.to(device) for name, t in _given(request.mask).items()})
-    return replace(request, mask=mask, **{name: t.detach().to(device, dtype) for name, t in _given(request).items()})
-
-
-def _trained(asked: Request) -> Request:
-    """The request as in training: every tensor wants its gradient, so a kernel may refuse to give one of them."""
-    return replace(asked, **{name: tensor.detach().requires_grad_() for name, tensor in _given(asked).items()})
-
-
-def _results(function: Callable[[Request], Tensor], asked: Request) -> dict[str, Tensor]:
-    """The output and the gradient of every tensor of a request."""
-    asked = _trained(asked)
-    inputs = _given(asked)
-    out = function(asked)
-    down = _random(*out.shape).to(out)
-    gradients = torch.autograd.grad((out * down).sum(), list(inputs.values()), allow_unused=True)
-    found = {"output": out.detach()}
-    for (name, tensor), gradient in zip(inputs.items(), gradients, strict=True):
-        found[f"gradient of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
-    return found
-
-
 def _copies(asked: Request) -> dict[str, Tensor]:
     """What of a request a kernel could change."""
-    tensors = _given(asked) | _given(asked.mask) | {"mask": asked.mask.dense()}
+    tensors = given(asked) | given(asked.mask) | {"mask": asked.mask.dense()}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

@@ -1,9 +1,13 @@
 """What kernels are compared with: attention written out, and how far a result is off."""
 
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sp_attention.kernels.request import Request
+from sp_attention.kernels.request import Mask, Request
 
 
 def attend(request: Request) -> Tensor:
@@ -45,3 +49,42 @@ def relative_error(result: Tensor, expected: Tensor, scale: float | None = None)
     result, expected = (tensor.detach().cpu().double() for tensor in (result, expected))
     largest = expected.abs().max().clamp_min(1e-300) if scale is None else scale
     return float((result - expected).abs().max() / largest)
+
+
+def noise(*shape: int) -> Tensor:
+    """Random numbers in float64 on the CPU, the same every time."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def given(owner: Request | Mask) -> dict[str, Any]:
+    """The tensors of a request or a mask, by name."""
+    values = {field.name: getattr(owner, field.name) for field in fields(owner)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def moved(request: Request, device: torch.device, dtype: torch.dtype) -> Request:
+    """The request on a device, with its float tensors in a dtype; nothing that was derived from its mask goes along."""
+    mask = replace(request.mask, device=device, **{name: t.to(device) for name, t in given(request.mask).items()})
+    return replace(request, mask=mask, **{name: t.detach().to(device, dtype) for name, t in given(request).items()})
+
+
+def trained(asked: Request) -> Request:
+    """The request as in training: every tensor wants its gradient, so a kernel may refuse to give one of them."""
+    return replace(asked, **{name: tensor.detach().requires_grad_() for name, tensor in given(asked).items()})
+
+
+def results_of(function: Callable[[Request], Tensor], asked: Request, by_heads: bool = False) -> dict[str, Tensor]:
+    """The output and the gradient of every tensor of a request.
+
+    by_heads: the gradient of the output lies in memory as [B, h, Sq, Dv] and not as [B, Sq, h, Dv].
+    """
+    asked = trained(asked)
+    inputs = given(asked)
+    out = function(asked)
+    down = noise(*out.shape).to(out)
+    down = down.transpose(1, 2).contiguous().transpose(1, 2) if by_heads else down
+    gradients = torch.autograd.grad(out, list(inputs.values()), down, allow_unused=True)
+    found = {"output": out.detach()}
+    for (name, tensor), gradient in zip(inputs.items(), gradients, strict=True):
+        found[f"gradient of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return found

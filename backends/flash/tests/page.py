@@ -22,7 +22,7 @@ def table() -> str:
 
 
 def low(request: Request) -> Request:
-    return testing._moved(request, torch.device("cpu"), torch.bfloat16)
+    return testing.moved(request, torch.device("cpu"), torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_a_mask_is_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> 
 
     right = varlen.calls
     monkeypatch.setattr(varlen, "calls", counted)
-    request = testing._moved(testing.FEATURES["packed documents, padding"](), torch.device("cpu"), torch.bfloat16)
+    request = testing.moved(testing.FEATURES["packed documents, padding"](), torch.device("cpu"), torch.bfloat16)
     for _ in range(3):
         offered(FLASH2).attend(request)
     assert masks == [request.mask]
