@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sp_attention.kernels.causal_after import causal_after
-from sp_attention.kernels.cudnn import without_cudnn
+from sp_attention.kernels.half_precision import in_half_on_cuda, refused, torchs_choice
 from sp_attention.kernels.hookspecs import hookimpl
 from sp_attention.kernels.intervals import GROWS, JUMPS, STAYS, Run, contiguous, runs
 from sp_attention.kernels.request import Backend, Mask, Request
@@ -25,7 +25,6 @@ from sp_attention.kernels.request import Backend, Mask, Request
 # Queries per tile of a sliding window, or with a mask. In a window T queries read T + window - 1 keys, so few queries
 # waste memory traffic and many compute scores that the window hides.
 BAND = 256
-HALF = (torch.float16, torch.bfloat16)
 
 
 @hookimpl
@@ -37,22 +36,25 @@ def refuses(request: Request) -> str | None:
     """The reason why torch's SDPA cannot do this exactly, None when it can."""
     if request.softcap is not None:
         return "torch's scaled_dot_product_attention has no softcap"
-    # On an H200 (torch 2.11), windows of 100 in 600 and 4,096 tokens: outputs right, gradients of queries wrong, and
-    # right in float32. Probably cuDNN's doing, which is kept away since, but that has not been run on a device yet.
-    in_half = request.query.device.type == "cuda" and request.query.dtype in HALF
-    if in_half and torch.is_grad_enabled() and _asks_for_masks(request):
-        return (
-            "in half precision on CUDA, gradients of torch's scaled_dot_product_attention with a mask, which a window, "
-            "a bias or a mask tensor needs, were found wrong"
-        )
+    if in_half_on_cuda(request) and torch.is_grad_enabled():
+        return refused("sdpa", kind(request), request)
     return None
 
 
-def _asks_for_masks(request: Request) -> bool:
-    """Whether torch may be given a mask for it; of later queries on CUDA it is not known yet."""
+def kind(request: Request) -> str | None:
+    """What torch is given a mask for: a bias, any mask, a window's band, later queries; None where it needs none."""
     mask = request.mask
-    given = mask.window is not None or request.bias is not None or (mask.causal and mask.offset > 0)
-    return given or _tiles_of_rows(mask) is None
+    if request.bias is not None:
+        found = "bias"
+    elif _tiles_of_rows(mask) is None:
+        found = "mask"
+    elif mask.window is not None:
+        found = "window"
+    elif mask.causal and mask.offset > 0:
+        found = "later queries"
+    else:
+        return None
+    return found if request.sinks is None else f"{found}, sinks"
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, request: Request, *, mask:
         # Off the CPU, torch leaves its fused kernels for grouped heads together with a mask.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    with without_cudnn():
+    with torchs_choice("sdpa", kind, request):
         if causal and key.shape[2] > query.shape[2]:
             out = causal_after(query, key, value, dropout=request.dropout, scale=request.scale, grouped=grouped)
             return out.transpose(1, 2)[..., :value_size]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sp_attention.errors import UnsupportedError
-from sp_attention.kernels.cudnn import without_cudnn
 from sp_attention.kernels.eager import eager_functions
+from sp_attention.kernels.half_precision import in_half_on_cuda, refused_if_wrong, torchs_choice
 from sp_attention.kernels.hookspecs import hookimpl
 from sp_attention.kernels.request import Backend, Mask, Request
 
@@ -63,21 +63,29 @@ def refuses_sdpa(request: Request) -> str | None:
     if request.query.device.type == "npu":
         # It makes a bool of an additive mask there, and leaves queries that see nothing to the operator.
         return "transformers' sdpa attention hands on to an NPU another mask than it is given; npu and sdpa do not"
+    if in_half_on_cuda(request) and torch.is_grad_enabled():
+        return refused_if_wrong("transformers:sdpa", kind(request), request)
     return None
+
+
+def kind(request: Request) -> str | None:
+    """What torch is given a mask tensor for by transformers' sdpa function; None where it is given none."""
+    if request.bias is not None:
+        return "bias"
+    mask = request.mask
+    further = (mask.window, mask.documents, mask.padding, mask.function, mask.explicit)
+    later = mask.causal and (mask.offset or mask.query_length != mask.key_length)
+    return "mask" if later or any(condition is not None for condition in further) else None
 
 
 def sdpa(request: Request) -> Tensor:
     """transformers' sdpa function; see `Backend.attend`."""
-    mask = request.mask
-    further = (mask.window, mask.documents, mask.padding, mask.function, mask.explicit, request.bias)
-    seen, blind = None, None
-    if any(condition is not None for condition in further) or (
-        mask.causal and (mask.offset or mask.query_length != mask.key_length)
-    ):
+    mask, seen, blind = request.mask, None, None
+    if kind(request) is not None:
         # Kernels differ in what they give queries that see nothing, so these see all, and what they give is hidden.
         seen, blind = mask.once("transformers:sdpa visible", lambda: _visible(mask))
         seen = seen if request.bias is None else torch.where(seen, request.bias.to(request.query.dtype), float("-inf"))
-    with without_cudnn():
+    with torchs_choice("transformers:sdpa", kind, request):
         out, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
             HeadView(request, request.query.shape[2] // request.key.shape[2]),
             *(tensor.transpose(1, 2) for tensor in (request.query, request.key, request.value)),
