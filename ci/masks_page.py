@@ -57,7 +57,8 @@ testing.conform(backend, refused=["dropout"])
 A kernel that is not right somewhere, or refuses more or less than that, is an `AssertionError` with a line for each
 feature. For a kernel in low precision, `conform(..., device="cuda", dtype=torch.bfloat16)` allows twice the error that
 attention written out has in that dtype, and at least 5e-6 in float32. In half precision on CUDA `sdpa` refuses what it
-would need a mask of torch's for while gradients are wanted. `testing.check` is the same for one feature.
+would need a mask of torch's for while gradients are wanted, unless that was seen right: [devices](devices.md).
+`testing.check` is the same for one feature.
 
 This page is written by `python ci/masks_page.py > docs/masks.md`; a test compares.
 """

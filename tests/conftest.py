@@ -13,8 +13,8 @@ from helpers import THIRD_PARTY, Selected
 
 from sp_attention.distributed import launch
 
-# Where the sweeps are, which are no part of the package.
-sys.path.append(str(Path(__file__).parent.parent))
+# Where the sweeps are, and the stages of ci/gpu, which are no part of the package.
+sys.path += [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "ci")]
 
 # Ranks are forks of a process that has imported, and done nothing else, what takes each of them seconds to import.
 launch.CONTEXT = multiprocessing.get_context("forkserver")

@@ -1,8 +1,8 @@
 """Stage exchange: what one device can tell of the exchange, of fused losses, of compiling, and of FSDP2.
 
-Packing and unpacking are those of one rank of eight, in a process group that sends nothing, so what is timed is copying:
-bytes read and written, as a share of what a plain copy moves. Nothing is said of NCCL. Losses are of one LM head. The
-layer that is compiled, and that a CUDA graph plays, has projections, exchange and attention, on shapes of one rank.
+Packing and unpacking are those of one rank of eight, in a process group that sends nothing, so copying is timed: bytes
+read and written, as a share of what a plain copy moves. Nothing is said of NCCL. Losses are of one LM head. The layer
+that is compiled, and that a CUDA graph plays, has projections, exchange and attention, on shapes of one rank.
 """
 
 from collections.abc import Callable, Iterator

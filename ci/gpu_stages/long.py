@@ -1,9 +1,9 @@
 """Stage long: the longest sequence that one device trains on, in Llama-8B's shapes with random weights in bfloat16.
 
 A step is forward, loss and backward of one sequence, with the layers checkpointed and no optimizer; each length is
-twice the one before, until memory or time is short. Memory is at most in the step, weights and gradients included. Models of
-4 of the 32 layers tell the memory of a length in an eighth of the time. Ranks that share the device, in the second
-table, say what a rank takes, and nothing of the speed of several devices.
+twice the one before, until memory or time is short. Memory is at most in the step, weights and gradients included.
+Models of 4 of the 32 layers tell the memory of a length in an eighth of the time. Ranks that share the device, in the
+second table, say what a rank takes, and nothing of the speed of several devices.
 """
 
 import gc

@@ -1,8 +1,8 @@
 """Stage models: whole models on ranks that share the device, against one process.
 
 Ranks talk through gloo, which takes tensors through the host: NCCL wants a device for each rank. Compared are the loss
-and every gradient of a step with those of one process in float64 with the same weights (in float32 where fla's kernels
-run, which have no float64), relative to the largest number of each; an error may be twice that of one process in the
+and every gradient of a step with those of one process in float64 with the same weights (in float32 where that
+gives no numbers, or fla's kernels run, which have no float64), relative to the largest number of each; an error may be twice that of one process in the
 same dtype. Experts are all chosen, since rounding may choose others. The kernel is the one that `auto` took.
 """
 
@@ -145,7 +145,7 @@ def compared(model: Model, dtype: torch.dtype, device: torch.device) -> dict[str
     made, batches = prepare(model.type, "causal-lm", LENGTH, settings)
     whole = nn.Module.to(made, device, dtype)
     fla = model.type == "qwen3_next" and find_spec("fla") is not None and not machine.is_stand_in(device)
-    exact = nn.Module.to(copy.deepcopy(whole), dtype=torch.float32 if fla else torch.float64)
+    exact = [nn.Module.to(copy.deepcopy(whole), dtype=one) for one in (torch.float64, torch.float32)[fla:]]
     steps = {
         kind: _training({name: one.to(device) if isinstance(one, Tensor) else one for name, one in batch.items()})
         for kind, batch in batches.items()
@@ -159,9 +159,12 @@ def compared(model: Model, dtype: torch.dtype, device: torch.device) -> dict[str
 
 
 def _judged(
-    model: PreTrainedModel, exact: PreTrainedModel, steps: dict[str, Step], way: Way
+    model: PreTrainedModel, exact: list[PreTrainedModel], steps: dict[str, Step], way: Way
 ) -> dict[str, tuple[float, str]]:
-    """What comes of the steps of a copy of the model that trains this way."""
+    """What comes of the steps of a copy of the model that trains this way, against the first that gives numbers.
+
+    Some models mask with the lowest number of a dtype, of which NaN comes with padding in float64.
+    """
     shared, found = copy.deepcopy(model), {}
     try:
         handle = sp_attention.enable(shared, "auto", **way.asked)
@@ -172,14 +175,18 @@ def _judged(
         if way.checkpoints:
             checkpoint_activations(shared)
         for name, step in steps.items():
-            expected = step(exact)
-            if not all(bool(value.isfinite().all()) for value in expected.values()):
+            expected = next(filter(_is_finite, map(step, exact)), None)
+            if expected is None:
                 found[name] = (0.0, f"{NOT_RUN}: one process has numbers that are not finite")
                 continue
             own, error = (largest_error(step(one), expected)[0] for one in (model, shared))
             is_right = error <= max(2 * own, TOLERANCES[torch.float64])
             found[name] = (error, f"{RIGHT if is_right else WRONG}: {error:.1e}, of one process {own:.1e}")
     return found
+
+
+def _is_finite(values: dict[str, Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in values.values())
 
 
 def _training(inputs: dict[str, Any]) -> Step:

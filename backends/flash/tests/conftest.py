@@ -7,8 +7,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
-# Tiny models are those of the library's own tests.
-sys.path.append(str(Path(__file__).parents[3] / "tests"))
+# Tiny models are those of the library's own tests; the stages are those of ci/gpu.
+sys.path += [str(Path(__file__).parents[3] / "tests"), str(Path(__file__).parents[3] / "ci")]
 
 import cpu
 from sp_attention_flash import refusing
