@@ -22,6 +22,8 @@ SIZES = (64, 96, 128, 192, 256)
 PACKAGES = ("flash2", "flash3", "flash4", "transformers:kernels-community/flash-attn2")
 # What a rehearsal does of all features.
 REHEARSED = ("causal", "sliding window", "packed documents", "left padding", "grouped KV heads", "head size 64")
+# Trials are compiled for each, so they are given what is asked of them first.
+TRIED = (*REHEARSED[:-1], "softcap", "additive bias", *(f"head size {size}" for size in SIZES))
 
 
 def _sized(size: int, window: int | None) -> Request:
@@ -38,14 +40,21 @@ SIZED |= {f"head size {size}, sliding window": partial(_sized, size, 50) for siz
 def run(results: Results, device: torch.device) -> None:
     results.note(" ".join((__doc__ or "").split()))
     rehearsed = machine.is_stand_in(device)
+    long = [] if rehearsed else [*testing.LONG]
     # The kit finds its requests there; this process has nothing else to do with it.
     testing.LONG.update(SIZED)
-    features = REHEARSED if rehearsed else [*testing.FEATURES, *testing.LONG]
-    backends = _backends(results, device)
-    for dtype in DTYPES:
+    kernels = [backend for backend in _backends(results, device) if _is_called(results, backend, device)]
+    trial = [backend for backend in trials.backends(device) if _is_called(results, backend, device)]
+    some = REHEARSED if rehearsed else [*testing.FEATURES, *SIZED]
+    first, second = DTYPES
+    for dtype, backends, features in (
+        (first, kernels, some),
+        (first, trial, REHEARSED if rehearsed else TRIED),
+        (second, kernels, some),
+        (first, kernels, long),
+        (second, kernels, long),
+    ):
         for backend in backends:
-            if not _is_called(results, backend, device):
-                continue
             for feature in features:
                 key = {"feature": feature, "dtype": str(dtype).removeprefix("torch.")}
                 results.row(backend.kernel, key, partial(_checked, backend, feature, device, dtype))
@@ -63,7 +72,6 @@ def _backends(results: Results, device: torch.device) -> list[Backend]:
         if name not in found:
             reason = reasons.get(name, "its plugin, sp-attention-flash, is not installed")
             results.row("Packages", {"kernel": name}, lambda reason=reason: {"outcome": f"{NOT_RUN}: {reason}"})
-    found |= {backend.kernel: backend for backend in trials.backends(device)}
     first = [name for name in PACKAGES if name in found]
     return [found[name] for name in (*first, *(name for name in found if name not in first))]
 

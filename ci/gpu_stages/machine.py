@@ -83,9 +83,10 @@ def peak(device: torch.device) -> int:
     return int(torch.get_device_module(device).max_memory_allocated())
 
 
-def seconds_of(step: Any, device: torch.device, times: int = 3) -> float:
-    """The fastest of some calls after a first one."""
-    step()
+def seconds_of(step: Any, device: torch.device, times: int = 3, warm: bool = True) -> float:
+    """The fastest of some calls; after a first one, if it is to be warm."""
+    if warm:
+        step()
     found = []
     for _ in range(times):
         synchronize(device)

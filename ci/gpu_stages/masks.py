@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu_stages import machine
 from gpu_stages.results import CANNOT, FAILED, RIGHT, WRONG, Results, told
 from sp_attention.kernels import cudnn, sdpa, transformers
-from sp_attention.kernels.reference import attend, moved, noise, relative_error, results_of
+from sp_attention.kernels.reference import attend, moved, noise, results_of
 from sp_attention.kernels.request import Mask, Request
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -155,7 +155,7 @@ def _asked(
     # From what is left in the dtype, so that rounding of what goes in counts for neither.
     expected = results_of(attend, moved(asked, device, torch.float64))
     own = results_of(attend, asked)
-    return asked, expected, {name: 2 * relative_error(own[name], expected[name]) for name in expected}
+    return asked, expected, {name: 2 * _error(own[name], expected[name]) for name in expected}
 
 
 def outcomes(
@@ -184,14 +184,19 @@ def _outcome(
     for by_heads in (False, True):
         try:
             found = results_of(function, asked, by_heads)
-        except RuntimeError as error:
-            if "vailable kernel" in str(error) or "viable backend" in str(error):
+        except RuntimeError as problem:
+            if "vailable kernel" in str(problem) or "viable backend" in str(problem):
                 return f"{CANNOT}: torch has no such kernel for it"
-            if "CUDA error" in str(error):
+            if "CUDA error" in str(problem):
                 raise
-            return f"{FAILED}: {told(error)}"
+            return f"{FAILED}: {told(problem)}"
         for name, bound in allowed.items():
-            error_of = relative_error(found[name], expected[name])
-            if not error_of <= max(bound, LEAST):
-                worst = worst or f"{WRONG}: {name} is off by {error_of:.1e}, more than {max(bound, LEAST):.1e}"
+            error = _error(found[name], expected[name])
+            if not error <= max(bound, LEAST):
+                worst = worst or f"{WRONG}: {name} is off by {error:.1e}, more than {max(bound, LEAST):.1e}"
     return worst or RIGHT
+
+
+def _error(result: Tensor, expected: Tensor) -> float:
+    """As `reference.relative_error`, but on the device: a bias of 8,192 tokens has a gradient of 67 million numbers."""
+    return float((result.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-300))

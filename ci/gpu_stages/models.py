@@ -1,9 +1,10 @@
 """Stage models: whole models on ranks that share the device, against one process.
 
 Ranks talk through gloo, which takes tensors through the host: NCCL wants a device for each rank. Compared are the loss
-and every gradient of a step with those of one process in float64 with the same weights (in float32 where that
-gives no numbers, or fla's kernels run, which have no float64), relative to the largest number of each; an error may be twice that of one process in the
-same dtype. Experts are all chosen, since rounding may choose others. The kernel is the one that `auto` took.
+and every gradient of a step with those of one process in float64 with the same weights, relative to the largest number
+of each; in float32 where float64 gives no numbers, and where fla's kernels run, which do not take it. An error may be
+twice that of one process in the same dtype. Experts are all chosen, since rounding may choose others. The kernel is the
+one that `auto` took.
 """
 
 import copy
@@ -22,14 +23,15 @@ from transformers import PreTrainedModel
 
 import sp_attention
 from gpu_stages import machine
-from gpu_stages.results import FAILED, NOT_RUN, REFUSED, RIGHT, WRONG, Results, load, peek, told
+from gpu_stages.results import ENDED, FAILED, NOT_RUN, REFUSED, RIGHT, WRONG, Results, load, peek, told
 from sp_attention.cli.comparison import TOLERANCES
 from sp_attention.cli.differences import largest_error
 from sp_attention.cli.reduced import prepare
 from sp_attention.launch import RanksError, run_ranks
 from sp_attention.region.versions import checkpoint_activations
 
-TABLE, LENGTH = "Whole models", 33
+# Tokens of a sequence, and up to how many `enable` proves.
+TABLE, LENGTH, LONGEST = "Whole models", 33, 64
 STEPS = ("left-padded", "packed", "plain")
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 4}
 # fla's kernels want heads of some size; dense MLPs, since experts are not what is asked here.
@@ -88,15 +90,18 @@ def run(results: Results, device: torch.device) -> None:
             try:
                 run_ranks(ranks, of_rank, str(device), results.file, left, dtype, timeout=results.left)
             except RanksError as error:
-                lost = load(results.file)
-                if lost.tables == results.tables:  # not even the first came to its beginning
-                    lost.add(TABLE, _key(ranks, left[0], dtype), {"outcome": f"{FAILED}: {str(error)[-400:]}"})
-            _take(results, load(results.file))
+                _blame(load(results.file), _key(ranks, left[0], dtype), error)
+            results.tables = load(results.file).tables
 
 
-def _take(results: Results, written: Results) -> None:
-    """What ranks have written since."""
-    results.tables, results.under_way = written.tables, None
+def _blame(results: Results, first: dict[str, str], error: RanksError) -> None:
+    """Say in the row that was under way what ranks said; in the first where not even that came to its beginning."""
+    rows = results.tables.get(TABLE, [])
+    lost = next((row for row in rows if row.get("outcome", "").startswith(ENDED)), None) or results.add(
+        TABLE, first, {"outcome": f"{ENDED} before it"}
+    )
+    lost["outcome"] = f"{FAILED}: {' '.join(str(error).split())[-400:]}"
+    results.write()
 
 
 def _key(ranks: int, name: str, dtype: str) -> dict[str, str]:
@@ -167,7 +172,7 @@ def _judged(
     """
     shared, found = copy.deepcopy(model), {}
     try:
-        handle = sp_attention.enable(shared, "auto", **way.asked)
+        handle = sp_attention.enable(shared, "auto", longest=LONGEST, **way.asked)
     except (sp_attention.UnsupportedError, ValueError) as error:
         return {name: (0.0, f"{REFUSED}: {told(error)}") for name in steps}
     with handle:
