@@ -20,6 +20,12 @@ from sp_attention.kernels.seen_on_devices import SEEN, Seen
 SCRIPT = ROOT / "ci" / "gpu"
 
 
+def sh_of_the_page() -> list[str]:
+    """The lines that docs/devices.md has for a shell."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "devices.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [line.split("#")[0].strip() for line in "\n".join(blocks).splitlines()]
+
+
 def ran(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False, **options
@@ -262,8 +268,9 @@ def test_the_wheel_of_this_checkout_is_built_installed_and_used_without_a_networ
     assert json.loads((wheels / "collected.json").read_text()) == [
         {"package": "sp-attention", "of": "all", "file": wheel.name, "problem": ""}
     ]
-    install = ["pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site), str(wheel)]
-    subprocess.run([sys.executable, "-m", *install], check=True)
+    (line,) = (line for line in sh_of_the_page() if "--no-index" in line)
+    command = line.replace("build/gpu/site", str(site)).replace("build/gpu/wheels/*.whl", str(wheel))
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
     assert (site / "sp_attention" / "kernels" / "seen_on_devices.py").exists()
 
 
@@ -302,10 +309,7 @@ def test_what_was_compiled_travels(tmp_path: Path) -> None:
 
 def commands() -> list[list[str]]:
     """The calls of `ci/gpu` on the page, as arguments."""
-    text = (ROOT / "docs" / "devices.md").read_text()
-    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    lines = [line.split("#")[0].strip() for line in blocks.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("ci/gpu")]
+    return [shlex.split(line)[1:] for line in sh_of_the_page() if line.startswith("ci/gpu")]
 
 
 def test_the_commands_of_the_page_are_of_the_command_line() -> None:

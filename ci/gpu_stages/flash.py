@@ -13,13 +13,20 @@ import torch
 from gpu_stages import machine, trials
 from gpu_stages.results import CANNOT, NOT_RUN, REFUSED, Results, told
 from sp_attention import testing
+from sp_attention.cli.machine import installed
 from sp_attention.kernels import registry
 from sp_attention.kernels.request import Backend, Request
 
 # By priority: what people train with.
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = (64, 96, 128, 192, 256)
-PACKAGES = ("flash2", "flash3", "flash4", "transformers:kernels-community/flash-attn2")
+# Kernels of packages, and what is installed of these.
+PACKAGES = {
+    "flash2": "flash-attn",
+    "flash3": "flash_attn_3",
+    "flash4": "flash-attn-4",
+    "transformers:kernels-community/flash-attn2": "kernels",
+}
 # What a rehearsal does of all features.
 REHEARSED = ("causal", "sliding window", "packed documents", "left padding", "grouped KV heads", "head size 64")
 # Trials are compiled for each, so they are given what is asked of them first.
@@ -61,17 +68,25 @@ def run(results: Results, device: torch.device) -> None:
 
 
 def _backends(results: Results, device: torch.device) -> list[Backend]:
-    """Those to run, packages of flash-attn first. Why others are not run is a row each."""
+    """Those to run, packages of flash-attn first. Why others are not run is a row each.
+
+    A package that is installed is run though its plugin does not offer it here, to learn whether it still should not.
+    """
     found = {backend.kernel: backend for backend in registry.usable(device.type)}
     found.pop("transformers:eager", None)  # which is a model's, and is run by stage models
     found.pop("flash", None)  # which is one of the others
-    if machine.is_stand_in(device):
-        found |= {name: Backend(device.type, f"{name}, a stand-in", testing.attend) for name in PACKAGES}
-    reasons = {entry.backend.kernel: entry.problem for entry in registry.load().backends if entry.problem}
-    for name in PACKAGES:
-        if name not in found:
-            reason = reasons.get(name, "its plugin, sp-attention-flash, is not installed")
-            results.row("Packages", {"kernel": name}, lambda reason=reason: {"outcome": f"{NOT_RUN}: {reason}"})
+    entries = {entry.backend.kernel: entry for entry in registry.load().backends}
+    for name, distribution in PACKAGES.items():
+        if name in found:
+            continue
+        reason = entries[name].problem if name in entries else "its plugin, sp-attention-flash, is not installed"
+        if machine.is_stand_in(device):
+            found[name] = Backend(device.type, f"{name}, a stand-in", testing.attend)
+        elif name in entries and installed(distribution) is not None:
+            results.note(f"{name} is run though it is not offered here: {reason}.")
+            found[name] = replace(entries[name].backend, kernel=f"{name}, not offered here")
+        else:
+            results.row("Packages", {"kernel": name}, partial(dict, outcome=f"{NOT_RUN}: {reason}"))
     first = [name for name in PACKAGES if name in found]
     return [found[name] for name in (*first, *(name for name in found if name not in first))]
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import sp_attention
 from gpu_stages import machine
 from gpu_stages.models import device_of_rank
-from gpu_stages.results import REFUSED, Results, told
+from gpu_stages.results import REFUSED, Results
 from sp_attention.launch import run_ranks
 from sp_attention.region.versions import checkpoint_activations
 
@@ -140,7 +140,7 @@ def measured(shapes: dict[str, Any], length: int, way: Way, device: torch.device
     except torch.OutOfMemoryError:
         return {"outcome": OUT, "peak MiB": machine.peak(device) // 2**20}
     except (sp_attention.UnsupportedError, ValueError, NotApplied) as error:
-        return {"outcome": f"{REFUSED}: {told(error)}"}
+        return {"outcome": f"{REFUSED}: {error}"}
     finally:
         model = step = None  # type: ignore[assignment]
         gc.collect()
