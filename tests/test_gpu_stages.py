@@ -6,13 +6,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 import torch
 from documents import ROOT
 from gpu_stages import collect, masks, nccl, plan, running, verdicts
-from gpu_stages.command import parser
+from gpu_stages.command import main, parser
 from gpu_stages.results import Results, load, page, peek
 
 from sp_attention.kernels.seen_on_devices import SEEN, Seen
@@ -26,22 +27,23 @@ def sh_of_the_page() -> list[str]:
     return [line.split("#")[0].strip() for line in "\n".join(blocks).splitlines()]
 
 
-def ran(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False, **options
-    )
+def refused_arguments(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        main([*arguments])
+    return capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_without_an_accelerator_it_says_so_and_fails() -> None:
-    run = ran()
+    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "torch finds no accelerator here" in run.stdout
 
 
-def test_what_it_does_not_know_is_refused() -> None:
-    assert "invalid choice: 'mask'" in ran("--stage", "mask").stderr
-    assert "not collected: torch." in ran("--collect", "--only", "torch").stdout
+def test_what_it_does_not_know_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'mask'" in refused_arguments(capsys, "--stage", "mask")
+    assert main(["--collect", "--only", "torch"]) == 2
+    assert "not collected: torch." in capsys.readouterr().out
 
 
 # Result files.
@@ -84,30 +86,34 @@ def test_what_takes_longer_than_is_left_is_not_begun(tmp_path: Path) -> None:
     assert row["outcome"].startswith("not run: it takes 5 s")
 
 
-def test_pages_say_what_was_a_stand_in(tmp_path: Path) -> None:
+def test_pages_say_what_was_a_stand_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = Results(tmp_path, "nccl", {"device": "CPU", "date": "today", "stand_in": "the group is gloo's"})
     results.write()
     assert "**Stand-ins, and nothing about a device:** the group is gloo's" in page(results)
     results.file.with_suffix(".md").unlink()
-    assert ran("--pages", str(tmp_path)).stdout.strip() == str(results.file.with_suffix(".md"))
+    assert main(["--pages", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(results.file.with_suffix(".md"))
     assert results.file.with_suffix(".md").read_text() == page(results)
 
 
-# Stages that end early: this module stands in for one, by its name in `plan.STAGES`.
+# Stages that end early: a module of a test stands in for one, by a name of `plan.STAGES`.
 
 STAGE = """
-import os, time
+import os, signal
 def run(results, device):
-    rows = lambda name, measure: results.row("Rows", {"name": name}, measure)
-    rows("right", lambda: {"outcome": "right"})
-    %s
-    rows("after", lambda: {"outcome": "right"})
+    row = lambda name, measure: results.row("Rows", {"name": name}, measure)
+    def breaks():
+        raise RuntimeError("CUDA error: an illegal memory access")
+    row("first", lambda: {"outcome": "right"})
+    row("dies", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    row("breaks", breaks)
+    row("last", lambda: {"outcome": "right"})
 """
 
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the place of `gpu_stages` with a stage nccl that is written by a test."""
+    """The file of stage nccl in a folder in the place of `gpu_stages`, for a test to write."""
     package = tmp_path / "ci" / "gpu_stages"
     package.mkdir(parents=True)
     for file in ("__init__", "plan", "results", "work"):
@@ -116,37 +122,46 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return package / "nccl.py"
 
 
-def rows_of(stage: Path, line: str, deadline: float = 100.0) -> tuple[Results, list[str]]:
-    stage.write_text(STAGE % line)
-    results = running.run("nccl", torch.device("cpu"), stage.parents[2] / "to", deadline)
-    assert load(results.file).tables == results.tables
-    return results, [f"{row['name']}: {row['outcome']}" for row in results.tables["Rows"]]
-
-
-def test_a_stage_that_is_killed_leaves_what_it_has(stage: Path) -> None:
-    results, rows = rows_of(stage, 'rows("hangs", lambda: time.sleep(300))', deadline=25.0)
-    assert rows == ["right: right", "hangs: the process ended in it"]
-    assert (results.ended or "").startswith("It was ended at its deadline of 25 s")
-
-
-def test_a_row_that_ends_the_process_is_told_and_the_rest_is_run_by_another(stage: Path) -> None:
-    results, rows = rows_of(stage, 'rows("dies", lambda: os._exit(9))')
-    assert rows == ["right: right", "dies: the process ended in it", "after: right"]
+def test_rows_that_end_the_process_are_told_and_the_rest_is_run_by_others(stage: Path, tmp_path: Path) -> None:
+    stage.write_text(STAGE)
+    results = running.run("nccl", torch.device("cpu"), tmp_path / "to", 500.0)
+    assert [f"{row['name']}: {row['outcome']}" for row in results.tables["Rows"]] == [
+        "first: right",
+        "dies: the process ended in it",
+        "breaks: failed: RuntimeError: CUDA error: an illegal memory access",
+        "last: right",
+    ]
     assert (results.ended or "").startswith("It came to its end")
+    assert len([*results.bad()]) == 2
 
 
-def test_where_the_device_does_nothing_more_another_process_goes_on(stage: Path) -> None:
-    failing = 'rows("breaks", lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access")))'
-    _, rows = rows_of(stage, failing)
-    assert rows[1].startswith("breaks: failed: RuntimeError: CUDA error")
-    assert rows[2] == "after: right"
-
-
-def test_a_stage_that_cannot_begin_says_why(stage: Path) -> None:
+def test_a_stage_that_cannot_begin_says_why(stage: Path, tmp_path: Path) -> None:
     stage.write_text("import no_such_module")
-    results = running.run("nccl", torch.device("cpu"), stage.parents[2] / "to", 100.0)
+    results = running.run("nccl", torch.device("cpu"), tmp_path / "to", 500.0)
     assert (results.ended or "").startswith("failed")
     assert "No module named 'no_such_module'" in (results.ended or "")
+
+
+def test_a_process_is_ended_at_its_deadline_with_what_it_has_started(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.run(['sleep', '300'])"
+    start = monotonic()
+    assert running.process([sys.executable, "-c", code], tmp_path / "log", 1.0) is None
+    assert monotonic() - start < 100
+    assert running.process([sys.executable, "-c", "raise SystemExit(7)"], tmp_path / "log", 100.0) == 7
+
+
+def test_a_stage_that_is_killed_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(command: list[str], log: Path, seconds: float) -> None:
+        results = load(Path(command[-1]))
+        keyed(results, "first")
+        results.under_way = {"table": "Rows", "key": {"name": "second"}}
+        results.write()
+
+    monkeypatch.setattr(running, "process", ended)
+    results = peek(running.run("nccl", torch.device("cpu"), tmp_path, 240.0).file)
+    assert [row["outcome"] for row in results.tables["Rows"]] == ["right", "the process ended in it"]
+    assert (results.ended or "").startswith("It was ended at its deadline of 240 s")
+    assert "| first | right |" in results.file.with_suffix(".md").read_text()
 
 
 # From results to refusals.
@@ -212,14 +227,14 @@ def test_the_table_is_as_the_command_writes_it() -> None:
     assert verdicts.text(verdicts.merged(SEEN, []), verdicts.TABLE.read_text()) == verdicts.TABLE.read_text()
 
 
-def test_stand_ins_give_no_verdict(tmp_path: Path) -> None:
+def test_stand_ins_give_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = seen_rows()
     results.folder, results.facts["stand_in"] = tmp_path, "torch's attention is that of the CPU"
     results.write()
     before = verdicts.TABLE.read_text()
-    run = ran("--verdicts", str(results.file))
-    assert (run.returncode, verdicts.TABLE.read_text()) == (1, before)
-    assert "it is of stand-ins" in run.stdout
+    assert main(["--verdicts", str(results.file)]) == 1
+    assert verdicts.TABLE.read_text() == before
+    assert "it is of stand-ins" in capsys.readouterr().out
     assert verdicts.why_not(Results(tmp_path, "models")) == "it is of stage models"
 
 
@@ -262,8 +277,7 @@ def test_stage_nccl_has_every_collective_that_the_library_calls() -> None:
 
 def test_the_wheel_of_this_checkout_is_built_installed_and_used_without_a_network(tmp_path: Path) -> None:
     wheels, site = tmp_path / "wheels", tmp_path / "site"
-    run = ran("--collect", str(wheels), "--only", "sp-attention")
-    assert run.returncode == 0, run.stdout
+    assert main(["--collect", str(wheels), "--only", "sp-attention"]) == 0
     (wheel,) = wheels.glob("*.whl")
     assert json.loads((wheels / "collected.json").read_text()) == [
         {"package": "sp-attention", "of": "all", "file": wheel.name, "problem": ""}
@@ -325,10 +339,9 @@ def test_the_commands_of_the_page_are_of_the_command_line() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", plan.STAGES)
 def test_a_stage_runs_to_its_end_on_the_cpu_with_stand_ins(name: str, tmp_path: Path) -> None:
-    run = ran("--device", "cpu", "--stage", name, "--to", str(tmp_path))
+    code = main(["--device", "cpu", "--stage", name, "--to", str(tmp_path)])
     results = peek(tmp_path / f"{name}.json")
-    assert (results.ended or "").startswith("It came to its end"), run.stdout
-    assert run.returncode == 0, run.stdout
+    assert (results.ended or "").startswith("It came to its end")
     assert results.facts["stand_in"] == plan.STAGES[name].stand_in
     assert sum(map(len, results.tables.values())) > 5
-    assert not [*results.bad()]
+    assert (code, [*results.bad()]) == (0, [])

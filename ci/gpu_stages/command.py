@@ -29,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main() -> int:
-    asked = parser().parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    asked = parser().parse_args(arguments)
     if asked.collect is not None:
         return collect.main(asked.collect, asked.python, asked.only)
     if asked.verdicts is not None:

@@ -27,7 +27,8 @@ def run(name: str, device: torch.device, folder: Path, deadline: float) -> Resul
         results.facts["stand_in"] = STAGES[name].stand_in
     results.write()
     for _ in range(STARTS):
-        code = _process(results.file, results.left)
+        worker = [sys.executable, "-m", "gpu_stages.work", str(results.file)]
+        code = process(worker, folder / f"{name}.log", results.left)
         results = load(results.file)
         if code == 0 or code is None or (code != AGAIN and not results.tables):
             break
@@ -40,25 +41,19 @@ def run(name: str, device: torch.device, folder: Path, deadline: float) -> Resul
     return results
 
 
-def _process(file: Path, seconds: float) -> int | None:
-    """The exit status of a process of the stage, None where it had to be ended."""
-    with file.with_suffix(".log").open("a") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gpu_stages.work", str(file)],
-            env=_environment(),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+def process(command: list[str], log: Path, seconds: float) -> int | None:
+    """The exit status of a process of a stage, None where it had to be ended."""
+    with log.open("a") as file:
+        worker = subprocess.Popen(command, env=_environment(), stdout=file, stderr=file, start_new_session=True)
         try:
-            return process.wait(timeout=max(seconds, 0.0))
+            return worker.wait(timeout=max(seconds, 0.0))
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.poll() is None:
+            if worker.poll() is None:
                 # Its ranks end when it does; what they compile with is in its session.
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
 
 
 def _environment() -> dict[str, str]:
