@@ -3,8 +3,8 @@
 Ranks talk through gloo, which takes tensors through the host: NCCL wants a device for each rank. Compared are the loss
 and every gradient of a step with those of one process in float64 with the same weights, relative to the largest number
 of each; in float32 where float64 gives no numbers, and where fla's kernels run, which do not take it. An error may be
-twice that of one process in the same dtype. Experts are all chosen, since rounding may choose others. The kernel is the
-one that `auto` took.
+twice that of one process in the same dtype: where that is large, a row says little, and the rows in float64 say more.
+Experts are all chosen, since rounding may choose others. The kernel is the one that `auto` took.
 """
 
 import copy
