@@ -11,14 +11,13 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from math import ceil
 from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -105,9 +104,11 @@ def run(results: Results, device: torch.device) -> None:
         _search(results, device, layers, lengths)
     shapes, length = (REHEARSED, 256) if rehearsed else (SHARED, 16384)
     for ranks in (2,) if rehearsed else (2, 4):
-        for name, way in SHARING.items():
+        # One start of ranks for all rows.
+        all_ways = cache(partial(_on_ranks, ranks, str(device), shapes, length, results.left))
+        for name in SHARING:
             key = {"ranks": str(ranks), "": name, "tokens": str(length)}
-            results.row(RANKS, key, partial(_on_ranks, ranks, device, shapes, length, way, results.left), needs=30.0)
+            results.row(RANKS, key, partial(_worst, all_ways, name), needs=30.0)
 
 
 def _search(results: Results, device: torch.device, layers: int, lengths: list[int]) -> None:
@@ -205,16 +206,17 @@ SHARING = {
 }
 
 
-def _on_ranks(
-    ranks: int, device: torch.device, shapes: dict[str, Any], length: int, way: Way, left: float
-) -> dict[str, Any]:
-    """Of the rank that takes most."""
-    found = run_ranks(ranks, _of_rank, str(device), shapes, length, way, timeout=left)
-    return max(found, key=lambda row: row.get("peak MiB", float("inf")))
+def _worst(everyone: Callable[[], list[dict[str, Any]]], name: str) -> dict[str, Any]:
+    """The row of a way on the rank that takes most, or on one that refuses it."""
+    return max((found[name] for found in everyone()), key=lambda row: row.get("peak MiB", float("inf")))
 
 
-def _of_rank(kind: str, shapes: dict[str, Any], length: int, way: Way) -> dict[str, Any]:
+def _on_ranks(ranks: int, kind: str, shapes: dict[str, Any], length: int, left: float) -> list[dict[str, Any]]:
+    return run_ranks(ranks, _of_rank, kind, shapes, length, timeout=left)
+
+
+def _of_rank(kind: str, shapes: dict[str, Any], length: int) -> dict[str, Any]:
+    """By way what came of it on this rank."""
+    device = device_of_rank(kind)
     torch.manual_seed(0)
-    found = measured(shapes | {"num_hidden_layers": 4}, length, way, device_of_rank(kind))
-    dist.barrier()
-    return found
+    return {name: measured(shapes | {"num_hidden_layers": 4}, length, way, device) for name, way in SHARING.items()}
