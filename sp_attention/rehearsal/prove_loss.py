@@ -67,7 +67,8 @@ def shard_loss(
 
     whole = attempted(computed, hooks.peers)
     if isinstance(whole, Refused):
-        return plan  # Such a model wants other labels.
+        # Such a model wants other labels.
+        return replace(plan, sharded_loss=Refused(f"with labels of every token, {whole.reason}"))
     loss = sharded_causal_loss(ForCausalLMLoss, hooks.peers, lambda: _in_progress(hooks))
     own = vars(model).get("_loss_function")
     model.loss_function = loss

@@ -36,6 +36,10 @@ class InjectedError(Exception):
     """Raised on purpose."""
 
 
+class ToldError(Exception):
+    """What the report of an enabled model tells of a fault: what a rank could not do, which none does then."""
+
+
 @dataclass
 class Injector:
     """Makes a rank faulty, when it comes to the point; on other ranks it does nothing. calls: of what is wrapped."""
@@ -71,8 +75,12 @@ class Injector:
     @contextmanager
     def _wrapped(self, stage: str) -> Iterator[None]:
         point, layer = self.fault.point, self.model.model.layers[self.fault.layer]
+        hook: Any = None
         if point == "backward":
             hook = layer.mlp.up_proj.weight.register_hook(lambda gradient: self.fire())
+        elif point in ("forward", "generate"):
+            hook = layer.mlp.register_forward_pre_hook(_unseen(self._counted(lambda *_: None)))
+        if hook is not None:
             try:
                 yield
             finally:
@@ -123,6 +131,12 @@ class Injector:
         return fault.what
 
 
+def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that ranks need not have alike."""
+    vars(hook)["sees_spans"] = True
+    return hook
+
+
 def work(fault: Fault, folder: Path, temporary: Path) -> None:
     """On every rank: all of it, and a record of how it ended; the faulty one stays alive where it can.
 
@@ -160,7 +174,10 @@ def _work(fault: Fault, folder: Path, group: dist.ProcessGroup) -> None:
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.add_(0.1)
     with injector.at("enable"):
-        sp_attention.enable(model, "sdpa", group=group, loss_tile=3 if unlike == "option" else "auto")
+        handle = sp_attention.enable(model, "sdpa", group=group, loss_tile=3 if unlike == "option" else "auto")
+    told = [line.strip() for line in handle.report().splitlines() if InjectedError.__name__ in line]
+    if told:
+        raise ToldError(told[0])
     for step in range(STEPS):
         mode = injector.differs("agreement", step)
         model.train(mode != "training")
