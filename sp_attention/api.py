@@ -11,14 +11,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
 from sp_attention.distributed.consistency import agreed, in_common, require_same_options
 from sp_attention.distributed.other_meshes import met_by_other_parallelism
-from sp_attention.distributed.peers import Peers
-from sp_attention.distributed.process_groups import Group, place, resolve
+from sp_attention.distributed.peers import Peers, alone
+from sp_attention.distributed.process_groups import Group, place, resolve, shared_by
 from sp_attention.errors import BackendError, Refused, UnsupportedError
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Backend
@@ -48,7 +47,7 @@ _UNCHANGED: WeakKeyDictionary[nn.Module, "Handle"] = WeakKeyDictionary()
 class Handle(Unpicklable):
     """An enabled model. As a context manager it disables the model at the end.
 
-    peers: the ranks that share its sequences, None when this rank is alone and nothing was changed.
+    peers: the ranks that share its sequences, None when this rank is alone. hooks: None where nothing was changed.
     passed_over: the kernels of higher priority that "auto" did not take, and why.
     own: how the model attended before. others: the handles of other models in the same module, by their names there;
     they are disabled and suspended with this one. left_alone: those that cannot be enabled, and why.
@@ -124,12 +123,10 @@ class Handle(Unpicklable):
 
     def report(self) -> str:
         """What each part of each kind of layer does, and why, as text for people."""
-        if self.peers is None or self.findings is None or self.hooks is None:
+        if self.findings is None or self.hooks is None:
             return "sp_attention: one rank, so nothing is changed"
-        world = dist.get_world_size()
-        size, kernel = self.peers.size, self.backend.kernel
-        groups = f"{world} processes = {world // size} group{'s' if world > size else ''} x {size} ranks, "
-        lines = [f"sp_attention: {'' if world % size else groups}each sequence shared by its group, kernel {kernel!r}"]
+        size, kernel = self.hooks.peers.size, self.backend.kernel
+        lines = [f"sp_attention: {shared_by(self.hooks.peers)}, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
         lines += described(self.hooks.plan, size)
@@ -197,7 +194,7 @@ def enable(
     mlp_tile: parts of layers that treat each token alone, MLPs and norms, are given this many tokens at a time in
         training, and compute them again in backward.
     offload: the inputs of checkpointed layers are in CPU memory between forward and backward. These three are for
-        training on several ranks: on one, nothing is changed.
+        training. One rank alone too has them, if one of them is passed; else nothing is changed on one rank.
     longest: what is found holds for sequences of this many tokens. By default it holds up to a length beyond every
         threshold that the configuration may mean, and the first forward with a longer one tries the layers again, and
         raises UnsupportedError where they do to many tokens what they do not to few.
@@ -205,9 +202,9 @@ def enable(
 
     Every rank of the group must call, with the same arguments and the same model. A small batch of made-up tokens is
     run through the model, whole and sharded, to prove that sharding is exact; the model's weights, buffers, attributes
-    and modes, and the random numbers, are left as they were. On one rank nothing is changed. The loss that the model
-    returns is that of the whole batch on every rank, and the mean over all ranks of each parameter's gradient, which
-    DDP, FSDP and ZeRO take, is its gradient; without them call `average_gradients`.
+    and modes, and the random numbers, are left as they were. The loss that the model returns is that of the whole batch
+    on every rank, and the mean over all ranks of each parameter's gradient, which DDP, FSDP and ZeRO take, is its
+    gradient; without them call `average_gradients`.
 
     Raises on every rank of the group: BackendError for a backend that is unknown or cannot be used, UnsupportedError
     for a model that cannot be proven exact, BatchError for ranks whose models or modes differ, ValueError for arguments
@@ -215,6 +212,8 @@ def enable(
     """
     peers = resolve(group, sp_size, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
     options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload, longest)
+    if peers is None and options.for_one_rank:
+        peers = alone()
     towers = agreed(lambda: outermost_models(model), peers)
     return _all_enabled(model, towers, backend, peers, options)
 
@@ -246,8 +245,8 @@ def _enabled(outer: nn.Module, inner: PreTrainedModel, backend: str, peers: Peer
     """One model, enabled, with the best kernel that does all that it asks."""
     choice = agreed(lambda: _candidates(inner, backend, options, peers), peers)
     if peers is None:
-        alone = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
-        return alone
+        unchanged = _UNCHANGED[inner] = Handle(choice[0], {}, None, None, None, [], ExitStack())
+        return unchanged
     require_same_options(asdict(options), peers)
     require_same_model(outer, inner, peers)
     names = WeakKeyDictionary({module: name for name, module in inner.named_modules()})
@@ -267,7 +266,7 @@ def _enabled(outer: nn.Module, inner: PreTrainedModel, backend: str, peers: Peer
             undo.close()
             raise
         else:
-            handle = Handle(chosen, passed_over, peers, findings, hooks, own, undo)
+            handle = Handle(chosen, passed_over, peers if peers.size > 1 else None, findings, hooks, own, undo)
             setattr(inner, _HANDLE, handle)
             undo.callback(delattr, inner, _HANDLE)
             keep(key, handle)

@@ -25,10 +25,9 @@ def _rounds(default: int) -> Callable[[Command], Command]:
     )
 
 
-def _ranks(*default: int) -> Callable[[Command], Command]:
-    return click.option(
-        "--ranks", type=click.IntRange(2), multiple=True, default=default, show_default=True, help="Repeatable."
-    )
+def _ranks(*default: int, at_least: int = 2) -> Callable[[Command], Command]:
+    sizes = click.IntRange(at_least)
+    return click.option("--ranks", type=sizes, multiple=True, default=default, show_default=True, help="Repeatable.")
 
 
 def _answers(command: Command) -> Command:
@@ -110,7 +109,7 @@ def model(ranks: tuple[int, ...], length: int, rounds: int, out: Path | None, as
 
 
 @bench.command()
-@_ranks(2)
+@_ranks(2, at_least=1)
 @click.option(
     "--length",
     "lengths",
@@ -145,7 +144,8 @@ def memory(
     """Peak resident memory of training steps of such a model, of a rank and of one process.
 
     Beside it DeepSpeed's UlyssesSPAttentionHF. With --limit, instead, the longest of these lengths that trains on the
-    first number of ranks, with checkpointing, beside DeepSpeed's with checkpointing and with MLP and loss in tiles.
+    first number of ranks, with checkpointing, beside DeepSpeed's with checkpointing and with MLP and loss in tiles; on
+    one rank beside transformers alone with checkpointing.
     """
     _need_to_divide_heads(ranks)
     for length in lengths:

@@ -8,7 +8,6 @@ parallel engines take of parameter gradients then gives the single-process gradi
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sp_attention.distributed.once_differentiable import once_differentiable
@@ -18,6 +17,8 @@ from sp_attention.distributed.peers import Peers
 
 def gather(span: Tensor, length: int, peers: Peers, dim: int = 1) -> Tensor:
     """My span along `dim` → the whole tensor of `length` along `dim`, on every rank. Bit-equal on all ranks."""
+    if peers.size == 1:
+        return span
     result: Tensor = _Gather.apply(span, length, peers, dim)  # type: ignore[no-untyped-call]
     return result
 
@@ -43,9 +44,8 @@ class _Gather(torch.autograd.Function):
         # All spans travel at the length of the longest, since all-gather wants equal shapes.
         padded = rows.new_zeros(len(cut[0]), *rows.shape[1:])
         padded[: rows.shape[0]] = rows
-        received = [torch.empty_like(padded) for _ in cut]
         peers.meet(2, length, *padded.shape)
-        dist.all_gather(received, padded, group=peers.group)
+        received = peers.all_gather(padded)
         whole = torch.cat([rows[: len(tokens)] for rows, tokens in zip(received, cut, strict=True)])
         # Contiguous as the tensor of one process is, which some code takes for granted.
         return whole.movedim(0, dim).contiguous()
@@ -60,7 +60,7 @@ class _Gather(torch.autograd.Function):
         received = rows.new_empty(peers.size * mine, *rows.shape[1:])
         sizes = [len(tokens) for tokens in cut]
         peers.meet(3, *rows.shape)
-        dist.all_to_all_single(received, rows, [mine] * peers.size, sizes, group=peers.group)
+        peers.all_to_all(received, rows, [mine] * peers.size, sizes)
         return received.unflatten(0, (peers.size, mine)).sum(0).movedim(0, ctx.dim), None, None, None
 
 
@@ -70,7 +70,7 @@ class _SumOverRanks(torch.autograd.Function):
         ctx.size = peers.size
         total = part.clone()
         peers.meet(4, *total.shape)
-        dist.all_reduce(total, group=peers.group)
+        peers.all_reduce(total)
         return total
 
     @staticmethod

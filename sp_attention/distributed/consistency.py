@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sp_attention.distributed.digest import described, digest
@@ -44,8 +43,7 @@ def share_problem(problem: Exception | None, peers: Peers | None) -> None:
     problems: list[Exception | None] = [problem]
     if peers is not None:
         peers.meet(7)
-        problems = [None] * peers.size
-        dist.all_gather_object(problems, problem, group=peers.group)
+        problems = peers.all_gather_object(problem)
     first = next((found for found in problems if found is not None), None)
     if problem is not None and str(problem) == str(first):
         raise problem  # My own, which knows where it came from.
@@ -69,8 +67,7 @@ def in_common(names: list[str], what: str, peers: Peers) -> list[str]:
 
     what: these are names of, as text for people.
     """
-    everywhere: list[list[str]] = [[]] * peers.size
-    dist.all_gather_object(everywhere, names, group=peers.group)
+    everywhere = peers.all_gather_object(names)
     common = [name for name in everywhere[0] if all(name in here for here in everywhere)]
     if not common:
         asked = "; ".join(f"rank {rank}: {', '.join(here)}" for rank, here in enumerate(everywhere))
@@ -84,10 +81,8 @@ def first_reason(reason: str | None, peers: Peers) -> str | None:
 
 
 def _of_all(mine: Mine, peers: Peers) -> list[Mine]:
-    everyone = [mine] * peers.size
     peers.meet(8)
-    dist.all_gather_object(everyone, mine, group=peers.group)
-    return everyone
+    return peers.all_gather_object(mine)
 
 
 def attempted(step: Callable[[], Result], peers: Peers, device: torch.device | None = None) -> Result | Refused:
@@ -117,8 +112,7 @@ def attempted(step: Callable[[], Result], peers: Peers, device: torch.device | N
 
 def require_same_options(options: Mapping[str, Any], peers: Peers) -> None:
     """Raise ValueError on every rank unless all ranks gave `enable` these options alike."""
-    everyone: list[Mapping[str, Any]] = [{}] * peers.size
-    dist.all_gather_object(everyone, dict(options), group=peers.group)
+    everyone = peers.all_gather_object(dict(options))
     for name in options:
         values = [given[name] for given in everyone]
         if any(value != values[0] for value in values):
@@ -135,14 +129,11 @@ def require_same_batch(
     what tensors are known to hold, for those that are given again and again.
     """
     mine = digest(arguments, device, known)
-    digests = torch.empty(peers.size, dtype=torch.int64, device=device)
     peers.meet(1)
-    dist.all_gather(list(digests.split(1)), mine.view(1), group=peers.group)
-    numbers = digests.tolist()
+    numbers = torch.cat(peers.all_gather(mine.view(1))).tolist()
     if len(set(numbers)) > 1:
         told = {name: described(value, device) for name, value in arguments.items()}
-        everyone: list[dict[str, str]] = [{} for _ in range(peers.size)]
-        dist.all_gather_object(everyone, told, group=peers.group)
+        everyone = peers.all_gather_object(told)
         lines = _differences(everyone)
         mode = [_SAME_MODE] if any(line.startswith("(") for line in lines) else []
         seed = [_SEED] if any(line.startswith(SAMPLING) for line in lines) else []
@@ -152,11 +143,9 @@ def require_same_batch(
 
 def require_same(told: Mapping[str, str], peers: Peers, what: str, cure: str) -> None:
     """Raise BatchError, which says `what` differs and the `cure`, on every rank unless all have the same to tell."""
-    numbers = [0] * peers.size
-    dist.all_gather_object(numbers, fingerprint(repr(sorted(told.items())).encode()), group=peers.group)
+    numbers = peers.all_gather_object(fingerprint(repr(sorted(told.items())).encode()))
     if len(set(numbers)) > 1:
-        everyone: list[Mapping[str, str]] = [{} for _ in range(peers.size)]
-        dist.all_gather_object(everyone, dict(told), group=peers.group)
+        everyone = peers.all_gather_object(dict(told))
         raise BatchError("\n".join([what, *_differences(everyone), cure]))
 
 

@@ -1,16 +1,18 @@
 """The ranks that share a sequence, seen from one of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sp_attention.distributed.buffer_pool import BufferPool
 from sp_attention.distributed.partition import span_of
 
 Result = TypeVar("Result")
+Mine = TypeVar("Mine")
 
 
 @dataclass(eq=False)
@@ -33,14 +35,42 @@ class PartedError(RuntimeError):
 class Peers:
     """The ranks that share a sequence, seen from one of them; `rank` counts inside the group.
 
-    pool: the buffers for what is exchanged.
+    What they send each other goes through this class. group: None for a rank alone, which sends nothing, and needs no
+    process group. pool: the buffers for what is exchanged.
     """
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     rank: int
     size: int
     watch: Watch = field(default_factory=Watch, compare=False)
     pool: BufferPool = field(default_factory=BufferPool, compare=False)
+
+    def all_to_all(self, received: Tensor, sent: Tensor, into: Sequence[int], out: Sequence[int]) -> None:
+        """Send each rank its part of `sent`, of these sizes of dim 0, and receive one from each."""
+        if self.size == 1:
+            received.copy_(sent)
+        else:
+            dist.all_to_all_single(received, sent, into, out, group=self.group)
+
+    def all_gather(self, mine: Tensor) -> list[Tensor]:
+        """What each rank has in place of my tensor, of the same shape."""
+        if self.size == 1:
+            return [mine]
+        received = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(received, mine, group=self.group)
+        return received
+
+    def all_gather_object(self, mine: Mine) -> list[Mine]:
+        """What each rank has in place of my object."""
+        everyone = [mine] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+    def all_reduce(self, total: Tensor) -> None:
+        """Add to my tensor those of all other ranks."""
+        if self.size > 1:
+            dist.all_reduce(total, group=self.group)
 
     def meet(self, *what: int) -> None:
         """Called before a collective, with numbers that tell it from others: its kind, and what all ranks know alike.
@@ -71,14 +101,17 @@ class Peers:
 
     def _announced(self, number: int) -> list[int]:
         """What each rank announces: an odd number for a collective, for the end of a step twice its depth."""
-        numbers = torch.empty(self.size, dtype=torch.int64, device=self.watch.device)
-        mine = torch.tensor([number], device=self.watch.device)
-        dist.all_gather(list(numbers.split(1)), mine, group=self.group)
-        return [int(one) for one in numbers.tolist()]
+        everyone = self.all_gather(torch.tensor([number], device=self.watch.device))
+        return [int(one) for one in torch.cat(everyone).tolist()]
 
     def span(self, length: int) -> range:
         """My span of a sequence of `length` tokens."""
         return span_of(self.rank, length, self.size)
+
+
+def alone() -> Peers:
+    """A rank that shares its sequences with nobody."""
+    return Peers(None, 0, 1)
 
 
 def _is_end(number: int) -> bool:

@@ -70,6 +70,15 @@ def place(peers: Peers | None) -> tuple[int, int]:
     return world // size, first // size
 
 
+def shared_by(peers: Peers) -> str:
+    """Who shares a sequence, as text for people."""
+    if peers.size == 1:
+        return "one rank, which has whole sequences"
+    world, size = dist.get_world_size(), peers.size
+    groups = f"{world} processes = {world // size} group{'s' if world > size else ''} x {size} ranks, "
+    return f"{'' if world % size else groups}each sequence shared by its group"
+
+
 def listen_on_this_machine() -> None:
     """Let gloo listen on the loopback interface only, unless the user has said where: for ranks of one machine."""
     loopback = next((name for _, name in socket.if_nameindex() if name in _LOOPBACK), None)

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sp_attention.distributed.fingerprint import fingerprint
@@ -90,9 +89,8 @@ def _agreed(seed: int | None, device: torch.device, peers: Peers) -> int:
     python, numpy, *others = map(_number_of, states(device))
     torchs = derived(*others)
     mine = torch.tensor([torchs if seed is None else seed, python, numpy, torchs], device=device)
-    everyone = torch.empty(peers.size, len(mine), dtype=torch.int64, device=device)
     peers.meet(7)
-    dist.all_gather(list(everyone), mine, group=peers.group)
+    everyone = torch.stack(peers.all_gather(mine))
     common = int(everyone[0, 0])
     differs = (everyone != everyone[0]).any(0).tolist()
     seeds: list[Callable[[int], Any]] = [random.seed, _seed_numpy, torch.manual_seed]

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sp_attention.distributed.collectives import sum_over_ranks
@@ -51,9 +50,7 @@ class _WithColumnsBefore(torch.autograd.Function):
         before = rows.new_zeros(columns, *rows.shape[1:])
         arrived = before[columns - sum(map(len, received)) :]
         peers.meet(9, columns, length, *rows.shape[1:])
-        dist.all_to_all_single(
-            arrived, send, [len(one) for one in received], [len(one) for one in sent], group=peers.group
-        )
+        peers.all_to_all(arrived, send, [*map(len, received)], [*map(len, sent)])
         return torch.cat((before.movedim(0, 2), span), 2)
 
     @staticmethod
@@ -65,9 +62,7 @@ class _WithColumnsBefore(torch.autograd.Function):
         send = grad[:, :, columns - sum(map(len, received)) : columns].movedim(2, 0).contiguous()
         arrived = send.new_empty(sum(map(len, sent)), *send.shape[1:])
         peers.meet(10, columns, ctx.length, *send.shape[1:])
-        dist.all_to_all_single(
-            arrived, send, [len(one) for one in sent], [len(one) for one in received], group=peers.group
-        )
+        peers.all_to_all(arrived, send, [*map(len, sent)], [*map(len, received)])
         mine = grad[:, :, columns:].clone()
         for one, part in zip(sent, arrived.split([len(one) for one in sent]), strict=True):
             mine[:, :, one.start - start : one.stop - start] += part.movedim(0, 2)

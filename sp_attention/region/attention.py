@@ -137,7 +137,8 @@ class AttentionFunction:
         """The Ulysses step that fits the keys, once the kernel is known to do all that any rank will ask of it."""
         kernel, peers = ulysses.Kernel(self.backend, self.context.scope.weights), self.peers
         stack_pass, heads = call.stack_pass, request.query.shape[2]
-        if stack_pass is None or (call.cached_heads is None and not stack_pass.is_shared):
+        shares = stack_pass is not None and stack_pass.is_shared and peers.size > 1
+        if stack_pass is None or (call.cached_heads is None and not shares):
             ulysses.require_done([request], kernel, name)
             return kernel(request)
         if call.whole_keys:

@@ -146,7 +146,8 @@ def described(plan: RegionPlan, ranks: int) -> list[str]:
     if isinstance(loss, Refused):
         lines = [f"  logits are whole: {loss.reason}{whole}"]
     else:
-        lines = [f"  logits stay sharded in training with labels, else whole{whole}"]
+        stay = "are a ShardedLogits" if ranks == 1 else "stay sharded"
+        lines = [f"  logits {stay} in training with labels, else whole{whole}"]
         if isinstance(lm_head, Refused):
             lines.append(f"  the loss is given all of them at once: {lm_head.reason}")
         else:

@@ -20,6 +20,11 @@ class Options:
     offload: bool = False
     longest: int | None = None
 
+    @property
+    def for_one_rank(self) -> bool:
+        """Whether they ask for what is of use to a rank alone: less memory in training."""
+        return isinstance(self.loss_tile, int) or self.mlp_tile is not None or self.offload
+
     def problem(self, device: torch.device) -> str | None:
         """What is wrong with them for a model on a device, None if nothing is."""
         for name, tile in (("loss_tile", self.loss_tile), ("mlp_tile", self.mlp_tile)):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sp_attention.distributed.once_differentiable import once_differentiable
@@ -98,9 +97,7 @@ def _to_heads(
         for tensor, heads, column in zip(tensors, ranks.heads, _columns(rows, ranks.each, sizes), strict=True):
             column.copy_(_heads_of(tensor, heads, ranks.ranks))
     peers.meet(5, length, batch, layout.all_widths)
-    dist.all_to_all_single(
-        _rows(whole, layout.sent).view(-1), send, layout.by_tokens, layout.by_heads, group=peers.group
-    )
+    peers.all_to_all(_rows(whole, layout.sent).view(-1), send, layout.by_tokens, layout.by_heads)
     return tuple(column[0] for column in _columns(whole[None], layout.heads, sizes))
 
 
@@ -118,7 +115,7 @@ def _to_sequence(
         torch.cat([_rows(row, layout.sent) for row in rows], 2, out=send)
     received = peers.pool.empty((layout.travelling,), tensors[0])
     peers.meet(6, length, batch, layout.all_widths)
-    dist.all_to_all_single(received, send.view(-1), layout.by_heads, layout.by_tokens, group=peers.group)
+    peers.all_to_all(received, send.view(-1), layout.by_heads, layout.by_tokens)
     results = tuple(
         peers.pool.empty((batch, len(layout.mine), getattr(plan, kind)[-1].stop, size), tensors[0])
         for kind, size in zip(kinds, sizes, strict=True)

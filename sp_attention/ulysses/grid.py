@@ -14,7 +14,6 @@ from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sp_attention.distributed.once_differentiable import once_differentiable
@@ -216,6 +215,6 @@ def _all_to_all(
     send = torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
     received = like.new_empty(sum(into))
     peers.meet(9, length, batch, *sizes)
-    dist.all_to_all_single(received, send, into, out, group=peers.group)
+    peers.all_to_all(received, send, into, out)
     flat = [piece for some in plan[1] for piece in some]
     return zip(flat, received.split([piece.numbers(batch, sizes) for piece in flat]), strict=True)

@@ -1,7 +1,6 @@
 """The door for models that are not of transformers: attention over a sequence of which each rank holds a span."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sp_attention.distributed.consistency import share_problem
@@ -95,9 +94,7 @@ def _require_alike(query: Tensor, key: Tensor, value: Tensor, length: int, peers
         return
     given = f"S {length}, q, k, v [{query.shape[0]}, s, …] {[*query.shape[2:], *key.shape[2:], *value.shape[2:]]}"
     mine = torch.tensor([problem is not None, fingerprint(f"{given} {query.dtype}".encode())], device=query.device)
-    everyone = torch.empty(peers.size, len(mine), dtype=torch.int64, device=query.device)
-    dist.all_gather(list(everyone), mine, group=peers.group)
-    has_problem, fingerprints = everyone.T.tolist()
+    has_problem, fingerprints = torch.stack(peers.all_gather(mine)).T.tolist()
     if any(has_problem):
         share_problem(None if problem is None else ValueError(f"rank {peers.rank}: {problem}"), peers)
     elif len(set(fingerprints)) > 1:

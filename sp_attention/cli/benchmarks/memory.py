@@ -22,7 +22,16 @@ from torch import Tensor
 from sp_attention.cli.benchmarks.model import TIMEOUT
 from sp_attention.cli.benchmarks.others import quieten
 from sp_attention.cli.benchmarks.record import Record, Table
-from sp_attention.cli.benchmarks.training import ALONE, ALST, DEEPSPEED, MODELS, OURS, OURS_LONG, make_step
+from sp_attention.cli.benchmarks.training import (
+    ALONE,
+    ALONE_LONG,
+    ALST,
+    DEEPSPEED,
+    MODELS,
+    OURS,
+    OURS_LONG,
+    make_step,
+)
 from sp_attention.cli.figure import draw_bars
 from sp_attention.cli.machine import installed
 from sp_attention.cli.rss import resident_memory
@@ -52,15 +61,18 @@ def benchmark(
     """Measure the peaks at all lengths, or the longest of them that trains within `limit` GiB a rank.
 
     size: which of MODELS. no_attention: attention takes its memory and computes nothing. The longest is looked for on
-    the first number of ranks.
+    the first number of ranks; on one, beside transformers alone with checkpointing.
     """
     others = installed("deepspeed") is not None
     record: Record = {"model": MODELS[size], "limit": limit, "no_attention": no_attention}
     record |= {"peaks": [], "longest": [], "absent": {}}
-    if not others:
+    if limit is not None and ranks[0] == 1:
+        names = [OURS_LONG, ALONE_LONG]
+    else:
+        names = [OURS_LONG, *([ALST] if others else [])]
+    if not others and ALONE_LONG not in names:
         record["absent"] = {DEEPSPEED: "not installed: pip install deepspeed"}
     if limit is not None:
-        names = [OURS_LONG, *([ALST] if others else [])]
         for done, name in enumerate(names):
             contender = Contender(name, ranks[0], size, no_attention, int(limit * GIB))
             record["longest"].append(longest(contender, sorted(lengths)))

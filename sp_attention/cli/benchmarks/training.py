@@ -48,7 +48,7 @@ RATE = 1e-3
 TILE = 1024
 
 ALONE, OURS, DEEPSPEED, ALST = "one process", "sp-attention", "deepspeed", "deepspeed ALST"
-OURS_LONG = "sp-attention, checkpointing"
+ALONE_LONG, OURS_LONG = "one process, checkpointing", "sp-attention, checkpointing"
 # A step; its result is the loss of the whole sequence.
 Step = Callable[[], float]
 
@@ -78,6 +78,11 @@ def _alone(model: PreTrainedModel, ids: Tensor) -> Step:
         return float(loss.detach())
 
     return backward
+
+
+def _alone_long(model: PreTrainedModel, ids: Tensor) -> Step:
+    checkpoint_activations(model)
+    return _alone(model, ids)
 
 
 def _ours(model: PreTrainedModel, ids: Tensor) -> Step:
@@ -167,6 +172,7 @@ def _deepspeed_part(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor
 # By contender, what makes of a model and the whole tokens a forward and backward, with this rank's gradients.
 LOSSES: dict[str, Callable[[PreTrainedModel, Tensor], Step]] = {
     ALONE: _alone,
+    ALONE_LONG: _alone_long,
     OURS: _ours,
     OURS_LONG: _ours_long,
     DEEPSPEED: _deepspeed,
