@@ -1,10 +1,9 @@
 """`enable`: one line that makes a model sequence-parallel, and the handle that undoes it."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any
@@ -21,7 +20,7 @@ from sp_attention.distributed.process_groups import Group, place, resolve, share
 from sp_attention.errors import BackendError, Refused, UnsupportedError
 from sp_attention.kernels.registry import candidates
 from sp_attention.kernels.request import Backend
-from sp_attention.region.attention import AttentionFunction
+from sp_attention.region.attention import AttentionFunction, names_in
 from sp_attention.region.attn_implementation import Own, attend_as, configs, keep, leave, own_attention
 from sp_attention.region.context import Context
 from sp_attention.region.copies import CopiedHooks
@@ -33,6 +32,7 @@ from sp_attention.rehearsal.install import install
 from sp_attention.rehearsal.options import LossTile, Options
 from sp_attention.rehearsal.prove_loss import give_back_loss
 from sp_attention.rehearsal.same_model import require_same_model
+from sp_attention.ulysses.head_groups import HeadGroups
 
 # Our keys in transformers' registries of attention functions. Every enabled model has its own, never used again, so
 # that a copy of a model that was disabled since finds nothing instead of another model's attention.
@@ -176,6 +176,7 @@ def enable(
     mlp_tile: int | None = None,
     offload: bool = False,
     longest: int | None = None,
+    head_groups: HeadGroups | None = None,
 ) -> Handle:
     """Make a transformers model sequence-parallel: every rank passes the same whole batch, and computes a part of it.
 
@@ -194,7 +195,10 @@ def enable(
     mlp_tile: parts of layers that treat each token alone, MLPs and norms, are given this many tokens at a time in
         training, and compute them again in backward.
     offload: the inputs of checkpointed layers are in CPU memory between forward and backward. These three are for
-        training. One rank alone too has them, if one of them is passed; else nothing is changed on one rank.
+        training.
+    head_groups: attention takes this many groups of heads, or somewhat fewer, one after the other, and computes them
+        again in backward; "auto" takes so many that one has 64 MiB on a rank. None takes all heads at once. One rank
+        alone does nothing, unless one of these four is passed.
     longest: what is found holds for sequences of this many tokens. By default it holds up to a length beyond every
         threshold that the configuration may mean, and the first forward with a longer one tries the layers again, and
         raises UnsupportedError where they do to many tokens what they do not to few.
@@ -211,7 +215,7 @@ def enable(
     that do not fit and a model that is enabled.
     """
     peers = resolve(group, sp_size, next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
-    options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload, longest)
+    options = Options(rehearse, whole_logits, loss_tile, mlp_tile, offload, longest, head_groups)
     if peers is None and options.for_one_rank:
         peers = alone()
     towers = agreed(lambda: outermost_models(model), peers)
@@ -249,12 +253,11 @@ def _enabled(outer: nn.Module, inner: PreTrainedModel, backend: str, peers: Peer
         return unchanged
     require_same_options(asdict(options), peers)
     require_same_model(outer, inner, peers)
-    names = WeakKeyDictionary({module: name for name, module in inner.named_modules()})
     passed_over: dict[str, str] = {}
     own = own_attention(inner)
     for chosen in _in_common(choice, peers):
         undo, key = ExitStack(), next(_KEYS)
-        attention = AttentionFunction(chosen, peers, Context(), partial(_name_of, names))
+        attention = AttentionFunction(chosen, peers, Context(), names_in(inner), head_groups=options.head_groups)
         try:
             findings, hooks = install(inner, attention, key, undo, options)
         except BackendError as error:
@@ -280,11 +283,6 @@ def handle_of(model: nn.Module) -> Handle | None:
     inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     handles = (vars(module).get(_HANDLE) or _UNCHANGED.get(module) for module in inner)
     return next(filter(None, handles), None)
-
-
-def _name_of(names: Mapping[nn.Module, str], module: nn.Module | None) -> str:
-    """The full name of a module, or what it is where it has none, as in a copy of a model."""
-    return type(module).__name__ if module is None else names.get(module, type(module).__name__)
 
 
 def _candidates(model: PreTrainedModel, backend: str, options: Options, peers: Peers | None) -> tuple[Backend, ...]:

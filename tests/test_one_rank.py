@@ -97,7 +97,9 @@ def test_disable_leaves_no_trace() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(sp_attention.UnsupportedError, match="mlp_tile=4: no part of a layer of MixtralForCausalLM"):
         sp_attention.enable(MODELS["mixtral"].build(), mlp_tile=4)
-    with pytest.raises(sp_attention.UnsupportedError, match="loss_tile=4: logits are whole: the model has no causal loss"):
+    with pytest.raises(
+        sp_attention.UnsupportedError, match="loss_tile=4: logits are whole: the model has no causal loss"
+    ):
         sp_attention.enable(Tiny("LlamaForSequenceClassification").build(), loss_tile=4)
     with pytest.raises(ValueError, match="offload=True keeps tensors of a device in CPU memory"):
         sp_attention.enable(LLAMA.build(), offload=True)

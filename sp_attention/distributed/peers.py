@@ -52,6 +52,20 @@ class Peers:
         else:
             dist.all_to_all_single(received, sent, into, out, group=self.group)
 
+    def start_all_to_all(
+        self, received: Tensor, sent: Tensor, into: Sequence[int], out: Sequence[int]
+    ) -> Callable[[], None]:
+        """`all_to_all` under way: what is returned waits for it, and holds what is sent until then."""
+        if self.size == 1:
+            received.copy_(sent)
+            return lambda: None
+        work = dist.all_to_all_single(received, sent, into, out, group=self.group, async_op=True)
+
+        def wait(sent: Tensor = sent) -> None:
+            work.wait()
+
+        return wait
+
     def all_gather(self, mine: Tensor) -> list[Tensor]:
         """What each rank has in place of my tensor, of the same shape."""
         if self.size == 1:

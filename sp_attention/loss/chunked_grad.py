@@ -1,9 +1,6 @@
 """Gradients of some tokens after the other, where those of all at once would take too much memory."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,12 +48,6 @@ def in_tiles(count: int, dim: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]
     """
     sizes = [len(span) for span in spans(tensors[0].shape[dim], count)]
     return list(zip(*(tensor.split(sizes, dim) for tensor in tensors), strict=True))
-
-
-def autocast_of_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """The context that is computed in now, for later."""
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
 
 
 def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from sp_attention.region.context import Context, StackPass
 from sp_attention.region.kv_cache import one_dtype
 from sp_attention.region.masks import DOCUMENTS, Described
 from sp_attention.ulysses import attention as ulysses
+from sp_attention.ulysses.head_groups import HeadGroups, attend_in_groups, groups_for, in_groups, most_groups
 from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 
 # What models pass to an attention function besides the tensors, without meaning for the result: the mask has the
@@ -28,12 +30,17 @@ _ABOUT_OTHER_THINGS = {
 }  # fmt: skip
 
 
+# A compiled model runs it as it is: its backward computes it again.
+_in_groups = torch.compiler.disable(attend_in_groups)
+
+
 @dataclass(frozen=True)
 class AttentionFunction:
     """The attention function that is registered with transformers for one enabled model.
 
     `context` tells what is going on; the region's hooks set it. `name_of` gives a module's full name, for errors.
-    `cross_attention` are the modules whose keys are of another sequence than their queries.
+    `cross_attention` are the modules whose keys are of another sequence than their queries. `head_groups`: how many
+    groups of heads attend one after the other, None for all at once.
     """
 
     backend: Backend
@@ -41,6 +48,7 @@ class AttentionFunction:
     context: Context
     name_of: Callable[[nn.Module | None], str]
     cross_attention: frozenset[nn.Module] = frozenset()
+    head_groups: HeadGroups | None = None
 
     def __call__(
         self,
@@ -137,18 +145,21 @@ class AttentionFunction:
         """The Ulysses step that fits the keys, once the kernel is known to do all that any rank will ask of it."""
         kernel, peers = ulysses.Kernel(self.backend, self.context.scope.weights), self.peers
         stack_pass, heads = call.stack_pass, request.query.shape[2]
-        shares = stack_pass is not None and stack_pass.is_shared and peers.size > 1
-        if stack_pass is None or (call.cached_heads is None and not shares):
+        if stack_pass is None or (call.cached_heads is None and not stack_pass.is_shared):
             ulysses.require_done([request], kernel, name)
             return kernel(request)
         if call.whole_keys:
             ulysses.require_done([ulysses.cut_to_queries(request, stack_pass.span)], kernel, name)
             return ulysses.attend_to_whole_keys(request, call.length, peers, kernel)
         if call.cached_heads is None:
-            shared = ulysses.plan_of(request, peers.size, kernel)
-            if isinstance(shared, HeadPlan):  # a grid is taken only where the kernel was asked, and does it
-                ulysses.require_done(ulysses.requests_of_all_ranks(request, shared), kernel, name)
-            return ulysses.attend(request, call.length, shared, peers, kernel)
+            groups = self._head_groups(request, call.length)
+            plans = [ulysses.plan_of(one, peers.size, kernel) for one in groups]
+            for one, shared in zip(groups, plans, strict=True):
+                if isinstance(shared, HeadPlan):  # a grid is taken only where the kernel was asked, and does it
+                    ulysses.require_done(ulysses.requests_of_all_ranks(one, shared), kernel, name)
+            if len(groups) == 1:
+                return ulysses.attend(request, call.length, plans[0], peers, kernel)
+            return _in_groups(request, call.length, plans, peers, kernel), None
         plan = head_plan(heads, call.cached_heads, peers.size)
         if request.key.shape[2] != len(plan.stored[peers.rank]):
             raise UnsupportedError(
@@ -158,6 +169,15 @@ class AttentionFunction:
         ulysses.require_done(ulysses.requests_of_all_ranks(request, plan), kernel, name)
         length = call.length if stack_pass.is_shared else None
         return ulysses.attend_cached(request, length, plan, peers, kernel)
+
+    def _head_groups(self, request: Request, length: int) -> list[Request]:
+        """The request, or those of the groups of heads that attend one after the other; not if weights are wanted."""
+        count, ranks = self.head_groups, self.peers.size
+        if count == "auto":
+            # The proof is of as many as there can be.
+            rehearses = self.context.rehearses
+            count = most_groups(request, ranks) if rehearses else groups_for(request, length, ranks)
+        return [request] if count is None or self.context.scope.weights else in_groups(request, count)
 
     def _refuse_unknown(self, module: nn.Module, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -172,6 +192,16 @@ class AttentionFunction:
                 f"{self.name_of(module)}: the attention argument {name!r} is not covered under sequence parallelism "
                 "yet, and would be wrong if it were passed on uncut"
             )
+
+
+def names_in(model: nn.Module) -> Callable[[nn.Module | None], str]:
+    """What tells the full name of a module of a model, or what it is where it has none, as in a copy of a model."""
+    names = WeakKeyDictionary({module: name for name, module in model.named_modules()})
+
+    def name_of(module: nn.Module | None) -> str:
+        return type(module).__name__ if module is None else names.get(module, type(module).__name__)
+
+    return name_of
 
 
 @dataclass(frozen=True)

@@ -146,10 +146,12 @@ class Scope:
 class Context:
     """The scope of now, shared by an enabled model's hooks, caches and attention function.
 
+    rehearses: in `enable`; random numbers are made harmless, so that they need no seeds.
     Each transition is a context manager: into a model, a layer, a module on whole tensors, a recomputation.
     """
 
     scope: Scope = field(default_factory=Scope)
+    rehearses: bool = False
     _kept_heads: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sp_attention.loss.chunked_grad import autocast_of_now
+from sp_attention.kernels.autocast import autocast_of_now
 from sp_attention.loss.tiled_loss import LMHead, LMHeadInput
 from sp_attention.region.plan import Embedding
 from sp_attention.region.sharded_embedding import can_look_up, looked_up

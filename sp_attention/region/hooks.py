@@ -240,7 +240,7 @@ class Hooks(RegionState):
         )
         if model.training or self.only_loss:
             forward.tile_counts = self.tile_counts_of_engine(forward, given)
-        if not model.training or self.rehearses:
+        if not model.training or self.context.rehearses:
             return forward
         if self.plan.random:
             forward.seed = rng.shared_seed(model.device, self.peers)

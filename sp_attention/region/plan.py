@@ -17,6 +17,7 @@ from sp_attention.region.masks import DOCUMENTS
 from sp_attention.region.mixer_calls import MixerCalls
 from sp_attention.region.pytree import Path, tensors
 from sp_attention.region.sequence_dims import Dims
+from sp_attention.ulysses.head_groups import HeadGroups
 
 # What transformers hands down through the layers although only the loss uses it.
 FOR_THE_LOSS = {"labels", "shift_labels", "num_items_in_batch", "start_positions", "end_positions"}
@@ -123,6 +124,7 @@ class RegionPlan:
     offloads: what checkpoints of layers keep for backward is in CPU memory until then.
     arguments: for each model, the names of the tensor arguments that the rehearsal gave to it.
     chunk: how many tokens feed-forwards take at a time on their own, 0 for all; enabled they take all of a span.
+    head_groups: how many groups of heads attend one after the other, None for all at once.
     random: in training the model draws random numbers (dropout).
     caches: what key/value caches hold, as text for people, or why they are refused.
     """
@@ -139,6 +141,7 @@ class RegionPlan:
     mlp_tile: int = 1
     offloads: bool = False
     chunk: int = 0
+    head_groups: HeadGroups | None = None
     random: bool = False
     caches: str | Refused = "are taken to work: nothing was rehearsed"
 

@@ -30,7 +30,7 @@ class RegionState(Unpicklable):
     """The region of one enabled model, and its forward in progress, if any.
 
     context: shared with the model's attention function. only_loss: nobody looks at logits, in evaluation either.
-    rehearses: random numbers are made harmless, so that they need no seeds. passes: those that backward may run again.
+    passes: those that backward may run again.
     length_check: what is proven of lengths, None if nothing is. known: what tensors in containers held that ranks have
     compared.
     """
@@ -40,7 +40,6 @@ class RegionState(Unpicklable):
     context: Context
     forward: Forward | None = None
     only_loss: bool = False
-    rehearses: bool = False
     length_check: LengthCheck | None = None
     passes: PassesOfMasks = field(default_factory=PassesOfMasks)
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)

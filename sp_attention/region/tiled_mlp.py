@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sp_attention.distributed.once_differentiable import once_differentiable
 from sp_attention.distributed.sharded_params import belongs_to_engine
-from sp_attention.loss.chunked_grad import ChunkedGrad, autocast_of_now, in_tiles
+from sp_attention.kernels.autocast import autocast_of_now
+from sp_attention.loss.chunked_grad import ChunkedGrad, in_tiles
 from sp_attention.region.state import Around
 
 

@@ -18,7 +18,15 @@ from sp_attention.region.context import Context
 from sp_attention.region.mixer_calls import MixerCalls, calls_in, told_of_mixers
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, named_arguments, tensor_names
 from sp_attention.rehearsal.dummy_inputs import DummyBatch
-from sp_attention.rehearsal.findings import EVERYTHING, MIXERS, MIXES, POSITION_WISE, Findings, LayerFindings
+from sp_attention.rehearsal.findings import (
+    EVERYTHING,
+    HEAD_PARALLEL,
+    MIXERS,
+    MIXES,
+    POSITION_WISE,
+    Findings,
+    LayerFindings,
+)
 from sp_attention.rehearsal.layer_stacks import StackDraft, dims_of, drafts_of, embedding_of
 from sp_attention.rehearsal.position_wise import PositionWiseProof, children_of, fits, keeps_more, parts_of
 from sp_attention.rehearsal.prove_length import LongProof, length_beyond
@@ -158,7 +166,7 @@ def _embeddings(drafts: list[StackDraft], traces: Traces, names: Mapping[nn.Modu
 
 # What a module does that attends, by how it does.
 _MODES = {
-    "shared": "head-parallel",
+    "shared": HEAD_PARALLEL,
     "cross-attention": "attends from this rank's tokens to all of another sequence",
 }
 

@@ -11,11 +11,14 @@ from sp_attention.region.locality import Sample
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, RegionPlan, Stack
 from sp_attention.region.sequence_dims import Extent
 from sp_attention.ulysses.grid import grid_of
+from sp_attention.ulysses.head_groups import head_groups
 
 # How much of a layer runs on whole tensors: only its mixers; what attends too; all of it.
 MIXERS, ATTENTION, EVERYTHING = range(3)
 # What a part of a layer is that gives for a token the same whatever else it is given.
 POSITION_WISE = "position-wise"
+# What attends through transformers' attention interface, to its own sequence.
+HEAD_PARALLEL = "head-parallel"
 # What it is that is given whole tensors for it.
 MIXES = "gathered: mixes tokens"
 
@@ -103,6 +106,12 @@ class Findings:
             for name, layers in self.stacks.items()
         )
 
+    @property
+    def attends_by_heads(self) -> bool:
+        """Some attention is shared out by heads; mixers may be too."""
+        layers = (found for stack in self.stacks.values() for found in stack if found.gathers == MIXERS)
+        return any(kind == HEAD_PARALLEL for found in layers for kind in found.kinds.values())
+
     def planned(self) -> tuple[Stack, ...]:
         return tuple(
             Stack(name, tuple(found.planned() for found in layers), name in self.separate, self.embeddings.get(name))
@@ -162,11 +171,11 @@ def described(plan: RegionPlan, ranks: int) -> list[str]:
         lines.append(f"  feed-forwards take all of a rank's tokens, not {plan.chunk} at a time: {instead}")
     if plan.random:
         lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
-    return [*_grids(plan, ranks), *lines]
+    return [*_grids(plan, ranks), *_head_groups(plan, ranks), *lines]
 
 
-def _grids(plan: RegionPlan, ranks: int) -> list[str]:
-    """How ranks share self-attention that has fewer heads than they are."""
+def _counts(plan: RegionPlan) -> list[tuple[int, int]]:
+    """The numbers of heads and KV heads of self-attention."""
     counts = {
         (heads, kv_heads)
         for stack in plan.stacks
@@ -174,9 +183,25 @@ def _grids(plan: RegionPlan, ranks: int) -> list[str]:
         for (over_memory, kv_heads), heads in layer.heads.items()
         if heads and not over_memory
     }
+    return sorted(counts)
+
+
+def _head_groups(plan: RegionPlan, ranks: int) -> list[str]:
+    """How many heads attend at a time."""
+    told = []
+    for heads, kv_heads in _counts(plan) if plan.head_groups is not None else ():
+        most = max(1, heads // ranks) if plan.head_groups == "auto" else plan.head_groups
+        groups = len(head_groups(heads, kv_heads, most).query)
+        how = "as many as have 64 MiB on a rank, up to" if plan.head_groups == "auto" else "in"
+        told.append(f"  attention of {heads} heads {how} {groups} groups, one after the other")
+    return told
+
+
+def _grids(plan: RegionPlan, ranks: int) -> list[str]:
+    """How ranks share self-attention that has fewer heads than they are."""
     return [
         f"  {ranks} ranks = {grid.groups} head groups x {grid.blocks} query blocks, in attention of {heads} heads"
-        for heads, kv_heads in sorted(counts)
+        for heads, kv_heads in _counts(plan)
         if (grid := grid_of(heads, kv_heads, ranks)) is not None
     ]
 

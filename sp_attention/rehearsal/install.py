@@ -58,6 +58,7 @@ def install(
     `key` is the name under which transformers gets to know `attention`. Raises UnsupportedError, on every rank.
     """
     chunk = without_chunks(model, undo)
+    attention.context.rehearses = True
     with undisturbed(model):
         model.eval()
         pairs = _dummy_batches(model, attention.peers)
@@ -76,10 +77,21 @@ def install(
         if options.mlp_tile is not None:
             with draws.harmless():
                 findings, plan = tile_mlps(model, hooks, plan, findings, pairs[0][0], options.mlp_tile)
-        hooks.plan, hooks.rehearses = replace(plan, offloads=options.offload, chunk=chunk), False
+        _require_head_groups(model, findings, options)
+        hooks.plan = replace(plan, offloads=options.offload, chunk=chunk, head_groups=options.head_groups)
+        attention.context.rehearses = False
         hooks.length_check = LengthCheck.of(findings.samples, hooks.plan, findings.proven_length)
     hooks.install()
     return findings, hooks
+
+
+def _require_head_groups(model: PreTrainedModel, findings: Findings, options: Options) -> None:
+    """Raise UnsupportedError if groups of heads are asked for, and nothing has heads that we know of."""
+    if isinstance(options.head_groups, int) and not findings.attends_by_heads:
+        raise UnsupportedError(
+            f"head_groups={options.head_groups}: nothing of {type(model).__name__} attends by heads through "
+            "transformers' attention interface, so there are none to take in groups: leave it out"
+        )
 
 
 def _dummy_batches(model: PreTrainedModel, peers: Peers) -> list[tuple[DummyBatch, DummyBatch]]:
@@ -166,7 +178,7 @@ def _place(
         _NO_LOSS if rehearse else _UNPROVEN,
         random=run.draws.anywhere,
     )
-    hooks = Hooks(plan, attention.peers, attention.context, rehearses=True)
+    hooks = Hooks(plan, attention.peers, attention.context)
     if rehearse:
         plan = replace(plan, caches=Refused("not proven yet"))
         findings = prove_stacks(model, hooks, plan, findings, [pair[0] for pair in traces], run)

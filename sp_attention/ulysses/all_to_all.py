@@ -4,7 +4,7 @@ Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv 2309.14509), section 3; their N i
 there, neither S nor the heads need be divisible by P, and q, k and v travel in one all-to-all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ def to_heads(
                 f"a tensor {tensor.dtype} {list(tensor.shape)} does not fit {mine} of {length} tokens, "
                 f"{heads} heads and {tensors[0].dtype}"
             )
+    if peers.size == 1:
+        return tensors
     result: tuple[Tensor, ...] = _SeqToHead.apply(length, plan, kinds, peers, *tensors)  # type: ignore[no-untyped-call]
     return result
 
@@ -49,6 +51,8 @@ def head_to_seq(out: Tensor, plan: HeadPlan, peers: Peers) -> Tensor:
     """[B, S, h, Dv] → [B, s, H, Dv], contiguous: the inverse of `seq_to_head` for what the kernel returns."""
     if out.shape[2] != len(plan.query[peers.rank]):
         raise ValueError(f"an output {list(out.shape)} does not hold this rank's {len(plan.query[peers.rank])} heads")
+    if peers.size == 1:
+        return out.contiguous()
     result: Tensor = _HeadToSeq.apply(out, plan, peers)  # type: ignore[no-untyped-call]
     return result
 
@@ -60,34 +64,58 @@ class _SeqToHead(torch.autograd.Function):
         ctx: Any, length: int, plan: HeadPlan, kinds: tuple[Kind, ...], peers: Peers, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.plan, ctx.kinds, ctx.peers = plan, kinds, peers
-        return _to_heads(tensors, plan, kinds, length, peers)
+        return exchange_to_heads(tensors, plan, kinds, length, peers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, None, *_to_sequence(grads, ctx.plan, ctx.kinds, ctx.peers)
+        return None, None, None, None, *back_to_sequence(grads, ctx.plan, ctx.kinds, ctx.peers)
 
 
 class _HeadToSeq(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, plan: HeadPlan, peers: Peers) -> Tensor:
         ctx.plan, ctx.peers, ctx.length = plan, peers, out.shape[1]
-        return _to_sequence((out,), plan, ("query",), peers)[0]
+        return back_to_sequence((out,), plan, ("query",), peers)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_to_heads((grad,), ctx.plan, ("query",), ctx.length, ctx.peers), None, None)
+        return (*exchange_to_heads((grad,), ctx.plan, ("query",), ctx.length, ctx.peers), None, None)
 
 
-def _to_heads(
+def exchange_to_heads(
     tensors: Sequence[Tensor], plan: HeadPlan, kinds: tuple[Kind, ...], length: int, peers: Peers
 ) -> tuple[Tensor, ...]:
-    """[B, s, H, D] each → [B, S, h, D] each, in one all-to-all.
+    """[B, s, H, D] each → [B, S, h, D] each, in one all-to-all, without gradients.
 
     Token-major rows with all of a rank's heads side by side: what arrives is one [S, B, width] buffer in order, of
     which the results are views, so nothing is unpacked.
     """
+    layout, whole, send, sizes = _packed(tensors, plan, kinds, length, peers)
+    peers.all_to_all(_rows(whole, layout.sent).view(-1), send, layout.by_tokens, layout.by_heads)
+    return _unpacked(layout, whole, sizes)
+
+
+def start_to_heads(
+    tensors: Sequence[Tensor], plan: HeadPlan, kinds: tuple[Kind, ...], length: int, peers: Peers
+) -> Callable[[], tuple[Tensor, ...]]:
+    """`to_heads` under way, without gradients: what is returned waits for the results."""
+    layout, whole, send, sizes = _packed(tensors, plan, kinds, length, peers)
+    place = _rows(whole, layout.sent).view(-1)
+    wait = peers.start_all_to_all(place, send, layout.by_tokens, layout.by_heads)
+
+    def arrived() -> tuple[Tensor, ...]:
+        wait()
+        return _unpacked(layout, whole, sizes)
+
+    return arrived
+
+
+def _packed(
+    tensors: Sequence[Tensor], plan: HeadPlan, kinds: tuple[Kind, ...], length: int, peers: Peers
+) -> tuple[BufferLayout, Tensor, Tensor, tuple[int, ...]]:
+    """The layout, the buffer for what arrives, with this rank's own part in it, what travels, and head sizes."""
     batch, sizes = tensors[0].shape[0], tuple(tensor.shape[3] for tensor in tensors)
     layout = _layout(plan, kinds, sizes, batch, length, peers.rank)
     whole = peers.pool.empty((length, batch, layout.width), tensors[0])
@@ -97,14 +125,20 @@ def _to_heads(
         for tensor, heads, column in zip(tensors, ranks.heads, _columns(rows, ranks.each, sizes), strict=True):
             column.copy_(_heads_of(tensor, heads, ranks.ranks))
     peers.meet(5, length, batch, layout.all_widths)
-    peers.all_to_all(_rows(whole, layout.sent).view(-1), send, layout.by_tokens, layout.by_heads)
+    return layout, whole, send, sizes
+
+
+def _unpacked(layout: BufferLayout, whole: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(column[0] for column in _columns(whole[None], layout.heads, sizes))
 
 
-def _to_sequence(
+def back_to_sequence(
     tensors: Sequence[Tensor], plan: HeadPlan, kinds: tuple[Kind, ...], peers: Peers
 ) -> tuple[Tensor, ...]:
-    """[B, S, h, D] each → [B, s, H, D] each, in one all-to-all; heads that several ranks hold are added up."""
+    """[B, S, h, D] each → [B, s, H, D] each, in one all-to-all; heads that several ranks hold are added up.
+
+    Without gradients.
+    """
     batch, length = tensors[0].shape[:2]
     sizes = tuple(tensor.shape[3] for tensor in tensors)
     layout = _layout(plan, kinds, sizes, batch, length, peers.rank)

@@ -67,29 +67,38 @@ def attend(request: Request, length: int, plan: HeadPlan | Grid, peers: Peers, k
     bias, sinks) of the whole sequence and of all heads. Returns [B, s, H, Dv], and weights [B, H, S, S] or None.
     Two collectives, and two in backward.
     """
+    tensors = request.query, request.key, request.value
     if isinstance(plan, Grid):
-        return _attend_on_grid(request, length, plan, peers, kernel), None
+        # [B, s, H, D], [B, s, Hkv, D], [B, s, Hkv, Dv] → [B, Sq, h, D], [B, S, hkv, D], [B, S, hkv, Dv]
+        arrived = to_grid(*tensors, length, plan, peers)
+        # → [B, Sq, h, Dv] → [B, s, H, Dv]
+        out, weights = attend_arrived(request, arrived, length, plan, peers, kernel)
+        return from_grid(out, length, plan, peers), weights
     # [B, s, H, D], [B, s, Hkv, D], [B, s, Hkv, Dv] → [B, S, h, D], [B, S, hkv, D], [B, S, hkv, Dv]
-    query, key, value = seq_to_head(request.query, request.key, request.value, length, plan, peers)
-    request = replace(cut_to_heads(request, plan, peers.rank), query=query, key=key, value=value)
-    # → [B, S, h, Dv]
-    out, weights = attend_my_heads(request, plan, peers, kernel)
-    # → [B, s, H, Dv]
+    arrived = seq_to_head(*tensors, length, plan, peers)
+    # → [B, S, h, Dv] → [B, s, H, Dv]
+    out, weights = attend_arrived(request, arrived, length, plan, peers, kernel)
     return head_to_seq(out, plan, peers), weights
 
 
-def _attend_on_grid(request: Request, length: int, grid: Grid, peers: Peers, kernel: Kernel) -> Tensor:
-    """`attend` where a rank has some heads of some queries: [B, s, H, Dv]."""
-    # [B, s, H, D], [B, s, Hkv, D], [B, s, Hkv, Dv] → [B, Sq, h, D], [B, S, hkv, D], [B, S, hkv, Dv]
-    query, key, value = to_grid(request.query, request.key, request.value, length, grid, peers)
-    group, chunks = grid.group_of(peers.rank), grid.chunks(length, peers.rank)
-    mine = replace(cut_to_heads(request, grid.heads, group), key=key, value=value)
+def attend_arrived(
+    request: Request, arrived: tuple[Tensor, ...], length: int, plan: HeadPlan | Grid, peers: Peers, kernel: Kernel
+) -> Output:
+    """The attention of what an exchange has brought of q, k and v, in their layout; the request has all else.
+
+    arrived: [B, S | Sq, h, D], [B, S, hkv, D], [B, S, hkv, Dv]. Returns [B, S | Sq, h, Dv], and weights or None.
+    """
+    query, key, value = arrived
+    if isinstance(plan, HeadPlan):
+        mine = replace(cut_to_heads(request, plan, peers.rank), query=query, key=key, value=value)
+        return attend_my_heads(mine, plan, peers, kernel)
+    group, chunks = plan.group_of(peers.rank), plan.chunks(length, peers.rank)
+    mine = replace(cut_to_heads(request, plan.heads, group), key=key, value=value)
     outputs = [
-        _attend_group(replace(cut_to_queries(mine, chunk), query=part), grid.heads, group, kernel)[0]
+        _attend_group(replace(cut_to_queries(mine, chunk), query=part), plan.heads, group, kernel)[0]
         for chunk, part in zip(chunks, query.split([*map(len, chunks)], 1), strict=True)
     ]
-    # → [B, Sq, h, Dv] → [B, s, H, Dv]
-    return from_grid(torch.cat(outputs, 1), length, grid, peers)
+    return torch.cat(outputs, 1), None
 
 
 def attend_cached(request: Request, length: int | None, plan: HeadPlan, peers: Peers, kernel: Kernel) -> Output:
@@ -158,13 +167,14 @@ def cut_to_heads(request: Request, plan: HeadPlan, rank: int) -> Request:
     """The request with what is per head, or read from the module by head, cut to one rank's heads; not q, k and v."""
     heads = plan.query[rank]
     bias = request.bias
+    first = 0 if request.heads is None else request.heads.start  # of a group of heads, in all of the module's
     return replace(
         request,
         mask=request.mask.heads(heads),
         sinks=None if request.sinks is None else request.sinks[heads.start : heads.stop],
         bias=bias if bias is None or bias.shape[1] == 1 else bias[:, heads.start : heads.stop],
-        heads=heads,
-        all_heads=plan.query[-1].stop,
+        heads=range(first + heads.start, first + heads.stop),
+        all_heads=request.all_heads or plan.query[-1].stop,
     )
 
 

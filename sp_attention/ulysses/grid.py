@@ -95,24 +95,24 @@ class _ToGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, length: int, grid: Grid, peers: Peers, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.length, ctx.grid, ctx.peers = length, grid, peers
-        return _exchange(tensors, ("query", "kv", "kv"), length, grid, peers)
+        return exchange_to_grid(tensors, ("query", "kv", "kv"), length, grid, peers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_return(grads, ("query", "kv", "kv"), ctx.length, ctx.grid, ctx.peers)
+        return None, None, None, *return_from_grid(grads, ("query", "kv", "kv"), ctx.length, ctx.grid, ctx.peers)
 
 
 class _FromGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, length: int, grid: Grid, peers: Peers) -> Tensor:
         ctx.length, ctx.grid, ctx.peers = length, grid, peers
-        return _return((out,), ("query",), length, grid, peers)[0]
+        return return_from_grid((out,), ("query",), length, grid, peers)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange((grad,), ("query",), ctx.length, ctx.grid, ctx.peers)[0], None, None, None
+        return exchange_to_grid((grad,), ("query",), ctx.length, ctx.grid, ctx.peers)[0], None, None, None
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,13 @@ def _between(kinds: tuple[Rows, ...], length: int, grid: Grid, holder: int, comp
     return tuple(found)
 
 
-def _exchange(
+def exchange_to_grid(
     tensors: Sequence[Tensor], kinds: tuple[Rows, ...], length: int, grid: Grid, peers: Peers
 ) -> tuple[Tensor, ...]:
-    """[B, s, H, D] each → [B, Sq, h, D] of queries, [B, S, hkv, D] of keys and values, in one all-to-all."""
+    """[B, s, H, D] each → [B, Sq, h, D] of queries, [B, S, hkv, D] of keys and values, in one all-to-all.
+
+    Without gradients.
+    """
     sent, arriving = _pieces(kinds, length, grid, peers.rank)
     send = [piece.in_held(tensors) for pieces in sent for piece in pieces]
     received = _all_to_all(tensors, send, (sent, arriving), length, peers)
@@ -188,10 +191,10 @@ def _exchange(
     return results
 
 
-def _return(
+def return_from_grid(
     tensors: Sequence[Tensor], kinds: tuple[Rows, ...], length: int, grid: Grid, peers: Peers
 ) -> tuple[Tensor, ...]:
-    """The reverse of `_exchange`, in one all-to-all; rows and heads that several ranks have are added up."""
+    """The reverse of `exchange_to_grid`, in one all-to-all; rows and heads that several ranks have are added up."""
     arriving, sent = _pieces(kinds, length, grid, peers.rank)
     send = [piece.in_computed(tensors) for pieces in sent for piece in pieces]
     received = _all_to_all(tensors, send, (sent, arriving), length, peers)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from thread_ranks import random
 from torch import Tensor, nn
 
+from sp_attention.kernels.autocast import autocast_of_now
 from sp_attention.loss import tiled_loss
-from sp_attention.loss.chunked_grad import ChunkedGrad, autocast_of_now, in_tiles
+from sp_attention.loss.chunked_grad import ChunkedGrad, in_tiles
 from sp_attention.loss.tiled_loss import LMHead, LMHeadInput, liger_does, tile_for
 
 ROWS, TOKENS, HIDDEN, VOCABULARY = 2, 7, 5, 11
