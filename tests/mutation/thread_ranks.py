@@ -89,8 +89,26 @@ def all_to_all_single(
     output_split_sizes: list[int] | None = None,
     input_split_sizes: list[int] | None = None,
     group: Any = None,
-) -> None:
+    async_op: bool = False,
+) -> "Later | None":
+    if async_op:
+        return Later(output, input, output_split_sizes, input_split_sizes, group)
     group.all_to_all_single(output, input, output_split_sizes, input_split_sizes)
+    return None
+
+
+@dataclass(frozen=True)
+class Later:
+    """A collective under way, of which nothing has arrived before somebody waits for it."""
+
+    output: Tensor
+    input: Tensor
+    received: list[int] | None
+    sent: list[int] | None
+    group: Any
+
+    def wait(self) -> None:
+        self.group.all_to_all_single(self.output, self.input, self.received, self.sent)
 
 
 COLLECTIVES = (all_gather, all_gather_object, all_reduce, all_to_all_single)
