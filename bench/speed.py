@@ -29,6 +29,9 @@ RUNS = {
     "model": "model --rounds 3",
     "memory": "memory --length 4096 --length 8192 --ranks 2 --ranks 4",
     "limit": "memory --limit 4 --no-attention --length 131072 --length 163840",
+    "alone": (
+        "memory --model 1M --limit 1 --no-attention --ranks 1 --length 4096 --length 6144 --length 18432 --length 32768"
+    ),
     "long": (
         "memory --model 1M --ranks 2 --ranks 4 --length 4096 --length 8192 --length 16384 --length 32768 --length 65536"
     ),
@@ -105,6 +108,14 @@ norms 2, what is added to the MLP 1, gradients 2, tables of positions half a one
 Tried with gain: norms in pieces (2), pieces written into one tensor (4 and more, of the C library's), the gradients of
 pieces put together once (1), no more than 256 MiB that lie ready (2 to 3). To train 1.5 times what ALST does, the 19
 would have to be 16.
+""",
+    ),
+    "alone": (
+        "One process",
+        """
+The same search by one process alone, and within 1 GiB: ours with `mlp_tile=1024`, the loss in tiles and checkpointing,
+over transformers alone with checkpointing. Neither shares anything. What makes the difference is logits, of which
+transformers has all at once. The attention is the same stand-in.
 """,
     ),
     "scale": (
@@ -225,6 +236,12 @@ def _limit(record: Record) -> Iterator[Row]:
         yield what, "1.5 at least", f"({ours}) ÷ ({others})"
 
 
+def _alone(record: Record) -> Iterator[Row]:
+    ours, alone = (_between(one) for one in record["longest"])
+    what = f"longest sequence of one process within {record['limit']:g} GiB ÷ transformers alone, both checkpointed"
+    yield what, "3 at least", f"({ours}) ÷ ({alone})"
+
+
 def _scale(record: Record) -> Iterator[Row]:
     layers: dict[str, list[float]] = {}
     for one in record["cases"]:
@@ -241,6 +258,7 @@ SUMMARIES: dict[str, Callable[[Record], Iterator[Row]]] = {
     "model": _model,
     "memory": _memory,
     "limit": _limit,
+    "alone": _alone,
     "scale": _scale,
 }
 

@@ -106,7 +106,8 @@ CASES = {
     "window": Case(MODELS["mistral-window5"], 3),
     "gpt2": Case(MODELS["gpt2"]),
     "a mask tensor of heads": Case(head_groups=3, step=with_mask_tensor),
-    "softcap, eager": Case(GEMMA2, 3, backend="transformers:eager"),
+    # In float64 queries that see nothing are NaN in its own.
+    "softcap, eager": Case(GEMMA2, 3, partial(loss_step, kind="plain"), backend="transformers:eager"),
     "sinks, eager": Case(GENERATING["gpt-oss"], 2, backend="transformers:eager"),
     "biases that learn": Case(T5, 2, partial(loss_step, kind="plain")),
     "a hybrid": Case(MIXERS["qwen3_next"], 2),

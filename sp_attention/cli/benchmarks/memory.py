@@ -66,11 +66,9 @@ def benchmark(
     others = installed("deepspeed") is not None
     record: Record = {"model": MODELS[size], "limit": limit, "no_attention": no_attention}
     record |= {"peaks": [], "longest": [], "absent": {}}
-    if limit is not None and ranks[0] == 1:
-        names = [OURS_LONG, ALONE_LONG]
-    else:
-        names = [OURS_LONG, *([ALST] if others else [])]
-    if not others and ALONE_LONG not in names:
+    is_alone = limit is not None and ranks[0] == 1
+    names = [OURS_LONG, *([ALONE_LONG] if is_alone else [ALST] if others else [])]
+    if not others and not is_alone:
         record["absent"] = {DEEPSPEED: "not installed: pip install deepspeed"}
     if limit is not None:
         for done, name in enumerate(names):
