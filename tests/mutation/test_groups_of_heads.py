@@ -1,4 +1,4 @@
-"""Attention a group of heads at a time, on threads, against attention written out in one process, with every gradient."""
+"""Attention a group of heads at a time, on threads, against one process that writes it out, with every gradient."""
 
 from dataclasses import replace
 
