@@ -1,9 +1,9 @@
 """What groups of heads spare: `python bench/head_groups.py`, whose numbers are in docs/data/head_groups.json.
 
-One causal attention in float32 on two ranks with one thread each, forward and backward, all heads at once and in
-groups: the most memory of a rank above what stood before, its own q, k and v among it, and the time of the faster of two steps
-after a first one. The pool of buffers is empty, and glibc gives back what is freed, so that all is seen. Each setting in
-new processes; they take turns, as often as there are rounds, and shown are medians.
+One causal attention in float32 on two ranks with one thread each, forward and backward, all at once and in groups: the
+most memory of a rank above what stood before, its q, k and v among it, and the time of the faster of two steps after
+a first one. The pool of buffers is empty, and glibc gives back what is freed, so that all is seen. Each setting in new
+processes; they take turns, as often as there are rounds, and shown are medians.
 """
 
 import json

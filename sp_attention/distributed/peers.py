@@ -13,6 +13,8 @@ from sp_attention.distributed.partition import span_of
 
 Result = TypeVar("Result")
 Mine = TypeVar("Mine")
+# Of the parts of dim 0 that each rank is sent, or sends; None for equal ones.
+Sizes = Sequence[int] | None
 
 
 @dataclass(eq=False)
@@ -45,16 +47,14 @@ class Peers:
     watch: Watch = field(default_factory=Watch, compare=False)
     pool: BufferPool = field(default_factory=BufferPool, compare=False)
 
-    def all_to_all(self, received: Tensor, sent: Tensor, into: Sequence[int], out: Sequence[int]) -> None:
+    def all_to_all(self, received: Tensor, sent: Tensor, into: Sizes, out: Sizes) -> None:
         """Send each rank its part of `sent`, of these sizes of dim 0, and receive one from each."""
         if self.size == 1:
             received.copy_(sent)
         else:
             dist.all_to_all_single(received, sent, into, out, group=self.group)
 
-    def start_all_to_all(
-        self, received: Tensor, sent: Tensor, into: Sequence[int], out: Sequence[int]
-    ) -> Callable[[], None]:
+    def start_all_to_all(self, received: Tensor, sent: Tensor, into: Sizes, out: Sizes) -> Callable[[], None]:
         """`all_to_all` under way: what is returned waits for it, and holds what is sent until then."""
         if self.size == 1:
             received.copy_(sent)
