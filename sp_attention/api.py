@@ -125,11 +125,11 @@ class Handle(Unpicklable):
         """What each part of each kind of layer does, and why, as text for people."""
         if self.findings is None or self.hooks is None:
             return "sp_attention: one rank, so nothing is changed"
-        size, kernel = self.hooks.peers.size, self.backend.kernel
-        lines = [f"sp_attention: {shared_by(self.hooks.peers)}, kernel {kernel!r}"]
+        peers, kernel = self.peers or alone(), self.backend.kernel
+        lines = [f"sp_attention: {shared_by(peers)}, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
-        lines += described(self.hooks.plan, size)
+        lines += described(self.hooks.plan, peers.size)
         lines += [f"  of others, given whole tensors: {one}" for one in self.hooks.others_now().told]
         lines += [f"{name}, beside it: {other.report()}" for name, other in self.others.items()]
         lines += [

@@ -89,7 +89,7 @@ def _require_head_groups(model: PreTrainedModel, findings: Findings, options: Op
     """Raise UnsupportedError if groups of heads are asked for, and nothing has heads that we know of."""
     if isinstance(options.head_groups, int) and not findings.attends_by_heads:
         raise UnsupportedError(
-            f"head_groups={options.head_groups}: nothing of {type(model).__name__} attends by heads through "
+            f"head_groups={options.head_groups}: nothing of {type(model).__name__} attends by heads, through "
             "transformers' attention interface, so there are none to take in groups: leave it out"
         )
 

@@ -127,7 +127,7 @@ def _contenders(record: Record) -> list[str]:
 
 
 def _timed(case: Case, rounds: int, others: list[str], report: Report) -> Seconds:
-    peers = Peers(dist.group.WORLD, dist.get_rank(), case.ranks)  # type: ignore[arg-type]  # there is one
+    peers = Peers(dist.group.WORLD, dist.get_rank(), case.ranks)
     work = _Work(case, peers)
     exchanges = {OURS: ours(case.length, peers)} | {name: OTHERS[name][1](work.mine) for name in others}
     contenders: dict[str, Callable[[], object]] = {

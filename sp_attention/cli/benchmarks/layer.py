@@ -68,7 +68,7 @@ def measure(case: Case, rounds: int, report: Report) -> tuple[Seconds, dict[str,
     """On every rank of the default process group: seconds, and why there are none of some of the others."""
     quieten()
     why_not = reasons() | {"torch context parallel": context_parallel()}
-    peers = Peers(dist.group.WORLD, dist.get_rank(), case.ranks)  # type: ignore[arg-type]  # there is one
+    peers = Peers(dist.group.WORLD, dist.get_rank(), case.ranks)
     mine = LENGTH // case.ranks
     generator = torch.Generator().manual_seed(0)
     heads = (HEADS, case.kv_heads, case.kv_heads)
