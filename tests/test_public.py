@@ -37,7 +37,7 @@ def test_arguments() -> None:
 
     assert arguments(sp_attention.enable) == [
         "model", "backend", "group", "sp_size", "rehearse", "whole_logits", "loss_tile", "mlp_tile",
-        "offload", "longest",
+        "offload", "longest", "head_groups",
     ]  # fmt: skip
     assert arguments(sp_attention.average_gradients) == ["model", "group"]
     assert arguments(sp_attention.Backend) == [

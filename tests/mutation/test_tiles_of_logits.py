@@ -148,7 +148,7 @@ def test_tiles_may_be_empty_and_logits_are_made_when_asked() -> None:
     assert [shape[1] for shape in module.given] == [1] * 14 + [0] * 2
     assert given.shape == (ROWS, TOKENS, VOCABULARY)
     assert isinstance(given.shape, torch.Size)
-    logits = given.logits()
+    logits = given.logits({})
     assert torch.equal(logits, capped(module.head(hidden)))
     (grad,) = torch.autograd.grad(logits.sum(), hidden)
     assert torch.equal(grad, torch.autograd.grad(capped(module.head(hidden)).sum(), hidden)[0])
@@ -173,8 +173,8 @@ def test_the_head_runs_in_the_context_it_was_called_in() -> None:
         context = autocast_of_now(hidden.device)
         expected = module(hidden)
     given = LMHeadInput(LMHead(module, "", (), VOCABULARY, 5), module, hidden, 3, context)
-    assert given.logits().dtype == torch.bfloat16
-    assert torch.equal(given.logits(), expected)
+    assert given.logits({}).dtype == torch.bfloat16
+    assert torch.equal(given.logits({}), expected)
     plain = F.cross_entropy(expected.float().flatten(0, 1), targets().flatten(), reduction="sum")
     torch.testing.assert_close(given.loss(targets(), -100), plain)
     outside = autocast_of_now(hidden.device)
