@@ -129,7 +129,7 @@ class Handle(Unpicklable):
         lines = [f"sp_attention: {shared_by(peers)}, kernel {kernel!r}"]
         lines += [f"  kernel {kernel!r} was passed over: {reason}" for kernel, reason in self.passed_over.items()]
         lines += report(self.findings)
-        lines += described(self.hooks.plan, peers.size)
+        lines += described(self.hooks.plan, self.hooks.context.plans, peers.size)
         lines += [f"  of others, given whole tensors: {one}" for one in self.hooks.others_now().told]
         lines += [f"{name}, beside it: {other.report()}" for name, other in self.others.items()]
         lines += [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Tiny, batch_of
+from models import MODELS, Tiny, batch_of
 from torch import Tensor, nn
 
 import sp_attention
@@ -269,3 +269,35 @@ def uneven_groups() -> list[tuple[int, ...]]:
 def test_a_torn_group_gets_a_kv_head_for_each_query_head() -> None:
     # 6 heads, 3 to a KV head, on 4 ranks: heads 0-1, 2-3, 4, 5; the second rank's two belong to different groups.
     assert run_ranks(4, uneven_groups) == [[(2, 1)], [(2, 2)], [(1, 1)], [(1, 1)]]
+
+
+# A kernel that does the whole of a sequence only.
+EARLY = """
+import sp_attention
+from sp_attention import Backend, testing
+
+
+def refuses(request):
+    return "it has no later queries" if request.mask.offset else None
+
+
+@sp_attention.hookimpl
+def sp_attention_backends():
+    return [Backend("cpu", "early", testing.attend, refuses=refuses)]
+"""
+
+
+def told_of_sharing() -> list[str]:
+    """What reports say of two heads on three ranks: of a kernel that does later queries, and of one that does not."""
+    reports = [sp_attention.enable(MODELS["llama-2q1kv"].build(), backend=name).report() for name in ("sdpa", "early")]
+    return [line for report in reports for line in report.splitlines() if "ranks = " in line or "shared by 2" in line]
+
+
+def test_a_report_says_how_fewer_heads_than_ranks_are_shared(write_plugin: Callable[[str, str], None]) -> None:
+    write_plugin("early", EARLY)
+    for told in run_ranks(3, told_of_sharing, timeout=60):
+        assert told == [
+            "  3 ranks = 1 head groups x 3 query blocks, in attention of 2 heads",
+            "  attention of 2 heads is shared by 2 of 3 ranks: the kernel does not do queries that are later in a "
+            "sequence",
+        ]

@@ -155,6 +155,8 @@ class AttentionFunction:
             groups = self._head_groups(request, call.length)
             plans = [ulysses.plan_of(one, peers.size, kernel) for one in groups]
             for one, shared in zip(groups, plans, strict=True):
+                if not kernel.with_weights:
+                    self.context.plans[one.query.shape[2], one.key.shape[2]] = shared
                 if isinstance(shared, HeadPlan):  # a grid is taken only where the kernel was asked, and does it
                     ulysses.require_done(ulysses.requests_of_all_ranks(one, shared), kernel, name)
             if len(groups) == 1:

@@ -14,6 +14,8 @@ from sp_attention.distributed.peers import Peers
 from sp_attention.kernels.request import Mask
 from sp_attention.region.sequence_dims import Along, Extent
 from sp_attention.region.sharded_embedding import LookedUp
+from sp_attention.ulysses.grid import Grid
+from sp_attention.ulysses.head_plan import HeadPlan
 
 Value = TypeVar("Value")
 
@@ -146,12 +148,14 @@ class Scope:
 class Context:
     """The scope of now, shared by an enabled model's hooks, caches and attention function.
 
-    rehearses: in `enable`; random numbers are made harmless, so that they need no seeds.
+    rehearses: in `enable`; random numbers are made harmless, so that they need no seeds. plans: how attention of so
+    many query and KV heads was shared last, without a cache.
     Each transition is a context manager: into a model, a layer, a module on whole tensors, a recomputation.
     """
 
     scope: Scope = field(default_factory=Scope)
     rehearses: bool = False
+    plans: dict[tuple[int, int], HeadPlan | Grid] = field(default_factory=dict)
     _kept_heads: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     @property

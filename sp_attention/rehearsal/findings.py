@@ -10,9 +10,11 @@ from sp_attention.errors import Refused
 from sp_attention.region.locality import Sample
 from sp_attention.region.plan import Embedding, GatheredModule, Layer, RegionPlan, Stack
 from sp_attention.region.sequence_dims import Extent
-from sp_attention.ulysses.grid import grid_of
+from sp_attention.ulysses.grid import Grid
 from sp_attention.ulysses.head_groups import head_groups
+from sp_attention.ulysses.head_plan import HeadPlan
 
+Plans = Mapping[tuple[int, int], HeadPlan | Grid]
 # How much of a layer runs on whole tensors: only its mixers; what attends too; all of it.
 MIXERS, ATTENTION, EVERYTHING = range(3)
 # What a part of a layer is that gives for a token the same whatever else it is given.
@@ -148,8 +150,11 @@ def parts(findings: Findings) -> dict[str, list[str]]:
     return found | ({"left alone": alone} if alone else {})
 
 
-def described(plan: RegionPlan, ranks: int) -> list[str]:
-    """What becomes of heads, logits, caches, checkpoints and random numbers, as lines of text."""
+def described(plan: RegionPlan, plans: Plans, ranks: int) -> list[str]:
+    """What becomes of heads, logits, caches, checkpoints and random numbers, as lines of text.
+
+    plans: how attention of so many query and KV heads is shared.
+    """
     loss, lm_head, caches = plan.sharded_loss, plan.lm_head, plan.caches
     whole = ", of hidden states that are whole before the head" if plan.cut_before else ""
     if isinstance(loss, Refused):
@@ -171,7 +176,7 @@ def described(plan: RegionPlan, ranks: int) -> list[str]:
         lines.append(f"  feed-forwards take all of a rank's tokens, not {plan.chunk} at a time: {instead}")
     if plan.random:
         lines.append("  random numbers in training: shared outside of the layers, each rank's own inside")
-    return [*_grids(plan, ranks), *_head_groups(plan, ranks), *lines]
+    return [*_grids(plans, ranks), *_head_groups(plan, ranks), *lines]
 
 
 def _counts(plan: RegionPlan) -> list[tuple[int, int]]:
@@ -197,13 +202,17 @@ def _head_groups(plan: RegionPlan, ranks: int) -> list[str]:
     return told
 
 
-def _grids(plan: RegionPlan, ranks: int) -> list[str]:
+def _grids(plans: Plans, ranks: int) -> list[str]:
     """How ranks share self-attention that has fewer heads than they are."""
-    return [
-        f"  {ranks} ranks = {grid.groups} head groups x {grid.blocks} query blocks, in attention of {heads} heads"
-        for heads, kv_heads in _counts(plan)
-        if (grid := grid_of(heads, kv_heads, ranks)) is not None
-    ]
+    lines = []
+    for (heads, _), shared in sorted(plans.items(), key=lambda pair: pair[0]):
+        if isinstance(shared, Grid):
+            blocks = f"{shared.groups} head groups x {shared.blocks} query blocks"
+            lines.append(f"  {ranks} ranks = {blocks}, in attention of {heads} heads")
+        elif ranks > heads:
+            why = "the kernel does not do queries that are later in a sequence"
+            lines.append(f"  attention of {heads} heads is shared by {heads} of {ranks} ranks: {why}")
+    return lines
 
 
 def _described(found: LayerFindings) -> str:
