@@ -179,7 +179,7 @@ def test_the_report_says_what_each_part_does() -> None:
         "sp_attention: 2 processes = 1 group x 2 ranks, each sequence shared by its group, kernel 'sdpa'",
         "  model.embed_tokens: looks up this rank's tokens",
         "  model.layers, layers 0 to 1: self_attn: head-parallel; all else: position-wise",
-        "  layers do the same in sequences of up to 514 tokens; longer ones are tried",
+        "  layers do the same in sequences of up to 516 tokens; longer ones are tried",
         "  logits stay sharded in training with labels, else whole",
         f"  the loss makes those of {2**24 // 97} tokens at a time",
         "  key/value caches hold this rank's heads; ranks hold some key heads alike: 4 for 3",
