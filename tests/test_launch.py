@@ -141,7 +141,7 @@ def test_ranks_listen_where_the_user_says(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from sp_attention.launch import run_ranks
 
@@ -150,6 +150,7 @@ def work(folder):
     time.sleep(1000)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests that were started by nohup ignore, and so would it
     run_ranks(2, work, sys.argv[1], timeout=1000)
 """
 
