@@ -103,10 +103,12 @@ class LMHeadInput:
         # Anew in each forward: hooks and adapters may have come since.
         if self.head.liger and _is_bare(self.module):
             return self._by_liger
+        device = self.hidden.device.type
         with self.autocast():  # Which torch's function does not follow.
-            autocast = torch.is_autocast_enabled(self.hidden.device.type)
+            autocast = device != "meta" and torch.is_autocast_enabled(device)
         # Where it takes less (docs/speed.md). In half precision it takes more, and rounds the sum of losses to that.
-        in_float32 = self.hidden.device.type == "cpu" and self.hidden.dtype == torch.float32 and not autocast
+        # Without memory, as for `sp-attention plan`, float32 is that of a CPU.
+        in_float32 = device in ("cpu", "meta") and self.hidden.dtype == torch.float32 and not autocast
         return self._by_torch if in_float32 and torch_does(self.head, self.module) else None
 
     def _by_torch(self, ignore_index: int, weights: Mapping[str, Tensor], hidden: Tensor, targets: Tensor) -> Tensor:

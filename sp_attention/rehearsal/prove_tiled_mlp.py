@@ -24,7 +24,7 @@ def tile_mlps(
 
     Raises UnsupportedError where there are none, or the model gives other numbers so.
     """
-    recorded = _recorded(model)
+    recorded = may_record(model)
     tiled: list[nn.Module] = []
 
     def told(found: LayerFindings) -> LayerFindings:
@@ -58,7 +58,7 @@ def tile_mlps(
     return replace(findings, stacks=stacks), planned
 
 
-def _recorded(model: PreTrainedModel) -> Callable[[str, nn.Module], bool]:
+def may_record(model: PreTrainedModel) -> Callable[[str, nn.Module], bool]:
     """Whether transformers may record what a module of that name returns, call by call, such as a router's logits."""
     kinds: list[Any] = []
     for inner in model.modules():

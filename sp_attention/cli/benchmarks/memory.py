@@ -187,7 +187,7 @@ def _peak(of: Contender, length: int) -> Peak:
     if of.limit is not None:
         threading.Thread(target=_watch, args=(of.limit,), daemon=True).start()
     step = make_step(of.name, length, MODELS[of.size])
-    attention = _nothing if of.no_attention else F.scaled_dot_product_attention
+    attention = attention_of_nothing if of.no_attention else F.scaled_dot_product_attention
     with mock.patch.object(F, "scaled_dot_product_attention", attention):
         for _ in range(2):  # Gradients and what torch keeps are there from the second on.
             step()
@@ -203,7 +203,8 @@ def _watch(limit: int) -> None:
     os._exit(TOO_MUCH)
 
 
-def _nothing(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+def attention_of_nothing(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+    """In place of torch's attention: it takes the memory of that, and computes nothing."""
     result: Tensor = _Nothing.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch has no types for it
     return result
 
