@@ -9,6 +9,7 @@ from sp_attention.cli.bench import bench
 from sp_attention.cli.demo import demo
 from sp_attention.cli.doctor import doctor
 from sp_attention.cli.generate import generate
+from sp_attention.cli.plan import plan
 from sp_attention.cli.verify import verify
 
 
@@ -26,6 +27,7 @@ cli.add_command(bench)
 cli.add_command(demo)
 cli.add_command(doctor)
 cli.add_command(generate)
+cli.add_command(plan)
 cli.add_command(verify)
 
 

@@ -94,3 +94,24 @@ def draw_lines(file: Path, title: str, x: str, y: str, lines: Mapping[str, list[
     axes.legend()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
+
+
+def draw_stacks(file: Path, title: str, by_length: Mapping[int, Mapping[str, int]], limit: int) -> None:
+    """Write a PNG of what memory is for, in GB, one part on the other, by tokens of a sequence; and of the limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    lengths = sorted(by_length)
+    names = [name for name in by_length[lengths[0]] if any(by_length[length][name] for length in lengths)]
+    heights = [[by_length[length][name] / 1e9 for length in lengths] for name in names]
+    axes.stackplot(lengths, heights, labels=names)
+    axes.axhline(limit / 1e9, color="black", linestyle="--", label="memory of a device")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set(title=title, xlabel="tokens of a sequence", ylabel="GB of a device at the peak")
+    axes.legend(loc="upper left")
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)

@@ -5,9 +5,10 @@ library's own code, on a process group that torch fakes. Only the kernel of atte
 fused kernels keep: its arguments, its output, and a number for each query and head.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.checkpoint import checkpoint
 
 from sp_attention.cli.planning.live import Live
 from sp_attention.cli.planning.meta_model import META, Given, MetaModel, hidden_path, with_hidden
-from sp_attention.cli.planning.peaks import ATTENTION, GRADIENTS, Parts, Phases
+from sp_attention.cli.planning.peaks import ATTENTION, GRADIENTS, LAYER, Parts, Phases
 from sp_attention.distributed.partition import span_of
 from sp_attention.distributed.peers import Peers
 from sp_attention.errors import Refused
@@ -69,9 +69,10 @@ def parts_of_step(meta: MetaModel, share: Share) -> Parts:
         if peers is not None:
             rank.put_in_place(undo)
         given = meta.given(share.batch, share.span)
+        layers = {kind: rank.layer(kind, one) for kind, one in given.items()}
         return Parts(
-            {kind: rank.layer(kind, one) for kind, one in given.items()},
-            {kind: rank.layer(kind, one, checkpoint=True) for kind, one in given.items()},
+            layers,
+            {kind: _checkpointed(one) for kind, one in layers.items()},
             rank.end(),
             given[meta.layers[0]].hidden.nbytes,
             _tables(meta, share) + BATCH_NUMBERS * 8 * share.batch * share.length,
@@ -153,12 +154,12 @@ class _Rank:
             result: Tensor = _Kernel.apply(self.live, *given)  # type: ignore[no-untyped-call]  # torch has no types for it
         return result
 
-    def layer(self, kind: int, given: Given, *, checkpoint: bool = False) -> Phases:
+    def layer(self, kind: int, given: Given) -> Phases:
         module = self.meta.kinds[kind].module
 
         def run(hidden: Tensor) -> Tensor:
             args, kwargs = given.with_hidden(hidden)
-            output = _checkpointed(module, *args, **kwargs) if checkpoint else module(*args, **kwargs)
+            output = module(*args, **kwargs)
             return dict(tensors(output))[hidden_path(output, *hidden.shape[:2])]
 
         return self._phases(run, given.hidden, module)
@@ -216,8 +217,13 @@ class _Rank:
             yield
 
 
-def _checkpointed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(module, *args, use_reentrant=False, **kwargs)
+def _checkpointed(layer: Phases) -> Phases:
+    """A layer of which nothing but its result is kept: its backward begins with its forward."""
+    again = dict(layer.forward)
+    again[LAYER] = again.get(LAYER, 0) + layer.returned  # The gradient of its result waits meanwhile.
+    sent_back = Counter(layer.sent) + Counter(layer.sent_back)
+    backward = max(again, layer.backward, key=lambda parts: sum(parts.values()))
+    return replace(layer, kept={LAYER: layer.returned}, backward=backward, sent_back=sent_back)
 
 
 class _Kernel(torch.autograd.Function):

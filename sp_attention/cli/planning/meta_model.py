@@ -33,14 +33,15 @@ class NotPlannableError(Exception):
 class Layer:
     """The first layer of a kind. result: what it returns; `tileable`: its parts that can be given tiles of tokens.
 
-    attends: through transformers' interface. calls: the mixer functions that its modules call.
+    heads: query and key heads that attend through transformers' interface, None if none do. calls: the mixer functions
+    that its modules call.
     """
 
     module: nn.Module
     name: str
     result: Any
     tileable: tuple[nn.Module, ...]
-    attends: bool
+    heads: tuple[int, int] | None
     calls: tuple[MixerCalls, ...]
 
     @property
@@ -163,11 +164,11 @@ def _looked_at(model: PreTrainedModel, stack: str, layers: Mapping[str, nn.Modul
     kinds = tuple(order[signature] for signature in signatures)
     names = {kind: name for kind, name in reversed([*zip(kinds, layers, strict=True)])}
     found: dict[int, Layer] = {}
-    attending: set[nn.Module] = set()
+    attending: dict[nn.Module, tuple[int, int]] = {}
     known = usable("cpu")
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Any:
-        attending.add(module)
+        attending[module] = query.shape[1], key.shape[1]
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def look(kind: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -184,7 +185,7 @@ def _looked_at(model: PreTrainedModel, stack: str, layers: Mapping[str, nn.Modul
             meta.run(meta.base(), 1, _FEW, look)
         except (RuntimeError, NotImplementedError) as error:
             raise NotPlannableError(f"{type(model).__name__} looks at values of tensors: {error}") from error
-    if not any(one.attends or one.calls for one in found.values()):
+    if not any(one.heads or one.calls for one in found.values()):
         raise NotPlannableError(
             f"in {type(model).__name__} nothing attends through transformers' interface, nor is a mixer known: its "
             "layers run on all tokens on every rank, so ranks save nothing"
@@ -197,7 +198,7 @@ def _layer(
     name: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    attending: set[nn.Module],
+    attending: dict[nn.Module, tuple[int, int]],
     known: Any,
     recorded: Callable[[str, nn.Module], bool],
 ) -> Layer:
@@ -213,8 +214,8 @@ def _layer(
     finally:
         for handle in handles:
             handle.remove()
-    here = attending.intersection(module.modules())
-    mixing = here.union(one.module for one in calls)
+    here = [one for one in module.modules() if one in attending]
+    mixing = {*here, *(one.module for one in calls)}
     tileable = [
         part
         for child in children_of(module)
@@ -222,7 +223,7 @@ def _layer(
         for part in parts_of(child, mixing)
         if keeps_more(part) and seen.get(part) and not any(recorded(*one) for one in part.named_modules(prefix="part"))
     ]
-    return Layer(module, name, result, tuple(tileable), bool(here), calls)
+    return Layer(module, name, result, tuple(tileable), attending[here[0]] if here else None, calls)
 
 
 def _signature(layer: nn.Module, config: PreTrainedConfig, number: int) -> tuple[Any, ...]:
