@@ -68,7 +68,9 @@ def test_commands_and_options() -> None:
         "bench": [],
         "bench exchange": ["--ranks", "--rounds", "--quick", "--out", "--json"],
         "bench layer": ["--ranks", "--rounds", "--quick", "--out", "--json"],
-        "bench memory": ["--ranks", "--length", "--model", "--limit", "--no-attention", "--out", "--json"],
+        "bench memory": [
+            "--ranks", "--length", "--model", "--limit", "--no-attention", "--predicted", "--out", "--json",
+        ],
         "bench model": ["--ranks", "--length", "--rounds", "--out", "--json"],
         "bench scale": ["--ranks", "--rounds", "--out", "--json"],
         "demo": ["--ranks", "--steps", "--seq", "--layers", "--backend", "--model", "--text", "--out"],
@@ -76,6 +78,9 @@ def test_commands_and_options() -> None:
         "generate": [
             "--prompt", "--ranks", "--max-new-tokens", "--backend", "--dtype", "--sample", "--temperature", "--seed",
             "--json",
+        ],
+        "plan": [
+            "--length", "--devices", "--memory", "--per-machine", "--engine", "--batch", "--json", "--plot",
         ],
         "verify": ["--ranks", "--backend", "--task", "--length", "--kinds", "--with", "--full", "--json"],
     }  # fmt: skip

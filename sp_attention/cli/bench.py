@@ -131,6 +131,7 @@ def model(ranks: tuple[int, ...], length: int, rounds: int, out: Path | None, as
 @click.option(
     "--no-attention", is_flag=True, help="Attention takes its memory and computes nothing: in minutes, not in hours."
 )
+@click.option("--predicted", is_flag=True, help="What `sp-attention plan` tells, over what is measured.")
 @_answers
 def memory(
     ranks: tuple[int, ...],
@@ -138,6 +139,7 @@ def memory(
     size: str,
     limit: float | None,
     no_attention: bool,
+    predicted: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -146,8 +148,15 @@ def memory(
     Beside it DeepSpeed's UlyssesSPAttentionHF. With --limit, instead, the longest of these lengths that trains on the
     first number of ranks, with checkpointing, beside DeepSpeed's with checkpointing and with MLP and loss in tiles; on
     one rank beside transformers alone with checkpointing.
+    With --predicted, instead, steps of a small Llama, mixture of experts and hybrid, on one process and on ranks, with
+    an attention that computes nothing, and what `sp-attention plan` tells of their memory.
     """
     _need_to_divide_heads(ranks)
+    if predicted:
+        if limit is not None:
+            raise click.UsageError("--predicted and --limit are two different measurements: give one")
+        _run("predicted", out, as_json, ranks=tuple(sorted({1, *ranks})), lengths=lengths)
+        return
     for length in lengths:
         _need_to_divide(length, ranks)
     _run("memory", out, as_json, ranks=ranks, lengths=lengths, size=size, limit=limit, no_attention=no_attention)

@@ -123,7 +123,7 @@ def _show(told: dict[str, Any], engine: str) -> None:
     sizes = [
         (
             str(one["sp_size"]),
-            f"{one['grid']['head_groups']} × {one['grid']['query_blocks']}",
+            f"{one['grid']['head_groups']} x {one['grid']['query_blocks']}",
             _savers(one["savers"]),
             _gb(one["peak"]),
             "yes" if one["fits"] else "no",
@@ -145,7 +145,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _grid(grid: dict[str, int]) -> str:
-    return f"{_count(grid['head_groups'], 'head group')} × {_count(grid['query_blocks'], 'query block')}"
+    return f"{_count(grid['head_groups'], 'head group')} x {_count(grid['query_blocks'], 'query block')}"
 
 
 def _tokens(number: int | None) -> str:

@@ -1,15 +1,15 @@
 """The peak that `sp-attention plan` tells of a training step over the one that is measured, on CPUs, in float32.
 
-A rank measures all cases one after the other: with the C library told to give freed memory back to the system at once,
-what is resident at most is what tensors take. A small step before each loads whatever is loaded once.
+A rank makes each model once, and measures all steps of it one after the other, above what stands before each, weights
+among it: with the C library told to give freed memory back to the system at once, what is resident at most is what
+tensors take. A small step before all others loads whatever is loaded once.
 """
 
 import ctypes
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sp_attention
 from sp_attention.cli.benchmarks.memory import attention_of_nothing
@@ -29,7 +29,7 @@ from sp_attention.cli.planning.meta_model import meta_model
 from sp_attention.cli.planning.peaks import Held, Moment, peak
 from sp_attention.cli.reporting import Report, run_reporting
 from sp_attention.cli.rss import forget_peak, resident_memory
-from sp_attention.region.versions import checkpoint_activations
+from sp_attention.region.versions import checkpoint_activations, keep_activations
 
 # Of mallopt: from which size on memory is taken from the system, and given back to it.
 _MMAP_THRESHOLD, _BYTES = -3, 2**16
@@ -89,45 +89,48 @@ def benchmark(ranks: Sequence[int], lengths: Sequence[int], report: Callable[[fl
 
 
 def predicted(case: Case, ranks: int) -> Moment:
-    """With weights that are there before, and plain SGD, which keeps nothing."""
+    """Without weights, which stand before the step, and without an optimizer."""
     meta = meta_model(case.config(), torch.float32)
     parts = parts_of_step(meta, Share(1, case.length, ranks))
-    # The weights are counted by what is measured too, since they are made after it begins.
-    held = Held(4 * meta.parameters, 0, 0, None)
-    return peak(held, meta.layers, parts, checkpointing=case.checkpointing, offload=False)
+    return peak(Held(0, 0, 0, None), meta.layers, parts, checkpointing=case.checkpointing, offload=False)
 
 
 def measure(cases: list[Case], report: Report) -> list[int]:
-    """On every rank: the bytes that each case takes at most, above what was there before its model."""
+    """On every rank: the bytes that each case takes at most, above what was there before its step."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _BYTES)
     taken = []
     with mock.patch.object(F, "scaled_dot_product_attention", attention_of_nothing):
-        for number, case in enumerate(cases):
-            _step(case, case.config(vocab_size=64), 64 * dist.get_world_size())
-            gc.collect()
-            start = resident_memory("VmRSS")
-            forget_peak()
-            _step(case, case.config(), case.length)
-            taken.append(resident_memory("VmHWM") - start)
-            gc.collect()
-            report(number + 1)
+        for _, of_model in groupby(cases, key=lambda case: case.model):
+            model = None
+            for case in of_model:
+                if model is None:
+                    model = _ready(case)
+                    _step(model, 64 * dist.get_world_size())
+                (checkpoint_activations if case.checkpointing else keep_activations)(model)
+                gc.collect()
+                start = resident_memory("VmRSS")
+                forget_peak()
+                _step(model, case.length)
+                taken.append(resident_memory("VmHWM") - start)
+                report(len(taken))
     return taken
 
 
-def _step(case: Case, config: Any, length: int) -> None:
+def _ready(case: Case) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).train()
-    ids = torch.randint(config.vocab_size, (1, length))
-    handle: AbstractContextManager[Any] = nullcontext()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(case.config()).train()
     if dist.get_world_size() > 1:
-        handle = sp_attention.enable(model, backend="sdpa")
-    with handle:
-        if case.checkpointing:
-            checkpoint_activations(model)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        sp_attention.average_gradients(model)
+        sp_attention.enable(model, backend="sdpa")
+    return model
+
+
+def _step(model: PreTrainedModel, length: int) -> None:
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    sp_attention.average_gradients(model)
+    model.zero_grad()
 
 
 def ratio(one: Record) -> float:

@@ -99,9 +99,7 @@ class Option:
         wanted, savers = self.wanted, self.savers
         engine = held(wanted.engine, self.model.parameters, self.model.of_layers, wanted.devices)
         parts = self.parts_of(length, self.sp_size, savers.mlp_tile)
-        return peak(
-            engine, self.model.layers, parts, checkpointing=savers.checkpointing, offload=savers.offload
-        )
+        return peak(engine, self.model.layers, parts, checkpointing=savers.checkpointing, offload=savers.offload)
 
     @cached_property
     def moment(self) -> Moment:

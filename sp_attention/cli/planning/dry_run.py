@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -239,4 +238,6 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.live.making(ATTENTION):
-            return None, *(torch.empty_like(one, memory_format=torch.contiguous_format) for one in ctx.saved_tensors[:3])
+            return None, *(
+                torch.empty_like(one, memory_format=torch.contiguous_format) for one in ctx.saved_tensors[:3]
+            )

@@ -26,8 +26,12 @@ class Engine:
 
 
 ENGINES = {
-    "ddp": Engine("ddp", 2, 2, 4, 2, 2, False, "weights, gradients and AdamW's states in bfloat16, whole on each device"),
-    "fsdp2": Engine("fsdp2", 4, 4, 8, 2, 4, True, "weights, gradients and AdamW's states in float32, cut over all devices"),
+    "ddp": Engine(
+        "ddp", 2, 2, 4, 2, 2, False, "weights, gradients and AdamW's states in bfloat16, whole on each device"
+    ),
+    "fsdp2": Engine(
+        "fsdp2", 4, 4, 8, 2, 4, True, "weights, gradients and AdamW's states in float32, cut over all devices"
+    ),
     "zero3": Engine(
         "zero3", 2, 2, 12, 2, 2, True, "bfloat16 weights and gradients, float32 weights and AdamW's states, all cut"
     ),

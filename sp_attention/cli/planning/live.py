@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sp_attention.cli.planning.peaks import EXCHANGE, LAYER
 
 
-
 class Live(TorchDispatchMode):
     """Counts storages that are made within it, from then until nobody holds them, by part of a plan.
 

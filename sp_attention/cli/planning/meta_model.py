@@ -235,7 +235,7 @@ def _signature(layer: nn.Module, config: PreTrainedConfig, number: int) -> tuple
 
 
 class _Answers(TorchDispatchMode):
-    """What a model asks of values that are not there is answered with yes: nothing is padding, a row is one document."""
+    """What a model asks of values that are not there is answered with yes: no padding, and a row is one document."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

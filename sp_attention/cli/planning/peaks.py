@@ -1,7 +1,7 @@
 """From what each part of a step takes to the peak of the whole step: which moment it is in, and what it is made of.
 
-Integers only. The moments are those that the step goes through: each layer's forward, the loss, the loss' backward, each
-layer's backward, the embedding's, and the optimizer's.
+Integers only. The moments are those that the step goes through: each layer's forward, the loss, its backward, each
+layer's backward, and the embedding's.
 """
 
 from collections import Counter
@@ -78,9 +78,7 @@ def peak(held: Held, kinds: tuple[int, ...], parts: Parts, *, checkpointing: boo
     return max(_moments(held, kinds, parts, checkpointing, offload), key=lambda moment: moment.total)
 
 
-def _moments(
-    held: Held, kinds: tuple[int, ...], parts: Parts, checkpointing: bool, offload: bool
-) -> Iterator[Moment]:
+def _moments(held: Held, kinds: tuple[int, ...], parts: Parts, checkpointing: bool, offload: bool) -> Iterator[Moment]:
     layers = [(parts.again if checkpointing else parts.layers)[kind] for kind in kinds]
     always = Counter({WEIGHTS: held.weights, OPTIMIZER: held.optimizer, ENGINE: held.engine, BATCH: parts.batch})
     always[GRADIENTS] = held.gradients or 0

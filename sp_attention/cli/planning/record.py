@@ -17,7 +17,12 @@ def record(found: Mapping[int, Option], chosen: Option) -> dict[str, Any]:
     wanted, model = chosen.wanted, chosen.model
     exchange, engine = chosen.exchange(), chosen.of_engine()
     return {
-        "model": {"name": model.name, "parameters": model.parameters, "layers": len(model.layers), "heads": model.heads},
+        "model": {
+            "name": model.name,
+            "parameters": model.parameters,
+            "layers": len(model.layers),
+            "heads": model.heads,
+        },
         "wanted": {**asdict(wanted), "engine": wanted.engine.name, "usable": wanted.usable, "left": LEFT},
         "fits": chosen.fits,
         "sp_size": chosen.sp_size,

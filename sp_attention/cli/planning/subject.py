@@ -19,7 +19,11 @@ _SIZES = {
     "intermediate": "intermediate_size",
     "vocab": "vocab_size",
 }
-_OF_EXPERTS = {"experts": "num_experts", "experts_per_token": "num_experts_per_tok", "moe_intermediate": "moe_intermediate_size"}
+_OF_EXPERTS = {
+    "experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "moe_intermediate": "moe_intermediate_size",
+}
 _NEEDED = ("hidden", "layers", "heads", "intermediate", "vocab")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _BYTES = {"GB": 10**9, "GIB": 2**30, "TB": 10**12, "MB": 10**6, "MIB": 2**20}
