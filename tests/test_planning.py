@@ -187,7 +187,7 @@ def test_the_fewest_savers_on_fewest_ranks_of_a_machine_are_taken() -> None:
     # Within a machine with savers, rather than across machines without.
     tight = choose(6 * MIB)
     assert tight[8].savers == LADDER[0]
-    assert (best(tight).sp_size, best(tight).savers.checkpointing) == (4, True)
+    assert (best(tight).sp_size, best(tight).savers) == (1, LADDER[1])
     assert not best(choose(MIB // 4)).fits
 
 

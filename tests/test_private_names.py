@@ -401,6 +401,15 @@ def gives_the_log_sum_exp(operation: Any) -> None:
     torch.testing.assert_close(sums, (0.5 * states @ states.transpose(2, 3)).logsumexp(-1))
 
 
+def multiplies_groups(operation: Any) -> None:
+    names = [argument.name for argument in operation.default._schema.arguments]
+    assert names[:3] == ["self", "mat2", "offs"]
+
+
+def takes_one_tensor(operation: Any) -> None:
+    assert [argument.name for argument in operation.default._schema.arguments] == ["self"]
+
+
 def takes_the_log_sum_exp(operation: Any) -> None:
     names = [argument.name for argument in operation.default._schema.arguments]
     assert names[:8] == ["grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal"]
@@ -446,6 +455,8 @@ CHECKS: dict[str, Check] = {
     "torch.nn.modules.module._global_backward_pre_hooks": is_a(dict),
     "torch.nn.modules.module._global_forward_hooks": is_a(dict),
     "torch.nn.modules.module._global_forward_pre_hooks": is_a(dict),
+    "torch.ops.aten._grouped_mm": multiplies_groups,
+    "torch.ops.aten._local_scalar_dense": takes_one_tensor,
     "torch.ops.c10d.alltoall_base_": exchanges_by_sizes,
     "torch.overrides.TorchFunctionMode": names_the_steps,
     "torch.testing._internal.distributed.fake_pg.FakeStore": is_a(type),

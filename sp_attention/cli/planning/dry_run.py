@@ -5,10 +5,9 @@ library's own code, on a process group that torch fakes. Only the kernel of atte
 fused kernels keep: its arguments, its output, and a number for each query and head.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
 
 from sp_attention.cli.planning.live import Live
 from sp_attention.cli.planning.meta_model import META, Given, MetaModel, hidden_path, with_hidden
-from sp_attention.cli.planning.peaks import ATTENTION, GRADIENTS, LAYER, Parts, Phases
+from sp_attention.cli.planning.peaks import ATTENTION, GRADIENTS, Parts, Phases
 from sp_attention.distributed.partition import span_of
 from sp_attention.distributed.peers import Peers
 from sp_attention.errors import Refused
@@ -68,14 +68,13 @@ def parts_of_step(meta: MetaModel, share: Share) -> Parts:
         if peers is not None:
             rank.put_in_place(undo)
         given = meta.given(share.batch, share.span)
-        layers = {kind: rank.layer(kind, one) for kind, one in given.items()}
         return Parts(
-            layers,
-            {kind: _checkpointed(one) for kind, one in layers.items()},
+            {kind: rank.layer(kind, one) for kind, one in given.items()},
+            {kind: rank.layer(kind, one, again=True) for kind, one in given.items()},
             rank.end(),
             given[meta.layers[0]].hidden.nbytes,
             _tables(meta, share) + BATCH_NUMBERS * 8 * share.batch * share.length,
-            meta.embedding.weight.nbytes,
+            meta.embedding.nbytes,
         )
 
 
@@ -153,12 +152,13 @@ class _Rank:
             result: Tensor = _Kernel.apply(self.live, *given)  # type: ignore[no-untyped-call]  # torch has no types for it
         return result
 
-    def layer(self, kind: int, given: Given) -> Phases:
+    def layer(self, kind: int, given: Given, *, again: bool = False) -> Phases:
+        """again: it is checkpointed, and runs again in backward."""
         module = self.meta.kinds[kind].module
 
         def run(hidden: Tensor) -> Tensor:
             args, kwargs = given.with_hidden(hidden)
-            output = module(*args, **kwargs)
+            output = checkpoint(module, *args, use_reentrant=False, **kwargs) if again else module(*args, **kwargs)
             return dict(tensors(output))[hidden_path(output, *hidden.shape[:2])]
 
         return self._phases(run, given.hidden, module)
@@ -177,9 +177,14 @@ class _Rank:
                 loss: Tensor = meta.run(meta.model, share.batch, share.span, skip, labels=targets).loss
                 return loss
             last = meta.run(meta.base(), share.batch, share.span, skip).last_hidden_state
-            vocabulary = meta.head.weight.shape[0]
+            vocabulary = meta.vocabulary
             head = LMHead(meta.head, "head", (), vocabulary, share.loss_tile or tile_for(vocabulary))
-            return LMHeadInput(head, meta.head, last, head.tiles(last[..., 0].numel()), nullcontext).loss(targets, -100)
+            tokens = last[..., 0].numel()
+            # Of float32, which torch does in one operator, nothing tells what is made within: logits and gradients.
+            within = last.new_empty(2, min(tokens, head.tile), vocabulary) if last.dtype == torch.float32 else None
+            loss = LMHeadInput(head, meta.head, last, head.tiles(tokens), nullcontext).loss(targets, -100)
+            del within
+            return loss
 
         return self._phases(run, hidden, meta.model)
 
@@ -214,15 +219,6 @@ class _Rank:
         stack_pass = StackPass(Extent(self.share.batch, self.share.length), self.peers)
         with self.context.layer(stack_pass, 1):
             yield
-
-
-def _checkpointed(layer: Phases) -> Phases:
-    """A layer of which nothing but its result is kept: its backward begins with its forward."""
-    again = dict(layer.forward)
-    again[LAYER] = again.get(LAYER, 0) + layer.returned  # The gradient of its result waits meanwhile.
-    sent_back = Counter(layer.sent) + Counter(layer.sent_back)
-    backward = max(again, layer.backward, key=lambda parts: sum(parts.values()))
-    return replace(layer, kept={LAYER: layer.returned}, backward=backward, sent_back=sent_back)
 
 
 class _Kernel(torch.autograd.Function):

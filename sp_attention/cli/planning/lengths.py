@@ -54,5 +54,5 @@ def model_of(meta: MetaModel) -> Model:
         meta.layers,
         tuple(by_kind[kind] for kind in meta.layers),
         heads[0] if heads else None,
-        tile_for(meta.head.weight.shape[0]),
+        tile_for(meta.vocabulary),
     )

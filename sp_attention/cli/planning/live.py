@@ -45,35 +45,32 @@ class Live(TorchDispatchMode):
     def are(self, kind: str, tensors: Sequence[Tensor]) -> None:
         """These, as far as they were made within it, are of this kind from now on."""
         for storage in (tensor.untyped_storage() for tensor in tensors):
-            if storage._cdata in self._kinds:
-                self.now[self._kinds[storage._cdata]] -= storage.nbytes()
+            if id(storage) in self._kinds:
+                self.now[self._kinds[id(storage)]] -= storage.nbytes()
                 self.now[kind] += storage.nbytes()
-                self._kinds[storage._cdata] = kind
+                self._kinds[id(storage)] = kind
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._grouped_mm.default:
-            result = _grouped(*args, **(kwargs or {}))
-        else:
-            result = func(*args, **(kwargs or {}))
+        result = without_values(func, args, kwargs or {})
         if func.namespace == "c10d" and func.overloadpacket.__name__ == "alltoall_base_":
             self._note_exchange(*args[:5])
-        given = {one.untyped_storage()._cdata for one in _tensors(args)}
+        given = {id(one.untyped_storage()) for one in _tensors(args)}
         for tensor in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
             storage = tensor.untyped_storage()
-            if storage._cdata not in given:
+            if id(storage) not in given:
                 self._note(storage)
         return result
 
     def _note(self, storage: UntypedStorage) -> None:
-        if storage._cdata in self._kinds:
+        if id(storage) in self._kinds:
             return
-        self._kinds[storage._cdata] = self._making
+        self._kinds[id(storage)] = self._making
         self.now[self._making] += storage.nbytes()
         if self.now.total() > self.most.total():
             self.most = self.now.copy()
-        finalize(storage, self._gone, storage._cdata, storage.nbytes()).atexit = False
+        finalize(storage, self._gone, id(storage), storage.nbytes()).atexit = False
 
     def _gone(self, key: int, size: int) -> None:
         self.now[self._kinds.pop(key)] -= size
@@ -89,6 +86,18 @@ class Live(TorchDispatchMode):
                 self.sent[rank] += size * sent.element_size()
 
 
+def without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator returns on tensors without memory, for which torch does not tell it of all.
+
+    What a model asks of values is answered with yes: there is no padding, and a row is one document.
+    """
+    if func is torch.ops.aten._grouped_mm.default:
+        return _grouped(*args, **kwargs)
+    if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+        return True
+    return func(*args, **kwargs)
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """Those among the arguments or the results of an operator, which may be in lists."""
     for value in values:
@@ -99,7 +108,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _grouped(one: Tensor, other: Tensor, offsets: Tensor, *more: Any, **options: Any) -> Tensor:
-    """What experts' grouped product returns: torch has it for tensors without memory in bfloat16 only."""
+    """A grouped product of experts, forward or of weights' gradients: torch tells its shape in bfloat16 only."""
     if other.dim() == 3:
         return one.new_empty(one.shape[0], other.shape[2])
     return one.new_empty(len(offsets), one.shape[0], other.shape[1])

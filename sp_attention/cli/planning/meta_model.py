@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sp_attention.cli.planning.live import without_values
 from sp_attention.mixers.registry import usable
 from sp_attention.region.attn_implementation import attend_by
 from sp_attention.region.mixer_calls import MixerCalls, calls_in
@@ -64,13 +65,19 @@ class MetaModel:
         return sum(one.numel() for one in self.model.parameters())
 
     @property
-    def embedding(self) -> nn.Module:
-        found: nn.Module = self.model.get_input_embeddings()
+    def embedding(self) -> Tensor:
+        """The table of tokens."""
+        found: Tensor = self.model.get_input_embeddings().weight
         return found
 
     @property
-    def head(self) -> nn.Module:
-        found: nn.Module = self.model.get_output_embeddings()
+    def vocabulary(self) -> int:
+        weight: Tensor = self.head.weight
+        return weight.shape[0]
+
+    @property
+    def head(self) -> nn.Linear:
+        found: nn.Linear = self.model.get_output_embeddings()
         return found
 
     def base(self) -> PreTrainedModel:
@@ -81,7 +88,7 @@ class MetaModel:
     def run(self, model: nn.Module, batch: int, length: int, layers: "OnLayer", **more: Any) -> Any:
         """Run the model, or its base, on so many tokens, with `layers` in place of every layer."""
         ids = torch.zeros(batch, length, dtype=torch.int64, device=META)
-        with _in_place_of(self.modules, lambda number, *given: layers(self.layers[number], *given)), _Answers():
+        with _in_place_of(self.modules, lambda number, *given: layers(self.layers[number], *given)), _WithoutValues():
             return model(input_ids=ids, use_cache=False, **more)
 
     def given(self, batch: int, length: int) -> "dict[int, Given]":
@@ -124,7 +131,7 @@ class Given:
     def tables(self) -> dict[int, int]:
         """The bytes of what else it is given, by storage."""
         others = [one.untyped_storage() for path, one in tensors((self.args, self.kwargs)) if path != self.path]
-        return {storage._cdata: storage.nbytes() for storage in others}
+        return {id(storage): storage.nbytes() for storage in others}
 
 
 def hidden_path(tree: Any, batch: int, length: int) -> Path:
@@ -234,15 +241,11 @@ def _signature(layer: nn.Module, config: PreTrainedConfig, number: int) -> tuple
     return modules, shapes, types[number] if number < len(types) else None
 
 
-class _Answers(TorchDispatchMode):
-    """What a model asks of values that are not there is answered with yes: no padding, and a row is one document."""
-
+class _WithoutValues(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
-            return True
-        return func(*args, **(kwargs or {}))
+        return without_values(func, args, kwargs or {})
 
 
 @contextmanager

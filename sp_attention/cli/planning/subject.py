@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import AutoConfig
@@ -65,7 +66,7 @@ def _of_sizes(words: str) -> PreTrainedConfig:
     if missing:
         raise NotPlannableError(f"these sizes are missing: {', '.join(missing)}")
     given.setdefault("kv_heads", given["heads"])
-    settings = {known[name]: number for name, number in given.items()}
+    settings: dict[str, Any] = {known[name]: number for name, number in given.items()}
     kind = transformers.Qwen3MoeConfig if has_experts else transformers.LlamaConfig
     return kind(**settings)
 
