@@ -198,10 +198,11 @@ class _Rank:
             live.begin()
             out = run(hidden)
             forward, kept, returned, sent = live.most, live.now.copy(), out.nbytes, live.sent
-            edge, grad = get_gradient_edge(out), torch.empty_like(out)
+            # Nothing of what was returned is held on to, nor of its gradient, which comes out of the graph.
+            edge = get_gradient_edge(_End.apply(out))  # type: ignore[no-untyped-call]  # torch has no types for it
             del out
             live.begin()
-            torch.autograd.backward(edge, grad)
+            torch.autograd.backward(edge, torch.empty((), device=META))
             backward, sent_back = live.most, live.sent
         gradients = sum(one.grad.nbytes for one in parameters if one.grad is not None)
         for one in parameters:
@@ -219,6 +220,19 @@ class _Rank:
         stack_pass = StackPass(Extent(self.share.batch, self.share.length), self.peers)
         with self.context.layer(stack_pass, 1):
             yield
+
+
+class _End(torch.autograd.Function):
+    """What comes after: of it there is a gradient, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = out.shape, out.dtype
+        return torch.empty((), device=META)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty(ctx.shape, dtype=ctx.dtype, device=META)
 
 
 class _Kernel(torch.autograd.Function):

@@ -67,8 +67,9 @@ class MetaModel:
     @property
     def embedding(self) -> Tensor:
         """The table of tokens."""
-        found: Tensor = self.model.get_input_embeddings().weight
-        return found
+        embedding: Any = self.model.get_input_embeddings()
+        table: Tensor = embedding.weight
+        return table
 
     @property
     def vocabulary(self) -> int:
@@ -88,7 +89,7 @@ class MetaModel:
     def run(self, model: nn.Module, batch: int, length: int, layers: "OnLayer", **more: Any) -> Any:
         """Run the model, or its base, on so many tokens, with `layers` in place of every layer."""
         ids = torch.zeros(batch, length, dtype=torch.int64, device=META)
-        with _in_place_of(self.modules, lambda number, *given: layers(self.layers[number], *given)), _WithoutValues():
+        with _in_place_of(self.modules, lambda number, *given: layers(self.layers[number], *given)), _WithoutValues():  # type: ignore[no-untyped-call]
             return model(input_ids=ids, use_cache=False, **more)
 
     def given(self, batch: int, length: int) -> "dict[int, Given]":
@@ -256,7 +257,7 @@ def _in_place_of(layers: tuple[nn.Module, ...], call: Callable[..., Any]) -> Ite
         return call(number, args, kwargs)
 
     for number, layer in enumerate(layers):
-        layer.forward = partial(forward, number)  # type: ignore[method-assign]
+        layer.forward = partial(forward, number)
     try:
         yield
     finally:
