@@ -35,6 +35,7 @@ RUNS = {
     "long": (
         "memory --model 1M --ranks 2 --ranks 4 --length 4096 --length 8192 --length 16384 --length 32768 --length 65536"
     ),
+    "predicted": "memory --predicted --ranks 2 --ranks 4 --length 4096 --length 8192 --length 16384",
     "scale": "scale",
 }
 # Of each run, a title and what it is about.
@@ -116,6 +117,15 @@ would have to be 16.
 The same search by one process alone, and within 1 GiB: ours with `mlp_tile=1024`, the loss in tiles and checkpointing,
 over transformers alone with checkpointing. Neither shares anything. What makes the difference is logits, of which
 transformers has all at once. The attention is the same stand-in.
+""",
+    ),
+    "predicted": (
+        "What a plan tells of memory",
+        """
+What [`sp-attention plan`](plan.md) tells of a step's peak over what is resident at most, of narrow models of four
+layers (Qwen3-Next: three delta nets and one attention), so that activations are most of it. **The attention is a
+stand-in**, as above. Measured above the weights, in the second forward of a length: the first tries the layers again.
+The C library is told to give freed memory back at once, and buffers that lie ready before a step count as free.
 """,
     ),
     "scale": (

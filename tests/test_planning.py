@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sp_attention
 from sp_attention.cli import cli, terminal
+from sp_attention.cli.benchmarks.predicted import Case, tables
 from sp_attention.cli.planning import peaks
 from sp_attention.cli.planning.choosing import LADDER, Model, Option, Wanted, best, options
 from sp_attention.cli.planning.dry_run import Share, parts_of_step
 from sp_attention.cli.planning.engines import ENGINES, held, sent
-from sp_attention.cli.planning.lengths import _beyond
+from sp_attention.cli.planning.lengths import _beyond, model_of
 from sp_attention.cli.planning.lines import lines
 from sp_attention.cli.planning.live import Live
 from sp_attention.cli.planning.meta_model import MetaModel, NotPlannableError, meta_model
@@ -116,6 +117,25 @@ def test_what_a_rank_keeps_shrinks_with_ranks(meta: MetaModel) -> None:
 def test_tiles_take_less_than_whole_mlps(meta: MetaModel) -> None:
     whole, tiled = (parts_of_step(meta, Share(1, 8192, 2, tile)).layers[0] for tile in (None, 512))
     assert sum(tiled.kept.values()) < 0.7 * sum(whole.kept.values())
+
+
+def test_hybrids_have_two_kinds_of_layers_that_exchange() -> None:
+    meta = meta_model(Case("Qwen3-Next", 256, False).config(), torch.float32)
+    assert meta.layers == (0, 0, 0, 1)
+    assert [(bool(kind.calls), kind.heads) for kind in meta.kinds.values()] == [(True, None), (False, (4, 2))]
+    parts = parts_of_step(meta, Share(1, 256, 2))
+    # Of 128 tokens: queries and keys of 2 heads, values and results of 4, and two numbers for each of these.
+    assert parts.layers[0].sent[1] >= 4 * 128 * (2 * 2 * 32 + 2 * 4 * 32 + 4 * 2)
+    assert sum(parts.layers[1].sent.values()) == 4 * 128 * (2 + 1 + 1 + 2) * 32
+
+
+def test_mixtures_of_experts_keep_their_router_whole() -> None:
+    meta = meta_model(Case("Qwen3-MoE", 256, False).config(), torch.float32)
+    assert [type(one).__name__ for one in meta.kinds[0].tileable] == ["Qwen3MoeRMSNorm", "Qwen3MoeRMSNorm"]
+    # Norms alone are nothing that `enable(mlp_tile=…)` takes.
+    assert not model_of(meta).tiles
+    layer = parts_of_step(meta, Share(1, 256, 2)).layers[0]
+    assert layer.gradients == 4 * meta.kinds[0].parameters
 
 
 @pytest.mark.parametrize(("words", "number"), [("131072", 131072), ("128K", 131072), ("1m", 2**20)])
@@ -261,11 +281,19 @@ def test_a_plan_is_json_and_a_plot(small: tuple[str, ...], tmp_path: Path) -> No
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_predicted_is_told_over_what_is_measured() -> None:
+    case = {"model": "Llama", "length": 4096, "ranks": 2, "checkpointing": True, "measured": 200 * MIB, "each": []}
+    (table,) = tables({"cases": [{**case, "predicted": 190 * MIB, "when": "loss"}]})
+    assert table.rows == (("Llama", "4,096", "2", "yes", "200 MiB", "190 MiB", "0.95", "loss"),)
+
+
 def test_what_does_not_fit_has_its_exit_status() -> None:
     assert run(SIZES, "--length", "2K", "--devices", "1", "--memory", "1MB").return_value == 1
 
 
-def test_what_cannot_be_planned_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_planned_says_why() -> None:
     ran = run("no_such_type", "--length", "2K", "--devices", "1", "--memory", "1GB")
     assert ran.return_value == 2
     assert "no_such_type cannot be planned: 'no_such_type' is no folder" in ran.stderr
+    ran = run("bert", "--length", "2K", "--devices", "1", "--memory", "80GB")
+    assert (ran.return_value, "BertLMHeadModel does not run on 2048 tokens: " in ran.stderr) == (2, True)

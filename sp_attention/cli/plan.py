@@ -70,13 +70,13 @@ def plan(
     transformers.logging.set_verbosity_error()
     try:
         meta = meta_model(configuration(model), torch.bfloat16)
+        wanted = Wanted(length, batch, devices, min(per_machine, devices), memory, ENGINES[engine])
+        found = options(wanted, model_of(meta), parts_by_length(meta, batch))
+        chosen = best(found)
+        told = record(found, chosen)
     except NotPlannableError as error:
         print(f"sp-attention: {model} cannot be planned: {error}", file=sys.stderr)
         return 2
-    wanted = Wanted(length, batch, devices, min(per_machine, devices), memory, ENGINES[engine])
-    found = options(wanted, model_of(meta), parts_by_length(meta, batch))
-    chosen = best(found)
-    told = record(found, chosen)
     if plot is not None:
         from sp_attention.cli.figure import draw_stacks
 

@@ -64,7 +64,7 @@ PartsOf = Callable[[int, int, int | None], Parts]
 class Model:
     """Integers about a model. layers: the kind of each. of_layers: the parameters of each. heads: query and key heads.
 
-    heads is None where nothing attends.
+    heads is None where nothing attends. tiles: whether there are MLPs that `mlp_tile` can be for.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Model:
     of_layers: tuple[int, ...]
     heads: tuple[int, int] | None
     loss_tile: int
+    tiles: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,10 @@ class Option:
 def options(wanted: Wanted, model: Model, parts_of: PartsOf) -> Mapping[int, Option]:
     """For each number of ranks that may share a sequence the option with the fewest savers that fits, or with all."""
     found = {}
+    steps = [one for one in LADDER if one.mlp_tile is None or model.tiles]
     for size in range(1, wanted.devices + 1):
         if wanted.devices % size == 0:
-            ladder = [Option(wanted, model, parts_of, size, savers) for savers in (LADDER if size > 1 else LADDER[:2])]
+            ladder = [Option(wanted, model, parts_of, size, savers) for savers in (steps if size > 1 else steps[:2])]
             found[size] = next((one for one in ladder if one.fits), None) or min(
                 ladder, key=lambda one: one.moment.total
             )

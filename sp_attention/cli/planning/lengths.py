@@ -7,8 +7,9 @@ from typing import Any
 
 from sp_attention.cli.planning.choosing import Model, PartsOf
 from sp_attention.cli.planning.dry_run import Share, parts_of_step
-from sp_attention.cli.planning.meta_model import MetaModel
+from sp_attention.cli.planning.meta_model import MetaModel, NotPlannableError
 from sp_attention.loss.tiled_loss import tile_for
+from sp_attention.rehearsal.position_wise import matrices_in
 
 # Tokens of a rank up to which a dry run is made; and of a sequence, where scans loop over it.
 _SPAN, _SCANNED = 8192, 16_384
@@ -19,7 +20,11 @@ def parts_by_length(meta: MetaModel, batch: int) -> PartsOf:
 
     @cache
     def run(length: int, ranks: int, mlp_tile: int | None) -> Any:
-        return parts_of_step(meta, Share(batch, length, ranks, mlp_tile))
+        try:
+            return parts_of_step(meta, Share(batch, length, ranks, mlp_tile))
+        except RuntimeError as error:  # of transformers' code, such as for more tokens than it has positions for
+            name = type(meta.model).__name__
+            raise NotPlannableError(f"{name} does not run on {length} tokens: {error}") from error
 
     scans = any(kind.calls for kind in meta.kinds.values())
 
@@ -55,4 +60,5 @@ def model_of(meta: MetaModel) -> Model:
         tuple(by_kind[kind] for kind in meta.layers),
         heads[0] if heads else None,
         tile_for(meta.vocabulary),
+        any(matrices_in(part) > 1 for layer in meta.kinds.values() for part in layer.tileable),
     )
