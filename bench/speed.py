@@ -125,7 +125,7 @@ transformers has all at once. The attention is the same stand-in.
 What [`sp-attention plan`](plan.md) tells of a step's peak over what is resident at most, of narrow models of four
 layers (Qwen3-Next: three delta nets and one attention), so that activations are most of it. **The attention is a
 stand-in**, as above. Measured above the weights, in the second forward of a length: the first tries the layers again.
-The C library is told to give freed memory back at once, and buffers that lie ready before a step count as free.
+The C library is told to give freed memory back at once, and no buffers of exchanges lie ready before a step.
 """,
     ),
     "scale": (

@@ -34,6 +34,8 @@ def test_no_more_than_256_mib_lie_ready_and_what_lay_longest_goes_first() -> Non
     assert memory.ready == (120 + 40 + 80) * 2**20
     memory.empty((257 * 2**19,), LIKE)
     assert memory.ready == (120 + 40 + 80) * 2**20
+    memory.clear()
+    assert memory.ready == 0
 
 
 def test_what_is_small_or_on_another_device_is_made_as_ever() -> None:

@@ -31,6 +31,10 @@ class BufferPool:
         """Bytes that nobody uses."""
         return sum(buffer.numel() for buffer in self._ready.copy().values())
 
+    def clear(self) -> None:
+        """Give the system back what nobody uses."""
+        self._ready.clear()
+
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A contiguous tensor without values, of the dtype and on the device of `like`."""
         size = torch.Size(shape).numel() * like.element_size()

@@ -100,7 +100,8 @@ def measure(cases: list[Case], report: Report) -> list[int]:
     """On every rank: the bytes that each case takes at most, above what was there before its step."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _BYTES)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, _BYTES)
     taken = []
     with mock.patch.object(F, "scaled_dot_product_attention", attention_of_nothing):
         for _, of_model in groupby(cases, key=lambda case: case.model):
@@ -111,8 +112,8 @@ def measure(cases: list[Case], report: Report) -> list[int]:
             _step(model, max(case.length for case in some))
             for case in some:
                 (checkpoint_activations if case.checkpointing else keep_activations)(model)
-                gc.collect()
-                start = resident_memory("VmRSS") - _lying_ready(model)
+                _as_new(model, libc)
+                start = resident_memory("VmRSS")
                 forget_peak()
                 _step(model, case.length)
                 taken.append(resident_memory("VmHWM") - start)
@@ -128,10 +129,13 @@ def _ready(case: Case) -> PreTrainedModel:
     return model
 
 
-def _lying_ready(model: PreTrainedModel) -> int:
-    """The bytes of buffers of exchanges that are done, which the next one takes."""
+def _as_new(model: PreTrainedModel, libc: ctypes.CDLL) -> None:
+    """Give back what the steps before have left."""
     handle = handle_of(model)
-    return 0 if handle is None or handle.peers is None else handle.peers.pool.ready
+    if handle is not None and handle.peers is not None:
+        handle.peers.pool.clear()
+    gc.collect()
+    libc.malloc_trim(0)
 
 
 def _step(model: PreTrainedModel, length: int) -> None:
