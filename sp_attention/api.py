@@ -269,7 +269,7 @@ def _enabled(outer: nn.Module, inner: PreTrainedModel, backend: str, peers: Peer
             undo.close()
             raise
         else:
-            handle = Handle(chosen, passed_over, peers if peers.size > 1 else None, findings, hooks, own, undo)
+            handle = Handle(chosen, passed_over, None if peers.is_alone else peers, findings, hooks, own, undo)
             setattr(inner, _HANDLE, handle)
             undo.callback(delattr, inner, _HANDLE)
             keep(key, handle)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from documents import ROOT
 from gpu_stages import collect, masks, nccl, plan, running, verdicts
 from gpu_stages.command import main, parser
@@ -258,6 +259,22 @@ def test_a_kernel_that_is_wrong_is_found_wrong_in_stage_masks() -> None:
 
     assert masks._outcome(masks.sdpa.attend, asked, expected, allowed) == "right"
     assert masks._outcome(off, asked, expected, allowed).startswith("wrong: output is off by")
+
+
+@pytest.mark.parametrize("name", nccl.OURS)
+def test_functions_of_stage_nccl_call_a_collective_each_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for collective in ("all_to_all_single", "all_gather", "all_reduce"):
+        function = getattr(dist, collective)
+        monkeypatch.setattr(
+            dist, collective, lambda *args, to=function, **options: (called.append(to), to(*args, **options))
+        )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert nccl._ours(nccl.OURS[name], torch.float32, torch.device("cpu")) == {"outcome": "right"}
+    finally:
+        dist.destroy_process_group()
+    assert len(called) >= (1 if name in ("sum over ranks", "average_gradients") else 2)
 
 
 def test_stage_nccl_has_every_collective_that_the_library_calls() -> None:

@@ -17,7 +17,7 @@ from sp_attention.distributed.peers import Peers
 
 def gather(span: Tensor, length: int, peers: Peers, dim: int = 1) -> Tensor:
     """My span along `dim` → the whole tensor of `length` along `dim`, on every rank. Bit-equal on all ranks."""
-    if peers.size == 1:
+    if peers.is_alone:
         return span
     result: Tensor = _Gather.apply(span, length, peers, dim)  # type: ignore[no-untyped-call]
     return result

@@ -15,7 +15,7 @@ def met_by_other_parallelism(model: nn.Module, peers: Peers) -> str | None:
 
     Nothing is sent to find out. FSDP2 may share them among any ranks, since it gathers them before they are used.
     """
-    if peers.group is None:
+    if peers.is_alone:
         return None  # A rank alone shares none.
     mine = set(dist.get_process_group_ranks(peers.group))
     gathered = {id(one) for module in model.modules() if isinstance(module, FSDPModule) for one in module.parameters()}

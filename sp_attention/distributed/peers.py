@@ -47,16 +47,21 @@ class Peers:
     watch: Watch = field(default_factory=Watch, compare=False)
     pool: BufferPool = field(default_factory=BufferPool, compare=False)
 
+    @property
+    def is_alone(self) -> bool:
+        """Nothing is sent. In a process group of one rank it is, to itself."""
+        return self.group is None
+
     def all_to_all(self, received: Tensor, sent: Tensor, into: Sizes, out: Sizes) -> None:
         """Send each rank its part of `sent`, of these sizes of dim 0, and receive one from each."""
-        if self.size == 1:
+        if self.is_alone:
             received.copy_(sent)
         else:
             dist.all_to_all_single(received, sent, into, out, group=self.group)
 
     def start_all_to_all(self, received: Tensor, sent: Tensor, into: Sizes, out: Sizes) -> Callable[[], None]:
         """`all_to_all` under way: what is returned waits for it, and holds what is sent until then."""
-        if self.size == 1:
+        if self.is_alone:
             received.copy_(sent)
             return lambda: None
         work = dist.all_to_all_single(received, sent, into, out, group=self.group, async_op=True)
@@ -68,7 +73,7 @@ class Peers:
 
     def all_gather(self, mine: Tensor) -> list[Tensor]:
         """What each rank has in place of my tensor, of the same shape."""
-        if self.size == 1:
+        if self.is_alone:
             return [mine]
         received = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(received, mine, group=self.group)
@@ -77,13 +82,13 @@ class Peers:
     def all_gather_object(self, mine: Mine) -> list[Mine]:
         """What each rank has in place of my object."""
         everyone = [mine] * self.size
-        if self.size > 1:
+        if not self.is_alone:
             dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
 
     def all_reduce(self, total: Tensor) -> None:
         """Add to my tensor those of all other ranks."""
-        if self.size > 1:
+        if not self.is_alone:
             dist.all_reduce(total, group=self.group)
 
     def meet(self, *what: int) -> None:

@@ -72,7 +72,7 @@ def place(peers: Peers | None) -> tuple[int, int]:
 
 def shared_by(peers: Peers) -> str:
     """Who shares a sequence, as text for people."""
-    if peers.size == 1:
+    if peers.is_alone:
         return "one rank, which has whole sequences"
     world, size = dist.get_world_size(), peers.size
     groups = f"{world} processes = {world // size} group{'s' if world > size else ''} x {size} ranks, "

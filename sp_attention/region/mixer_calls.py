@@ -58,7 +58,7 @@ def put_in_place(calls: MixerCalls, context: Context) -> None:
 
     def run(mixer: Mixer, call: Call) -> Any:
         stack_pass = context.stack_pass
-        if stack_pass is None or not stack_pass.is_shared or stack_pass.peers.size == 1:
+        if stack_pass is None or not stack_pass.is_shared or stack_pass.peers.is_alone:
             return call.run()
         return run_shared(mixer, call, stack_pass.extent.length, stack_pass.peers)
 

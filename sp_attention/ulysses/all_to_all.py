@@ -41,7 +41,7 @@ def to_heads(
                 f"a tensor {tensor.dtype} {list(tensor.shape)} does not fit {mine} of {length} tokens, "
                 f"{heads} heads and {tensors[0].dtype}"
             )
-    if peers.size == 1:
+    if peers.is_alone:
         return tensors
     result: tuple[Tensor, ...] = _SeqToHead.apply(length, plan, kinds, peers, *tensors)  # type: ignore[no-untyped-call]
     return result
@@ -51,7 +51,7 @@ def head_to_seq(out: Tensor, plan: HeadPlan, peers: Peers) -> Tensor:
     """[B, S, h, Dv] → [B, s, H, Dv], contiguous: the inverse of `seq_to_head` for what the kernel returns."""
     if out.shape[2] != len(plan.query[peers.rank]):
         raise ValueError(f"an output {list(out.shape)} does not hold this rank's {len(plan.query[peers.rank])} heads")
-    if peers.size == 1:
+    if peers.is_alone:
         return out.contiguous()
     result: Tensor = _HeadToSeq.apply(out, plan, peers)  # type: ignore[no-untyped-call]
     return result

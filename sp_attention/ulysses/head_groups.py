@@ -138,7 +138,7 @@ class _Step:
     def start(self, tensors: Moved, kinds: tuple[Rows, ...], group: int) -> Callable[[], Moved]:
         """Let tensors [B, s, heads, D] of a group travel to the layout of the kernel; the result waits for them."""
         plan, device = self.plans[group], self.request.query.device
-        if self.peers.size == 1:
+        if self.peers.is_alone:
             return lambda: tensors
         if isinstance(plan, Grid):
             return partial(exchange_to_grid, tensors, kinds, self.length, plan, self.peers)
@@ -148,7 +148,7 @@ class _Step:
     def back(self, tensors: Moved, kinds: tuple[Rows, ...], group: int) -> Moved:
         """[B, s, heads, D] each, of what the kernel returned, or of gradients of what it was given."""
         plan = self.plans[group]
-        if self.peers.size == 1:
+        if self.peers.is_alone:
             return tensors
         if isinstance(plan, Grid):
             return return_from_grid(tensors, kinds, self.length, plan, self.peers)
