@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sp_attention.region.pytree import Path, map_leaves, tensors
-from sp_attention.region.sequence_dims import Extent
+from sp_attention.region.sequence_dims import Extent, dims
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,11 @@ class FewTokens:
             path: [*zip(one.shape, others[path].shape, strict=False)] for path, one in tensors(tree) if path in others
         }
         # Those that have the rows of the batch one after another, B·S long.
-        flat = {path for path, pairs in sizes.items() if _is_flat(pairs, here, there)}
+        flat = {path for path, found in dims(tree, other, here, there).items() if found is not None and found.rows}
         lengths = {
-            path: (0,)
-            if path in flat
-            else tuple(dim for dim, pair in enumerate(pairs) if _is_length(pair, here, there))
+            path: tuple(dim for dim, pair in enumerate(pairs) if pair == (here.length, there.length))
             for path, pairs in sizes.items()
-        }
+        } | dict.fromkeys(flat, (0,))
 
         def first_row(path: Path, leaf: Any) -> Any:
             if path in flat:
@@ -79,21 +77,12 @@ class FewTokens:
         """The tokens from `start` on of the tree for `length` tokens; masks of queries and keys stay whole."""
 
         def cut(path: Path, leaf: Any) -> Any:
-            dims = self.lengths.get(path, ())
-            if not isinstance(leaf, Tensor) or len(dims) != 1:
+            places = self.lengths.get(path, ())
+            if not isinstance(leaf, Tensor) or len(places) != 1:
                 return leaf
-            return leaf.narrow(dims[0], start, length - start).contiguous()
+            return leaf.narrow(places[0], start, length - start).contiguous()
 
         return map_leaves(cut, many)
-
-
-def _is_length(pair: tuple[int, int], here: Extent, there: Extent) -> bool:
-    return pair == (here.length, there.length)
-
-
-def _is_flat(pairs: list[tuple[int, int]], here: Extent, there: Extent) -> bool:
-    has_length = any(_is_length(pair, here, there) for pair in pairs)
-    return not has_length and pairs[:1] == [(here.batch * here.length, there.batch * there.length)]
 
 
 def _uneven(tensor: Tensor, dim: int) -> Tensor:

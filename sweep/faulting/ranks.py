@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sp_attention
+from sp_attention.region.others import SEES_SPANS
 from sweep.faulting.fault import LAYERS, STEPS, Fault
 from sweep.fuzzing.batches import batch_of
 from sweep.fuzzing.case import Case
@@ -75,16 +76,13 @@ class Injector:
     @contextmanager
     def _wrapped(self, stage: str) -> Iterator[None]:
         point, layer = self.fault.point, self.model.model.layers[self.fault.layer]
-        hook: Any = None
         if point == "backward":
-            hook = layer.mlp.up_proj.weight.register_hook(lambda gradient: self.fire())
-        elif point in ("forward", "generate"):
-            hook = layer.mlp.register_forward_pre_hook(_unseen(self._counted(lambda *_: None)))
-        if hook is not None:
-            try:
+            with layer.mlp.up_proj.weight.register_hook(lambda gradient: self.fire()):
                 yield
-            finally:
-                hook.remove()
+            return
+        if point in ("forward", "generate"):
+            with layer.mlp.register_forward_pre_hook(_unseen(self._counted(lambda *_: None))):
+                yield
             return
         if point == "exchange":
             owner, name = dist, "all_to_all_single"
@@ -133,7 +131,7 @@ class Injector:
 
 def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that ranks need not have alike."""
-    vars(hook)["sees_spans"] = True
+    setattr(hook, SEES_SPANS, True)
     return hook
 
 

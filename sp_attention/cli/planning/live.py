@@ -1,7 +1,7 @@
 """The bytes that are alive while code runs on tensors without memory, and what they are for when they are most."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import finalize
@@ -12,6 +12,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sp_attention.cli.planning.peaks import EXCHANGE, LAYER
+from sp_attention.region.pytree import tensors
 
 
 class Live(TorchDispatchMode):
@@ -42,9 +43,9 @@ class Live(TorchDispatchMode):
         finally:
             self._making = before
 
-    def are(self, kind: str, tensors: Sequence[Tensor]) -> None:
+    def are(self, kind: str, some: Sequence[Tensor]) -> None:
         """These, as far as they were made within it, are of this kind from now on."""
-        for storage in (tensor.untyped_storage() for tensor in tensors):
+        for storage in (tensor.untyped_storage() for tensor in some):
             if id(storage) in self._kinds:
                 self.now[self._kinds[id(storage)]] -= storage.nbytes()
                 self.now[kind] += storage.nbytes()
@@ -56,8 +57,8 @@ class Live(TorchDispatchMode):
         result = without_values(func, args, kwargs or {})
         if func.namespace == "c10d" and func.overloadpacket.__name__ == "alltoall_base_":
             self._note_exchange(*args[:5])
-        given = {id(one.untyped_storage()) for one in _tensors(args)}
-        for tensor in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
+        given = {id(one.untyped_storage()) for _, one in tensors(args)}
+        for _, tensor in tensors(result):
             storage = tensor.untyped_storage()
             if id(storage) not in given:
                 self._note(storage)
@@ -96,15 +97,6 @@ def without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
         return True
     return func(*args, **kwargs)
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among the arguments or the results of an operator, which may be in lists."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
 
 
 def _grouped(one: Tensor, other: Tensor, offsets: Tensor, *more: Any, **options: Any) -> Tensor:
