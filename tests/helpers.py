@@ -130,6 +130,28 @@ def loss_step(model: nn.Module, kind: str = "left-padded", length: int = 33, **c
     return [loss.detach()]
 
 
+def slopes(model: PreTrainedModel, weights: list[nn.Parameter]) -> tuple[float, float]:
+    """How the loss of a model that draws changes along a direction of weights: by its gradient, and by two losses."""
+    torch.manual_seed(5)
+    directions = [torch.randn_like(weight) for weight in weights]
+
+    def loss_at(distance: float) -> Tensor:
+        torch.manual_seed(7)
+        with torch.no_grad():
+            torch._foreach_add_(weights, directions, alpha=distance)
+        loss = model(**batch_of("plain", 33)).loss
+        with torch.no_grad():
+            torch._foreach_add_(weights, directions, alpha=-distance)
+        return loss
+
+    torch.manual_seed(7)
+    model(**batch_of("plain", 33)).loss.backward()
+    sp_attention.average_gradients(model)
+    by_gradient = sum(float((one.grad * way).sum()) for one, way in zip(weights, directions, strict=True))
+    step = 1e-3
+    return by_gradient, float(loss_at(step).detach() - loss_at(-step).detach()) / (2 * step)
+
+
 def two_forwards_step(model: nn.Module) -> list[Tensor]:
     losses = [model(**batch_of(kind, length)).loss for kind, length in (("plain", 33), ("packed", 14))]
     (losses[0] + 2 * losses[1]).backward()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from generating import MODELS as GENERATING
-from helpers import Selected, ddp, errors_of, fsdp, loss_step, run_once, slow_but, too_large, two_forwards_step
+from helpers import Selected, ddp, errors_of, fsdp, loss_step, run_once, slopes, slow_but, too_large, two_forwards_step
 from hypothesis import given
 from hypothesis import strategies as st
-from models import LLAMA, MODELS, Tiny, batch_of
+from models import LLAMA, MODELS, Tiny
 from test_mixers import MODELS as MIXERS
 from tiled import as_it_is, checkpointed
 from torch import Tensor, nn
@@ -174,25 +174,7 @@ def gradients_with_dropout(checkpoints: bool) -> tuple[float, float]:
     sp_attention.enable(model, backend="sdpa", head_groups=3)
     if checkpoints:
         checkpointed(model, reentrant=False)
-    weights = [parameter for name, parameter in model.named_parameters() if ".self_attn." in name]
-    torch.manual_seed(5)
-    directions = [torch.randn_like(weight) for weight in weights]
-
-    def loss_at(distance: float) -> Tensor:
-        torch.manual_seed(7)
-        with torch.no_grad():
-            torch._foreach_add_(weights, directions, alpha=distance)
-        loss = model(**batch_of("plain", 33)).loss
-        with torch.no_grad():
-            torch._foreach_add_(weights, directions, alpha=-distance)
-        return loss
-
-    torch.manual_seed(7)
-    model(**batch_of("plain", 33)).loss.backward()
-    sp_attention.average_gradients(model)
-    by_gradient = sum(float((one.grad * way).sum()) for one, way in zip(weights, directions, strict=True))
-    step = 1e-3
-    return by_gradient, float(loss_at(step).detach() - loss_at(-step).detach()) / (2 * step)
+    return slopes(model, [parameter for name, parameter in model.named_parameters() if ".self_attn." in name])
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TWO_AND_THREE, Selected, fsdp, run_once, spy
+from helpers import TWO_AND_THREE, Selected, fsdp, run_once, slopes, spy
 from models import LLAMA, MODELS, Tiny, batch_of
 from tiled import CASES, Case, error_of, ids_of
 from torch import Tensor, nn
@@ -117,28 +117,7 @@ def gradients_with_dropout() -> tuple[float, float]:
     model = Tiny("GPT2LMHeadModel", {"resid_pdrop": 0.3}).build()
     handle = sp_attention.enable(model, backend="sdpa", mlp_tile=4)
     assert "mlp: position-wise, 4 tokens at a time in training" in handle.report()
-    weights = [parameter for name, parameter in model.named_parameters() if ".mlp." in name]
-    torch.manual_seed(5)
-    directions = [torch.randn_like(weight) for weight in weights]
-
-    def loss_at(distance: float) -> Tensor:
-        torch.manual_seed(7)
-        with torch.no_grad():
-            for weight, direction in zip(weights, directions, strict=True):
-                weight += distance * direction
-        loss = model(**batch_of("plain", 33)).loss
-        with torch.no_grad():
-            for weight, direction in zip(weights, directions, strict=True):
-                weight -= distance * direction
-        return loss
-
-    loss_at(0.0).backward()
-    sp_attention.average_gradients(model)
-    by_gradient = sum(
-        float((weight.grad * direction).sum()) for weight, direction in zip(weights, directions, strict=True)
-    )
-    step = 1e-3
-    return by_gradient, float(loss_at(step).detach() - loss_at(-step).detach()) / (2 * step)
+    return slopes(model, [parameter for name, parameter in model.named_parameters() if ".mlp." in name])
 
 
 def test_tiles_that_draw_random_numbers_draw_the_same_again_in_backward() -> None:

@@ -7,7 +7,6 @@ that is compiled, and that a CUDA graph plays, has projections, exchange and att
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,23 +17,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gpu_stages import fused_losses, machine, one_layer, sharding
 from gpu_stages.results import Results
+from gpu_stages.shape import Shape
 from sp_attention.distributed.peers import Peers
 from sp_attention.ulysses.all_to_all import head_to_seq, seq_to_head
 from sp_attention.ulysses.head_plan import HeadPlan, head_plan
 
 PEERS = 8
 COPY = "a plain copy"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of the whole: sequences, tokens, query heads, KV heads, head size."""
-
-    batch: int
-    length: int
-    heads: int
-    kv_heads: int
-    size: int
 
 
 SHAPES = {

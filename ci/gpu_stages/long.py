@@ -7,14 +7,12 @@ second table, say what a rank takes, and nothing of the speed of several devices
 """
 
 import gc
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from math import ceil
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ import sp_attention
 from gpu_stages import machine
 from gpu_stages.models import device_of_rank
 from gpu_stages.results import REFUSED, Results
+from sp_attention.cli.benchmarks.training import deepspeed_tiled_mlps
 from sp_attention.launch import run_ranks
 from sp_attention.region.versions import checkpoint_activations
 
@@ -62,10 +61,6 @@ OUT = "out of memory"
 Step = Callable[[Tensor], float]
 
 
-class NotApplied(Exception):
-    """What is asked for does not do anything here, and why."""
-
-
 @dataclass(frozen=True)
 class Way:
     """asked: of `enable`, None for a model that is left as it is. step: makes the step, if it is not transformers'."""
@@ -84,10 +79,9 @@ def ways(rehearsed: bool) -> dict[str, Way]:
         "sp_attention, loss in tiles": Way({"loss_tile": tile}),
         "sp_attention, loss and MLP in tiles": Way(savers),
         "sp_attention, tiles, offload": Way({**savers, "offload": True}),
+        "sp_attention, tiles, head groups": Way({**savers, "head_groups": 4}),
+        "sp_attention, tiles, offload, head groups": Way({**savers, "offload": True, "head_groups": 4}),
     }
-    if "head_groups" in inspect.signature(sp_attention.enable).parameters:
-        found["sp_attention, tiles, head groups"] = Way({**savers, "head_groups": 4})
-        found["sp_attention, tiles, offload, head groups"] = Way({**savers, "offload": True, "head_groups": 4})
     if find_spec("deepspeed"):
         found["DeepSpeed ALST"] = Way(step=alst, checkpoints=False)
     return found
@@ -96,8 +90,6 @@ def ways(rehearsed: bool) -> dict[str, Way]:
 def run(results: Results, device: torch.device) -> None:
     results.note(" ".join((__doc__ or "").split()))
     rehearsed = machine.is_stand_in(device)
-    if "head_groups" not in inspect.signature(sp_attention.enable).parameters:
-        results.note("Head groups are not among it: `enable` has no `head_groups` yet.")
     if find_spec("deepspeed") is None:
         results.note("DeepSpeed ALST is not among it: deepspeed is not installed.")
     for layers, lengths in REHEARSED_LADDERS if rehearsed else LADDERS:
@@ -140,7 +132,7 @@ def measured(shapes: dict[str, Any], length: int, way: Way, device: torch.device
         return {"outcome": "done", "peak MiB": machine.peak(device) // 2**20, "seconds": round(seconds, 2)}
     except torch.OutOfMemoryError:
         return {"outcome": OUT, "peak MiB": machine.peak(device) // 2**20}
-    except (sp_attention.UnsupportedError, ValueError, NotApplied) as error:
+    except (sp_attention.UnsupportedError, ValueError) as error:
         return {"outcome": f"{REFUSED}: {error}"}
     finally:
         model = step = None  # type: ignore[assignment]
@@ -149,9 +141,7 @@ def measured(shapes: dict[str, Any], length: int, way: Way, device: torch.device
 
 def _step(model: PreTrainedModel, way: Way) -> Step:
     if way.asked is not None:
-        handle = sp_attention.enable(model, "auto", **way.asked)
-        if handle.hooks is None:
-            raise NotApplied(handle.report())
+        sp_attention.enable(model, "auto", **way.asked)
     if way.checkpoints:
         checkpoint_activations(model)
     return way.step(model) if way.step is not None else partial(_plain, model)
@@ -169,22 +159,15 @@ def alst(model: PreTrainedModel) -> Step:
     Bekman et al. 2025 (arXiv 2506.13996), section 3. Its offload of checkpoints is a script's; torch's `save_on_cpu`
     around re-entrant checkpoints, which save nothing else, stands in for it.
     """
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
     checkpoint_activations(model, {"use_reentrant": True})
-
-    def tiled_mlp(self: Any, x: Tensor) -> Tensor:
-        weights = [self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight]
-        result: Tensor = TiledMLP.apply(type(self).forward, self, x, ceil(x.shape[1] / x.shape[2]), weights)
-        return result
-
+    deepspeed_tiled_mlps(model)
     base: Any = model.get_decoder()
-    for layer in base.layers:
-        layer.mlp.forward = MethodType(tiled_mlp, layer.mlp)
     head: Any = model.get_output_embeddings()
 
     def tile_loss(self: Any, x: Tensor, y: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(head(x).float().flatten(0, 1), y.flatten(), reduction="sum")
+        return nn.functional.cross_entropy(head(x).float(), y, reduction="sum")  # DeepSpeed has made rows of them
 
     def step(ids: Tensor) -> float:
         targets = nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]

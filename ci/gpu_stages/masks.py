@@ -7,7 +7,6 @@ since cuDNN's plans were found to keep that of the case before.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache, partial
 from unittest.mock import patch
 
@@ -17,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_stages import machine
 from gpu_stages.results import CANNOT, FAILED, RIGHT, WRONG, Results, told
+from gpu_stages.shape import Shape
 from sp_attention.kernels import cudnn, sdpa, transformers
 from sp_attention.kernels.reference import attend, moved, noise, results_of
 from sp_attention.kernels.request import Mask, Request
@@ -37,15 +37,6 @@ BACKENDS: dict[str, dict[str, SDPBackend | None]] = {
 KERNELS = {"sdpa": (sdpa, sdpa.attend), "transformers:sdpa": (transformers, transformers.sdpa)}
 # Where attention written out happens to be exact, kernels still round.
 LEAST = 1e-3
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int
-    length: int
-    heads: int
-    kv_heads: int
-    size: int
 
 
 SHAPES = (

@@ -115,12 +115,9 @@ def _deepspeed(model: PreTrainedModel, ids: Tensor) -> Step:
     return backward
 
 
-def _deepspeed_alst(model: PreTrainedModel, ids: Tensor) -> Step:
-    """With what DeepSpeed has for long sequences: checkpointing, and MLP and loss in tiles."""
-    mine, positions, targets = _deepspeed_part(model, ids)
+def deepspeed_tiled_mlps(model: PreTrainedModel) -> None:
+    """Let DeepSpeed give MLPs tiles of tokens, as many as its own way of it does."""
     module: Any = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
-    checkpoint_activations(model)
-    ranks, tokens = dist.get_world_size(), ids.shape[1] - 1
 
     def tiled_mlp(self: Any, x: Tensor) -> Tensor:
         parameters = [self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight]
@@ -131,6 +128,16 @@ def _deepspeed_alst(model: PreTrainedModel, ids: Tensor) -> Step:
     base: Any = model.get_decoder()
     for layer in base.layers:
         layer.mlp.forward = MethodType(tiled_mlp, layer.mlp)
+
+
+def _deepspeed_alst(model: PreTrainedModel, ids: Tensor) -> Step:
+    """With what DeepSpeed has for long sequences: checkpointing, and MLP and loss in tiles."""
+    mine, positions, targets = _deepspeed_part(model, ids)
+    module: Any = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
+    checkpoint_activations(model)
+    deepspeed_tiled_mlps(model)
+    ranks, tokens = dist.get_world_size(), ids.shape[1] - 1
+    base: Any = model.get_decoder()
     head: Any = model.get_output_embeddings()
 
     def tile_loss(self: Any, x: Tensor, y: Tensor) -> Tensor:
